@@ -1,0 +1,121 @@
+"""Every error users can meet, in one place.
+
+An error says *what failed, on what, why, and what to do next*; the command line prints exactly
+that on one line and exits with the code of its kind.  Two questions are answered once, here, for
+each kind, so that nobody downstream has to guess:
+
+* **deterministic**: would the same command on the same state fail again on every replica?  Only
+  deterministic errors may be remembered in the reply cache.
+* **retryable**: may the caller simply try again later?
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final, final
+
+
+@final
+class ErrorKind(enum.Enum):
+    """Kind of an error: its process exit status, and whether it is deterministic or retryable."""
+
+    FAILED = ("failed", 1, False, False)
+    USAGE = ("usage", 2, True, False)
+    NOT_FOUND = ("not-found", 3, True, False)
+    CONFLICT = ("conflict", 4, True, False)
+    REFUSED = ("refused", 5, True, False)
+    CORRUPT = ("corrupt", 6, False, False)
+    UNAVAILABLE = ("unavailable", 7, False, True)
+
+    def __init__(self, label: str, exit_status: int, deterministic: bool, retryable: bool) -> None:
+        self.label: Final = label
+        self.exit_status: Final = exit_status
+        self.deterministic: Final = deterministic
+        self.retryable: Final = retryable
+
+
+class SpaceError(Exception):
+    """Base of every error raised on purpose by this package.
+
+    Attributes:
+        kind: the :class:`ErrorKind`; subclasses fix it.
+        hint: what the user can do next, or an empty string.
+    """
+
+    kind: ErrorKind = ErrorKind.FAILED
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message} ({self.hint})" if self.hint else message
+
+
+class UsageError(SpaceError):
+    """The request itself is wrong: a bad flag, name, size, moment or combination."""
+
+    kind = ErrorKind.USAGE
+
+
+class PolicyFileError(UsageError):
+    """A policy document is wrong; the message names the line."""
+
+
+class NotFoundError(SpaceError):
+    """No such capsule, path, snapshot, key or moment."""
+
+    kind = ErrorKind.NOT_FOUND
+
+
+class ConflictError(SpaceError):
+    """It exists already, is not empty, is of the wrong kind, or changed meanwhile."""
+
+    kind = ErrorKind.CONFLICT
+
+
+class RefusedError(SpaceError):
+    """A policy or the mode of the view (read-only, a past moment) forbids it."""
+
+    kind = ErrorKind.REFUSED
+
+
+class UnavailableError(SpaceError):
+    """Not available now: directory in use, no leader, no quorum."""
+
+    kind = ErrorKind.UNAVAILABLE
+
+
+class StorageError(SpaceError):
+    """The disk refused: full, or an input/output error.  Nothing was acknowledged."""
+
+    kind = ErrorKind.FAILED
+
+
+class DiskFullError(StorageError):
+    """No space left for the log; earlier commands stand, and it works again once space returns."""
+
+
+class CorruptionError(SpaceError):
+    """Stored bytes are not what was written.
+
+    Attributes:
+        segment: file name of the damaged segment, or of the damaged file.
+        offset: byte offset in it, or -1 when it is not one place.
+        position: log position of the first damaged record, or -1 when not known.
+    """
+
+    kind = ErrorKind.CORRUPT
+
+    def __init__(
+        self, message: str, *, segment: str = "", offset: int = -1, position: int = -1, hint: str = ""
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.segment = segment
+        self.offset = offset
+        self.position = position
+
+
+class EventDecodeError(CorruptionError):
+    """Bytes are not an event of this format: the one error decoding garbage raises."""
