@@ -1,0 +1,198 @@
+"""Events and batches as bytes: canonical msgpack, one encoding per value.
+
+A batch's metadata is ``[format, [entry, …]]``; an entry is everything one command caused:
+``[client, sequence, time_ns, actor, [[number, version, link, field…], …]]``.  ``link`` is the
+capsule's own chain (see :func:`chain_link`), so that a zone holding some capsules of a log can still
+verify what it holds.  Format: docs/formats/events.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import attrs
+import msgpack
+from blake3 import blake3
+
+from space._errors import EventDecodeError, UsageError
+from space.events.registry import BY_CLASS, BY_NUMBER, upcast
+from space.events.types import Event
+
+BATCH_FORMAT: Final = 1
+METADATA_BYTES_MAX: Final = 64 << 20
+ENTRIES_MAX: Final = 1 << 16
+EVENTS_MAX: Final = 1 << 17
+ACTOR_CHARACTERS_MAX: Final = 255
+LINK_BYTES: Final = 16
+NO_LINK: Final = bytes(LINK_BYTES)
+
+_LIMITS: Final = {
+    "raw": False,
+    "strict_map_key": True,
+    "use_list": True,
+    "max_ext_len": 0,
+    "max_map_len": 0,
+    "max_array_len": EVENTS_MAX,
+    "max_str_len": 4 << 20,
+    "max_bin_len": METADATA_BYTES_MAX,
+}
+
+
+@attrs.frozen
+class Entry:
+    """All events of one command.
+
+    Attributes:
+        client: 16-byte client id, or empty when the caller did not ask for retry protection.
+        sequence: the client's own command number; with ``client`` it identifies the command.
+        time_ns: when the proposer decided it; nanoseconds since 1970, never decreasing along a log.
+        actor: who asked, as text (``uid:0``, ``cli``, a host NQN…).
+        events: ``(link, event)`` in order.
+    """
+
+    client: bytes
+    sequence: int
+    time_ns: int
+    actor: str
+    events: tuple[tuple[bytes, Event], ...]
+
+
+def encode_event(event: Event) -> bytes:
+    """Canonical bytes of one event, without its link.
+
+    Raises:
+        UsageError: a field is out of its range.
+    """
+    return _pack(_fields(event))
+
+
+def decode_event(data: bytes) -> Event:
+    """The event in ``data``, upcast to today's schema.
+
+    Raises:
+        EventDecodeError: the bytes are anything else.
+    """
+    return _event(_unpack(data))
+
+
+def chain_link(previous: bytes, encoded: bytes) -> bytes:
+    """Link of an event in its capsule's chain: truncated BLAKE3 of the link before and the event's bytes."""
+    return blake3(previous + encoded).digest(LINK_BYTES)
+
+
+def encode_batch(entries: Iterable[Entry]) -> bytes:
+    """Metadata of a batch.
+
+    Raises:
+        UsageError: a field is out of its range, or the batch is larger than METADATA_BYTES_MAX.
+    """
+    rows = [
+        [
+            entry.client,
+            entry.sequence,
+            entry.time_ns,
+            entry.actor,
+            [_linked(link, event) for link, event in entry.events],
+        ]
+        for entry in entries
+    ]
+    data = _pack([BATCH_FORMAT, rows])
+    if len(data) > METADATA_BYTES_MAX:
+        raise UsageError(f"one batch of {len(data)} bytes of events; the limit is {METADATA_BYTES_MAX}")
+    return data
+
+
+def decode_batch(data: bytes) -> list[Entry]:
+    """All entries of a batch's metadata.
+
+    Raises:
+        EventDecodeError: the bytes are anything else.
+    """
+    entries = []
+    for client, sequence, time_ns, actor, rows in batch_rows(data):
+        entries.append(Entry(client, sequence, time_ns, actor, tuple(linked_events(rows))))
+    return entries
+
+
+def batch_rows(data: bytes) -> list[list[Any]]:
+    """Checked entry rows ``[client, sequence, time_ns, actor, event rows]`` whose events are still undecoded.
+
+    Raises:
+        EventDecodeError: not a batch.
+    """
+    document = _unpack(data)
+    if type(document) is not list or len(document) != 2 or document[0] != BATCH_FORMAT:
+        raise EventDecodeError("not a batch of events", hint="a newer space may have written it")
+    rows = document[1]
+    if type(rows) is not list or len(rows) > ENTRIES_MAX:
+        raise EventDecodeError("not a batch of events")
+    for row in rows:
+        if not (
+            type(row) is list
+            and len(row) == 5
+            and type(row[0]) is bytes
+            and len(row[0]) in (0, 16)
+            and type(row[1]) is int
+            and row[1] >= 0
+            and type(row[2]) is int
+            and type(row[3]) is str
+            and type(row[4]) is list
+        ):
+            raise EventDecodeError("a batch entry is malformed")
+    return rows
+
+
+def linked_events(rows: list[Any]) -> Iterator[tuple[bytes, Event]]:
+    """``(link, event)`` for each undecoded event row of an entry.
+
+    Raises:
+        EventDecodeError: a row is not an event.
+    """
+    by_number = BY_NUMBER
+    for row in rows:
+        try:
+            number, version, link, *fields = row
+            schema = by_number[number]
+        except (KeyError, ValueError, TypeError):
+            raise EventDecodeError(f"not an event: {repr(row)[:80]}") from None
+        if type(link) is not bytes or len(link) != LINK_BYTES:
+            raise EventDecodeError(f"{schema.cls.__name__} without its chain link")
+        if version != schema.version:
+            fields = upcast(schema, version, fields)
+        yield link, schema.make(fields)
+
+
+def _linked(link: bytes, event: Event) -> list[Any]:
+    number, version, *fields = _fields(event)
+    return [number, version, link, *fields]
+
+
+def _fields(event: Event) -> list[Any]:
+    schema = BY_CLASS[type(event)]
+    return [schema.number, schema.version, *(getattr(event, field) for field in schema.fields)]
+
+
+def _event(row: Any) -> Event:
+    if type(row) is not list or len(row) < 2 or type(row[0]) is not int or row[0] not in BY_NUMBER:
+        raise EventDecodeError(f"not an event: {repr(row)[:80]}")
+    schema = BY_NUMBER[row[0]]
+    made: Event = schema.make(upcast(schema, row[1], row[2:]))
+    return made
+
+
+def _pack(value: Any) -> bytes:
+    try:
+        packed: bytes = msgpack.packb(value, use_bin_type=True)
+    except (OverflowError, ValueError, TypeError) as error:
+        raise UsageError(f"cannot be stored as an event: {error}") from None
+    return packed
+
+
+def _unpack(data: bytes) -> Any:
+    if len(data) > METADATA_BYTES_MAX:
+        raise EventDecodeError(f"{len(data)} bytes of events; the limit is {METADATA_BYTES_MAX}")
+    try:
+        return msgpack.unpackb(data, **_LIMITS)
+    except Exception as error:  # noqa: BLE001 - msgpack raises a dozen classes, RecursionError included
+        raise EventDecodeError(f"not msgpack: {type(error).__name__}") from None

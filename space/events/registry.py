@@ -1,0 +1,181 @@
+"""Which number stands for which event, and how old bytes become today's events.
+
+A stored event names its kind by a number that is never reused and a schema version; Python names
+never reach the disk, so classes may be renamed and moved.  When an event's fields change, its
+version is raised and an *upcaster* is registered that turns the field list of the version before
+into the next one; bytes of every version ever written stay in ``tests/golden``.
+
+Field kinds are declared with the helpers below; from them one checking constructor per class is
+generated (as attrs generates ``__init__``), because replay decodes millions of events: the
+generated code builds an unfrozen twin with the same slots and then gives it its real class, which
+costs half of a frozen ``__init__``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import attrs
+
+from space._errors import EventDecodeError
+
+U32_MAX: Final = 2**32 - 1
+U63_MAX: Final = 2**63 - 1
+NAME_BYTES_MAX: Final = 255
+PATH_BYTES_MAX: Final = 4095
+XATTR_BYTES_MAX: Final = 65536
+FRAMES_BYTES_MAX: Final = 1 << 20
+MANIFEST_BYTES_MAX: Final = 32 << 20
+DOCUMENT_BYTES_MAX: Final = 1 << 16
+
+E = TypeVar("E")
+Upcaster = Callable[[list[Any]], list[Any]]
+
+_KIND: Final = "check"
+
+
+def _field(check: str, **kwargs: Any) -> Any:
+    return attrs.field(metadata={_KIND: check}, **kwargs)
+
+
+def identifier() -> Any:
+    """A 128-bit id as 16 raw bytes."""
+    return _field("type({0}) is bytes and len({0}) == 16")
+
+
+def optional_identifier() -> Any:
+    """A 128-bit id, or empty bytes for none."""
+    return _field("type({0}) is bytes and len({0}) in (0, 16)")
+
+
+def u32() -> Any:
+    """An integer from 0 to 2**32 - 1."""
+    return _field(f"type({{0}}) is int and 0 <= {{0}} <= {U32_MAX}")
+
+
+def u63() -> Any:
+    """An integer from 0 to 2**63 - 1: sizes, offsets, positions (the range of ``off_t``)."""
+    return _field(f"type({{0}}) is int and 0 <= {{0}} <= {U63_MAX}")
+
+
+def i64_or_none() -> Any:
+    """A signed 64-bit integer (a time in nanoseconds), or None for "unchanged"."""
+    return _field("({0} is None or type({0}) is int and -(1 << 63) <= {0} < 1 << 63)")
+
+
+def u32_or_none() -> Any:
+    """An integer from 0 to 2**32 - 1, or None for "unchanged"."""
+    return _field(f"({{0}} is None or type({{0}}) is int and 0 <= {{0}} <= {U32_MAX})")
+
+
+def blob(limit: int) -> Any:
+    """Bytes, at most ``limit`` of them."""
+    return _field(f"type({{0}}) is bytes and len({{0}}) <= {limit}")
+
+
+def entry_name() -> Any:
+    """A name in a directory: 1 to 255 bytes."""
+    return _field(f"type({{0}}) is bytes and 0 < len({{0}}) <= {NAME_BYTES_MAX}")
+
+
+def text(limit: int) -> Any:
+    """A string of at most ``limit`` characters."""
+    return _field(f"type({{0}}) is str and len({{0}}) <= {limit}")
+
+
+@attrs.frozen
+class Schema:
+    """What the registry knows of one event class.
+
+    Attributes:
+        number: stable number on disk.
+        version: schema version written today.
+        fields: field names in wire order.
+        make: fields in wire order → event; raises EventDecodeError.
+        upcasters: version → function from that version's fields to the next one's.
+    """
+
+    number: int
+    version: int
+    cls: type[Any]
+    fields: tuple[str, ...]
+    make: Callable[[list[Any]], Any]
+    upcasters: dict[int, Upcaster] = attrs.field(factory=dict)
+
+
+BY_NUMBER: Final[dict[int, Schema]] = {}
+BY_CLASS: Final[dict[type[Any], Schema]] = {}
+
+
+def event(number: int, *, version: int = 1) -> Callable[[type[E]], type[E]]:
+    """Class decorator: a frozen event with its stable number and current schema version."""
+
+    def register(cls: type[E]) -> type[E]:
+        frozen: type[Any] = attrs.frozen(weakref_slot=False)(cls)
+        if number in BY_NUMBER:
+            raise ValueError(f"event number {number} is taken by {BY_NUMBER[number].cls.__name__}")
+        fields = tuple(field.name for field in attrs.fields(frozen))
+        schema = Schema(number, version, frozen, fields, _constructor(frozen))
+        BY_NUMBER[number] = BY_CLASS[frozen] = schema
+        return frozen
+
+    return register
+
+
+def upcaster(number: int, from_version: int) -> Callable[[Upcaster], Upcaster]:
+    """Registers how fields of ``from_version`` become those of the next version."""
+
+    def register(function: Upcaster) -> Upcaster:
+        BY_NUMBER[number].upcasters[from_version] = function
+        return function
+
+    return register
+
+
+def upcast(schema: Schema, version: int, fields: list[Any]) -> list[Any]:
+    """``fields`` of an older version as today's.
+
+    Raises:
+        EventDecodeError: the version is from the future or has no upcaster.
+    """
+    if type(version) is not int or not 0 < version <= schema.version:
+        raise EventDecodeError(
+            f"{schema.cls.__name__} has schema version {version!r}, this program knows up to {schema.version}",
+            hint="upgrade space to read this log",
+        )
+    for step in range(version, schema.version):
+        try:
+            fields = schema.upcasters[step](fields)
+        except (KeyError, ValueError, TypeError, IndexError):
+            raise EventDecodeError(f"{schema.cls.__name__} version {version} has wrong fields") from None
+    return fields
+
+
+def _constructor(cls: type[Any]) -> Callable[[list[Any]], Any]:
+    fields = attrs.fields(cls)
+    names = [field.name for field in fields]
+    checks = [field.metadata[_KIND].format(field.name) for field in fields]
+    twin = type(f"_{cls.__name__}", (), {"__slots__": tuple(names)})
+    lines = [
+        "def make(values):",
+        " try:",
+        f"  {', '.join(names)}, = values",
+        " except (ValueError, TypeError):",
+        "  raise wrong(cls, values) from None",
+        f" if not ({' and '.join(checks)}):",
+        "  raise wrong(cls, values)",
+        " event = new(twin)",
+        *(f" event.{field} = {field}" for field in names),
+        " event.__class__ = cls",
+        " return event",
+    ]
+    scope: dict[str, Any] = {"new": object.__new__, "twin": twin, "cls": cls, "wrong": _wrong}
+    exec("\n".join(lines), scope)  # noqa: S102 - generated from field declarations above, as attrs does
+    make: Callable[[list[Any]], Any] = scope["make"]
+    return make
+
+
+def _wrong(cls: type[Any], values: object) -> EventDecodeError:
+    shown = repr(values)
+    return EventDecodeError(f"not a {cls.__name__}: {shown[:120]}{'…' if len(shown) > 120 else ''}")

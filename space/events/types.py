@@ -1,0 +1,297 @@
+"""The facts: every mutation of anything in a store is one or more of these.
+
+An event says what changed, with everything needed to fold it and nothing that could differ between
+two machines: times, ids and nonces were chosen by the proposer.  The time of an event and its actor
+belong to the command it came from (:class:`space.events.codec.Entry`), as all events of one command
+happen at once.
+
+``capsule`` always names the capsule whose chain the event belongs to.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final, final
+
+from space.events.registry import (
+    DOCUMENT_BYTES_MAX,
+    FRAMES_BYTES_MAX,
+    MANIFEST_BYTES_MAX,
+    PATH_BYTES_MAX,
+    XATTR_BYTES_MAX,
+    blob,
+    event,
+    i64_or_none,
+    identifier,
+    entry_name,
+    optional_identifier,
+    text,
+    u32,
+    u32_or_none,
+    u63,
+    upcaster,
+)
+
+
+@final
+class Kind(enum.IntEnum):
+    """What a capsule is in a tree.  A block volume is a FILE with a block size."""
+
+    FILE = 1
+    DIRECTORY = 2
+    SYMLINK = 3
+    FIFO = 4
+    SOCKET = 5
+    CHARACTER_DEVICE = 6
+    BLOCK_DEVICE = 7
+
+
+EXTENT_BYTES_MAX: Final = 1 << 20
+"""Longest extent one ExtentWritten may carry: bounds what one read must look at and one batch must hold."""
+
+
+@event(1)
+class StoreInitialised:
+    """The first event of a log: the root directory exists."""
+
+    capsule: bytes = identifier()
+    store: bytes = identifier()
+    mode: int = u32()
+    uid: int = u32()
+    gid: int = u32()
+
+
+@event(2, version=2)
+class CapsuleCreated:
+    """A capsule exists, not yet named anywhere.
+
+    ``policy`` and ``key`` are row numbers (0: default policy, no encryption); version 2 added ``key``.
+    """
+
+    capsule: bytes = identifier()
+    kind: int = u32()
+    mode: int = u32()
+    uid: int = u32()
+    gid: int = u32()
+    rdev: int = u32()
+    size: int = u63()
+    block_size: int = u32()
+    policy: int = u32()
+    key: int = u32()
+    target: bytes = blob(PATH_BYTES_MAX)
+
+
+@upcaster(2, 1)
+def _created_without_key(fields: list[object]) -> list[object]:
+    *head, target = fields
+    return [*head, 0, target]
+
+
+@event(3)
+class NameLinked:
+    """A directory entry ``name`` of ``parent`` leads to the capsule."""
+
+    capsule: bytes = identifier()
+    parent: bytes = identifier()
+    name: bytes = entry_name()
+
+
+@event(4)
+class NameUnlinked:
+    """The entry is gone; a capsule (or a whole subtree) whose last name went can be undeleted until gc."""
+
+    capsule: bytes = identifier()
+    parent: bytes = identifier()
+    name: bytes = entry_name()
+
+
+@event(5)
+class CapsuleRenamed:
+    """An entry moved; ``replaced`` is the capsule that had the new name, if any."""
+
+    capsule: bytes = identifier()
+    parent: bytes = identifier()
+    name: bytes = entry_name()
+    new_parent: bytes = identifier()
+    new_name: bytes = entry_name()
+    replaced: bytes = optional_identifier()
+
+
+@event(6)
+class NamesExchanged:
+    """Two entries swapped what they lead to (``renameat2`` RENAME_EXCHANGE)."""
+
+    capsule: bytes = identifier()
+    parent: bytes = identifier()
+    name: bytes = entry_name()
+    other: bytes = identifier()
+    other_parent: bytes = identifier()
+    other_name: bytes = entry_name()
+
+
+@event(7)
+class ExtentWritten:
+    """``length`` bytes at ``offset`` are now what ``frames`` (packed, docs/formats/frames.md) hold."""
+
+    capsule: bytes = identifier()
+    offset: int = u63()
+    length: int = u32()
+    frames: bytes = blob(FRAMES_BYTES_MAX)
+
+
+@event(8)
+class RangeDeallocated:
+    """The range reads as zeros and holds no space; the size is unchanged."""
+
+    capsule: bytes = identifier()
+    offset: int = u63()
+    length: int = u63()
+
+
+@event(9)
+class CapsuleResized:
+    """The size is now ``size``: bytes beyond are gone, new bytes are zeros."""
+
+    capsule: bytes = identifier()
+    size: int = u63()
+
+
+@event(10)
+class AttributesChanged:
+    """Mode, owner or times (nanoseconds) were set; None leaves one as it is."""
+
+    capsule: bytes = identifier()
+    mode: int | None = u32_or_none()
+    uid: int | None = u32_or_none()
+    gid: int | None = u32_or_none()
+    atime: int | None = i64_or_none()
+    mtime: int | None = i64_or_none()
+
+
+@event(11)
+class XattrSet:
+    """An extended attribute has this value."""
+
+    capsule: bytes = identifier()
+    name: bytes = entry_name()
+    value: bytes = blob(XATTR_BYTES_MAX)
+
+
+@event(12)
+class XattrRemoved:
+    """An extended attribute is gone."""
+
+    capsule: bytes = identifier()
+    name: bytes = entry_name()
+
+
+@event(13)
+class PolicyDefined:
+    """A policy document (canonical msgpack) got a row number; ``capsule`` is the first to use it."""
+
+    capsule: bytes = identifier()
+    policy: int = u32()
+    document: bytes = blob(DOCUMENT_BYTES_MAX)
+
+
+@event(14)
+class PolicyChanged:
+    """The capsule follows another policy from now on."""
+
+    capsule: bytes = identifier()
+    policy: int = u32()
+
+
+@event(15)
+class KeyCreated:
+    """A data key, wrapped by the master key, exists for the capsule."""
+
+    capsule: bytes = identifier()
+    key: int = u32()
+    version: int = u32()
+    wrapped: bytes = blob(1024)
+
+
+@event(16)
+class SnapshotTaken:
+    """The moment right before this batch has a name for this capsule or tree."""
+
+    capsule: bytes = identifier()
+    snapshot: str = text(255)
+
+
+@event(17)
+class SnapshotDropped:
+    """The name is gone; nothing is reclaimed before gc."""
+
+    capsule: bytes = identifier()
+    snapshot: str = text(255)
+
+
+@event(18)
+class CapsuleCloned:
+    """``capsule`` is a copy of ``source`` (a file or a whole tree), sharing its bytes, linked at ``parent``/``name``.
+
+    An empty ``manifest`` copies the source as it is now; otherwise the manifest (docs/formats/events.md)
+    is the source as it was at batch ``at``.
+    """
+
+    capsule: bytes = identifier()
+    source: bytes = identifier()
+    parent: bytes = identifier()
+    name: bytes = entry_name()
+    at: int = u63()
+    manifest: bytes = blob(MANIFEST_BYTES_MAX)
+
+
+@event(19)
+class CapsuleUndeleted:
+    """A capsule (or subtree) that had lost its last name has one again."""
+
+    capsule: bytes = identifier()
+    parent: bytes = identifier()
+    name: bytes = entry_name()
+
+
+@event(20)
+class PayloadReclaimed:
+    """Payload bytes no longer reachable: ranges as packed (position u64, offset u32, length u32), little-endian.
+
+    The event is durable before any block is punched out, so a missing payload is never a mystery.
+    """
+
+    capsule: bytes = identifier()
+    ranges: bytes = blob(FRAMES_BYTES_MAX)
+
+
+@event(21)
+class CapsulesPurged:
+    """Deleted capsules past their retention horizon are gone for good: ids, 16 bytes each."""
+
+    capsule: bytes = identifier()
+    purged: bytes = blob(FRAMES_BYTES_MAX)
+
+
+Event = (
+    StoreInitialised
+    | CapsuleCreated
+    | NameLinked
+    | NameUnlinked
+    | CapsuleRenamed
+    | NamesExchanged
+    | ExtentWritten
+    | RangeDeallocated
+    | CapsuleResized
+    | AttributesChanged
+    | XattrSet
+    | XattrRemoved
+    | PolicyDefined
+    | PolicyChanged
+    | KeyCreated
+    | SnapshotTaken
+    | SnapshotDropped
+    | CapsuleCloned
+    | CapsuleUndeleted
+    | PayloadReclaimed
+    | CapsulesPurged
+)
