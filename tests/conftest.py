@@ -1,0 +1,70 @@
+"""What every test shares: hypothesis profiles, tiers by directory, and what a test needs from the machine.
+
+``pytest`` runs the `short` profile: the same examples every time, so that a red run is the change's
+fault.  ``tools/fuzz`` runs `long`: many more examples, new ones each time.  Neither has deadlines:
+on a shared machine a slow example says nothing about the code.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Final
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+TIERS: Final = ("unit", "golden", "property", "integration", "chaos")
+HERE: Final = Path(__file__).parent
+
+settings.register_profile(
+    "short",
+    max_examples=100,
+    stateful_step_count=30,
+    derandomize=True,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "long",
+    settings.get_profile("short"),
+    max_examples=5_000,
+    stateful_step_count=100,
+    derandomize=False,
+)
+settings.load_profile("short")  # --hypothesis-profile=long overrides it
+
+
+def missing(things: tuple[str, ...]) -> list[str]:
+    """Those of ``things`` this machine lacks: a program on PATH, an /absolute/path or a py:module."""
+    return [thing for thing in things if not _present(thing)]
+
+
+def _present(thing: str) -> bool:
+    if thing.startswith("/"):
+        return os.access(thing, os.R_OK)
+    if thing.startswith("py:"):
+        return importlib.util.find_spec(thing.removeprefix("py:")) is not None
+    return shutil.which(thing) is not None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with the tier whose directory it lives in."""
+    for item in items:
+        tier = item.path.relative_to(HERE).parts[0]
+        if tier not in TIERS:
+            raise pytest.UsageError(f"{item.path} is in no tier: move it below one of {', '.join(TIERS)}")
+        item.add_marker(tier)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Hold ``@pytest.mark.requires("git", "/dev/fuse", "py:pyfuse3")``: fail in CI, skip elsewhere."""
+    things = tuple(thing for mark in item.iter_markers("requires") for thing in mark.args)
+    if lacking := missing(things):
+        reason = f"{item.nodeid} requires {', '.join(lacking)}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)

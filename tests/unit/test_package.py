@@ -1,0 +1,98 @@
+"""The package as a stranger gets it: what it declares is what it uses, and one node needs no extras."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[2]
+PROJECT: Final[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+FUSE: Final = ROOT / "space" / "projections" / "fuse"
+pytest_plugins = ["pytester"]
+
+IMPORT_ALL = """
+import pkgutil, sys
+sys.modules.update(dict.fromkeys(["pyfuse3", "trio"]))
+import space
+for module in pkgutil.walk_packages(space.__path__, "space."):
+    if not module.name.startswith("space.projections.fuse"):
+        __import__(module.name)
+"""
+
+NEEDY = """
+import pytest
+
+@pytest.mark.requires("sh", "/", "py:attrs", "no-such-program")
+def test_it(): pass
+"""
+
+
+def normal(requirement: str) -> str:
+    """The normalised distribution name of a requirement."""
+    return re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-")
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of the foreign modules a source file imports anywhere."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names - sys.stdlib_module_names - {"space"}
+
+
+def distributions(modules: set[str]) -> set[str]:
+    """The distributions that provide the modules, by what is installed here."""
+    providers = importlib.metadata.packages_distributions()
+    return {normal(name) for module in modules for name in providers.get(module, [module])[:1]}
+
+
+def test_every_import_is_declared() -> None:
+    """A module of the package imports only what the distribution depends on; FUSE may use its extra."""
+    core = {normal(requirement) for requirement in PROJECT["dependencies"]}
+    extra = {normal(requirement) for requirement in PROJECT["optional-dependencies"]["fuse"]}
+    for path in (ROOT / "space").rglob("*.py"):
+        allowed = core | extra if path.is_relative_to(FUSE) else core
+        assert distributions(imported(path)) <= allowed, path
+
+
+def test_every_dependency_has_its_reason() -> None:
+    """Each declared dependency, of the core and of every extra, has a row in the record on dependencies."""
+    extras = [name for extra in PROJECT["optional-dependencies"].values() for name in extra]
+    reasons = (ROOT / "docs" / "adr" / "0006-dependencies.md").read_text()
+    for requirement in [*PROJECT["dependencies"], *extras]:
+        assert f"| `{normal(requirement)}` |" in reasons
+
+
+def test_one_node_imports_without_extras() -> None:
+    """Every module outside FUSE imports when pyfuse3 and trio are not there."""
+    subprocess.run([sys.executable, "-c", IMPORT_ALL], check=True, cwd=ROOT)
+
+
+def test_the_package_says_it_is_typed() -> None:
+    """Type checkers find the annotations of the installed package."""
+    assert (ROOT / "space" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("ci, errors", [("true", 1), ("", 0)])
+def test_missing_needs_fail_in_ci_only(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, ci: str, errors: int
+) -> None:
+    """A test that requires what is missing fails in CI, naming it, and is skipped on a user's machine."""
+    pytester.makepyprojecttoml((ROOT / "pyproject.toml").read_text())
+    (pytester.path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (pytester.mkdir("unit") / "test_it.py").write_text(NEEDY)
+    monkeypatch.setenv("CI", ci)
+    result = pytester.runpytest_subprocess("unit")
+    result.assert_outcomes(errors=errors, skipped=1 - errors)
+    result.stdout.fnmatch_lines(["*test_it requires no-such-program"])
