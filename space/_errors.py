@@ -34,19 +34,49 @@ class ErrorKind(enum.Enum):
         self.retryable: Final = retryable
 
 
+@final
+class Status(enum.Enum):
+    """Why an operation on a capsule or tree failed, in no protocol's words.
+
+    Each view has one complete table from here to its own numbers (errno, nfsstat4, NVMe status, gRPC code).
+    """
+
+    NOT_FOUND = enum.auto()
+    EXISTS = enum.auto()
+    NOT_DIRECTORY = enum.auto()
+    IS_DIRECTORY = enum.auto()
+    NOT_EMPTY = enum.auto()
+    INVALID = enum.auto()
+    BAD_NAME = enum.auto()
+    NAME_TOO_LONG = enum.auto()
+    TOO_LARGE = enum.auto()
+    TOO_MANY_LINKS = enum.auto()
+    NO_ATTRIBUTE = enum.auto()
+    NOT_PERMITTED = enum.auto()
+    READ_ONLY = enum.auto()
+    NO_SPACE = enum.auto()
+    STALE = enum.auto()
+    UNAVAILABLE = enum.auto()
+    CORRUPT = enum.auto()
+    IO = enum.auto()
+
+
 class SpaceError(Exception):
     """Base of every error raised on purpose by this package.
 
     Attributes:
         kind: the :class:`ErrorKind`; subclasses fix it.
+        status: the neutral :class:`Status` views translate; each class has a default.
         hint: what the user can do next, or an empty string.
     """
 
     kind: ErrorKind = ErrorKind.FAILED
+    default_status: Status = Status.IO
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", status: Status | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+        self.status = status or self.default_status
 
     def __str__(self) -> str:
         message = super().__str__()
@@ -57,6 +87,7 @@ class UsageError(SpaceError):
     """The request itself is wrong: a bad flag, name, size, moment or combination."""
 
     kind = ErrorKind.USAGE
+    default_status = Status.INVALID
 
 
 class PolicyFileError(UsageError):
@@ -67,24 +98,28 @@ class NotFoundError(SpaceError):
     """No such capsule, path, snapshot, key or moment."""
 
     kind = ErrorKind.NOT_FOUND
+    default_status = Status.NOT_FOUND
 
 
 class ConflictError(SpaceError):
     """It exists already, is not empty, is of the wrong kind, or changed meanwhile."""
 
     kind = ErrorKind.CONFLICT
+    default_status = Status.EXISTS
 
 
 class RefusedError(SpaceError):
     """A policy or the mode of the view (read-only, a past moment) forbids it."""
 
     kind = ErrorKind.REFUSED
+    default_status = Status.READ_ONLY
 
 
 class UnavailableError(SpaceError):
     """Not available now: directory in use, no leader, no quorum."""
 
     kind = ErrorKind.UNAVAILABLE
+    default_status = Status.UNAVAILABLE
 
 
 class StorageError(SpaceError):
@@ -95,6 +130,8 @@ class StorageError(SpaceError):
 
 class DiskFullError(StorageError):
     """No space left for the log; earlier commands stand, and it works again once space returns."""
+
+    default_status = Status.NO_SPACE
 
 
 class CorruptionError(SpaceError):
@@ -107,6 +144,7 @@ class CorruptionError(SpaceError):
     """
 
     kind = ErrorKind.CORRUPT
+    default_status = Status.CORRUPT
 
     def __init__(
         self, message: str, *, segment: str = "", offset: int = -1, position: int = -1, hint: str = ""
@@ -119,3 +157,22 @@ class CorruptionError(SpaceError):
 
 class EventDecodeError(CorruptionError):
     """Bytes are not an event of this format: the one error decoding garbage raises."""
+
+
+_REJECTED: Final = {
+    Status.NOT_FOUND: NotFoundError,
+    Status.NO_ATTRIBUTE: NotFoundError,
+    Status.EXISTS: ConflictError,
+    Status.NOT_EMPTY: ConflictError,
+    Status.NOT_DIRECTORY: ConflictError,
+    Status.IS_DIRECTORY: ConflictError,
+    Status.STALE: ConflictError,
+    Status.TOO_MANY_LINKS: ConflictError,
+    Status.READ_ONLY: RefusedError,
+    Status.NOT_PERMITTED: RefusedError,
+}
+
+
+def rejection(status: Status, message: str) -> SpaceError:
+    """The error a caller sees for a command that was decided against."""
+    return _REJECTED.get(status, UsageError)(message, status=status)

@@ -16,7 +16,7 @@ import msgpack
 from blake3 import blake3
 
 from space._errors import EventDecodeError, UsageError
-from space.events.registry import BY_CLASS, BY_NUMBER, upcast
+from space.events.registry import BY_CLASS, BY_NUMBER, LINK_BYTES, upcast
 from space.events.types import Event
 
 BATCH_FORMAT: Final = 1
@@ -24,7 +24,6 @@ METADATA_BYTES_MAX: Final = 64 << 20
 ENTRIES_MAX: Final = 1 << 16
 EVENTS_MAX: Final = 1 << 17
 ACTOR_CHARACTERS_MAX: Final = 255
-LINK_BYTES: Final = 16
 NO_LINK: Final = bytes(LINK_BYTES)
 
 _LIMITS: Final = {
@@ -111,7 +110,7 @@ def decode_batch(data: bytes) -> list[Entry]:
     """
     entries = []
     for client, sequence, time_ns, actor, rows in batch_rows(data):
-        entries.append(Entry(client, sequence, time_ns, actor, tuple(linked_events(rows))))
+        entries.append(Entry(client, sequence, time_ns, actor, linked_events(rows)))
     return entries
 
 
@@ -143,24 +142,25 @@ def batch_rows(data: bytes) -> list[list[Any]]:
     return rows
 
 
-def linked_events(rows: list[Any]) -> Iterator[tuple[bytes, Event]]:
+def linked_events(rows: list[Any]) -> tuple[tuple[bytes, Event], ...]:
     """``(link, event)`` for each undecoded event row of an entry.
 
     Raises:
         EventDecodeError: a row is not an event.
     """
-    by_number = BY_NUMBER
-    for row in rows:
-        try:
-            number, version, link, *fields = row
-            schema = by_number[number]
-        except (KeyError, ValueError, TypeError):
-            raise EventDecodeError(f"not an event: {repr(row)[:80]}") from None
-        if type(link) is not bytes or len(link) != LINK_BYTES:
-            raise EventDecodeError(f"{schema.cls.__name__} without its chain link")
-        if version != schema.version:
-            fields = upcast(schema, version, fields)
-        yield link, schema.make(fields)
+    readers = _READERS
+    try:
+        return tuple([readers[row[0]](row) or _old_event(row) for row in rows])
+    except (KeyError, TypeError, IndexError, ValueError):
+        raise EventDecodeError("not events: a row names no event this program knows") from None
+
+
+def _old_event(row: list[Any]) -> tuple[bytes, Event]:
+    number, version, link, *fields = row
+    if type(link) is not bytes or len(link) != LINK_BYTES:
+        raise EventDecodeError("an event without its chain link")
+    schema = BY_NUMBER[number]
+    return link, schema.make(upcast(schema, version, fields))
 
 
 def _linked(link: bytes, event: Event) -> list[Any]:
@@ -196,3 +196,6 @@ def _unpack(data: bytes) -> Any:
         return msgpack.unpackb(data, **_LIMITS)
     except Exception as error:  # noqa: BLE001 - msgpack raises a dozen classes, RecursionError included
         raise EventDecodeError(f"not msgpack: {type(error).__name__}") from None
+
+
+_READERS: Final = {number: schema.read for number, schema in BY_NUMBER.items()}

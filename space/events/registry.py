@@ -28,6 +28,7 @@ XATTR_BYTES_MAX: Final = 65536
 FRAMES_BYTES_MAX: Final = 1 << 20
 MANIFEST_BYTES_MAX: Final = 32 << 20
 DOCUMENT_BYTES_MAX: Final = 1 << 16
+LINK_BYTES: Final = 16
 
 E = TypeVar("E")
 Upcaster = Callable[[list[Any]], list[Any]]
@@ -93,6 +94,8 @@ class Schema:
         version: schema version written today.
         fields: field names in wire order.
         make: fields in wire order → event; raises EventDecodeError.
+        read: stored row ``[number, version, link, field…]`` of the current version → ``(link, event)``;
+            None for a row of another version; raises EventDecodeError.
         upcasters: version → function from that version's fields to the next one's.
     """
 
@@ -101,6 +104,7 @@ class Schema:
     cls: type[Any]
     fields: tuple[str, ...]
     make: Callable[[list[Any]], Any]
+    read: Callable[[list[Any]], tuple[bytes, Any] | None]
     upcasters: dict[int, Upcaster] = attrs.field(factory=dict)
 
 
@@ -116,7 +120,7 @@ def event(number: int, *, version: int = 1) -> Callable[[type[E]], type[E]]:
         if number in BY_NUMBER:
             raise ValueError(f"event number {number} is taken by {BY_NUMBER[number].cls.__name__}")
         fields = tuple(field.name for field in attrs.fields(frozen))
-        schema = Schema(number, version, frozen, fields, _constructor(frozen))
+        schema = Schema(number, version, frozen, fields, *_constructors(frozen, version))
         BY_NUMBER[number] = BY_CLASS[frozen] = schema
         return frozen
 
@@ -152,28 +156,39 @@ def upcast(schema: Schema, version: int, fields: list[Any]) -> list[Any]:
     return fields
 
 
-def _constructor(cls: type[Any]) -> Callable[[list[Any]], Any]:
+def _constructors(cls: type[Any], version: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
     fields = attrs.fields(cls)
     names = [field.name for field in fields]
-    checks = [field.metadata[_KIND].format(field.name) for field in fields]
+    checks = " and ".join(field.metadata[_KIND].format(field.name) for field in fields)
     twin = type(f"_{cls.__name__}", (), {"__slots__": tuple(names)})
-    lines = [
-        "def make(values):",
-        " try:",
-        f"  {', '.join(names)}, = values",
-        " except (ValueError, TypeError):",
-        "  raise wrong(cls, values) from None",
-        f" if not ({' and '.join(checks)}):",
-        "  raise wrong(cls, values)",
+    build = [
+        "  raise wrong(cls, row)",
         " event = new(twin)",
         *(f" event.{field} = {field}" for field in names),
         " event.__class__ = cls",
+    ]
+    lines = [
+        "def make(row):",
+        " try:",
+        f"  {', '.join(names)}, = row",
+        " except (ValueError, TypeError):",
+        "  raise wrong(cls, row) from None",
+        f" if not ({checks}):",
+        *build,
         " return event",
+        "def read(row):",
+        f" if row[1] != {version}: return None",
+        " try:",
+        f"  _number, _version, link, {', '.join(names)}, = row",
+        " except (ValueError, TypeError):",
+        "  raise wrong(cls, row) from None",
+        f" if not (type(link) is bytes and len(link) == {LINK_BYTES} and {checks}):",
+        *build,
+        " return link, event",
     ]
     scope: dict[str, Any] = {"new": object.__new__, "twin": twin, "cls": cls, "wrong": _wrong}
     exec("\n".join(lines), scope)  # noqa: S102 - generated from field declarations above, as attrs does
-    make: Callable[[list[Any]], Any] = scope["make"]
-    return make
+    return scope["make"], scope["read"]
 
 
 def _wrong(cls: type[Any], values: object) -> EventDecodeError:

@@ -214,7 +214,7 @@ class KeyCreated:
 
 @event(16)
 class SnapshotTaken:
-    """The moment right before this batch has a name for this capsule or tree."""
+    """The moment right after this event has a name, for this capsule or tree."""
 
     capsule: bytes = identifier()
     snapshot: str = text(255)
@@ -272,6 +272,13 @@ class CapsulesPurged:
     purged: bytes = blob(FRAMES_BYTES_MAX)
 
 
+@event(22)
+class CapsuleDeleted:
+    """A capsule that had no name is deleted; it can be undeleted until gc."""
+
+    capsule: bytes = identifier()
+
+
 Event = (
     StoreInitialised
     | CapsuleCreated
@@ -294,4 +301,5 @@ Event = (
     | CapsuleUndeleted
     | PayloadReclaimed
     | CapsulesPurged
+    | CapsuleDeleted
 )

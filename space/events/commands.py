@@ -1,0 +1,289 @@
+"""Requests, in the imperative: what a caller wants to happen.
+
+A command carries everything that is chosen and not computed (ids, keys, stored frames), so that
+deciding it is pure.  :class:`Submit` is how every view hands one in.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Final, Protocol, final
+
+import attrs
+
+from space.events.types import Kind
+
+Buffer = bytes | bytearray | memoryview
+
+
+@final
+class Durability(enum.Enum):
+    """What an acknowledgement promises.
+
+    BUFFERED: written to the operating system (survives kill -9).
+    DURABLE: fdatasync done (survives power loss); in a cluster, on a quorum.
+    """
+
+    BUFFERED = "buffered"
+    DURABLE = "durable"
+
+
+@attrs.frozen
+class Receipt:
+    """A command was accepted: ``position`` is its batch, ``repeated`` that an earlier attempt had been applied."""
+
+    position: int
+    repeated: bool = False
+
+
+@attrs.frozen
+class InitialiseStore:
+    store: bytes
+    mode: int
+    uid: int
+    gid: int
+
+
+@attrs.frozen
+class NewKey:
+    """A wrapped data key to be recorded with the capsule it is for."""
+
+    key: int
+    version: int
+    wrapped: bytes
+
+
+@attrs.frozen
+class CreateCapsule:
+    """A new capsule, linked at ``parent``/``name`` unless both are empty.
+
+    ``policy`` is a canonical policy document, or None to inherit the parent's.
+    """
+
+    capsule: bytes
+    kind: Kind = Kind.FILE
+    mode: int = 0o644
+    uid: int = 0
+    gid: int = 0
+    parent: bytes = b""
+    name: bytes = b""
+    rdev: int = 0
+    size: int = 0
+    block_size: int = 0
+    target: bytes = b""
+    policy: bytes | None = None
+    key: NewKey | None = None
+
+
+@attrs.frozen
+class Link:
+    capsule: bytes
+    parent: bytes
+    name: bytes
+
+
+@attrs.frozen
+class Unlink:
+    """Removes a name.
+
+    ``directory`` True wants an empty directory (rmdir), False anything else (unlink), None either;
+    ``recursive`` detaches a directory with all that is in it, as one event.
+    """
+
+    parent: bytes
+    name: bytes
+    directory: bool | None = False
+    recursive: bool = False
+
+
+@attrs.frozen
+class DeleteCapsule:
+    """Deletes a capsule that has no name."""
+
+    capsule: bytes
+
+
+@attrs.frozen
+class Rename:
+    """Moves an entry, replacing what is there unless ``replace`` is False; ``exchange`` swaps both."""
+
+    parent: bytes
+    name: bytes
+    new_parent: bytes
+    new_name: bytes
+    replace: bool = True
+    exchange: bool = False
+
+
+@attrs.frozen
+class StoredFrame:
+    """One encoded frame: its packed record, and its stored bytes unless they are in the log already.
+
+    ``record`` is the 48-byte frame record (docs/formats/frames.md); where ``stored`` is given, deciding
+    fills in the payload offset.
+    """
+
+    record: bytes
+    stored: Buffer | None
+
+
+@attrs.frozen
+class WriteExtent:
+    """Bytes for one range; ``frames`` cover exactly ``length`` bytes.  An empty sequence writes zeros (a hole)."""
+
+    capsule: bytes
+    offset: int
+    length: int
+    frames: Sequence[StoredFrame]
+
+
+@attrs.frozen
+class Deallocate:
+    """Punches a hole; with ``extend`` the size grows to cover the range (fallocate without KEEP_SIZE)."""
+
+    capsule: bytes
+    offset: int
+    length: int
+    extend: bool = False
+
+
+@attrs.frozen
+class Resize:
+    capsule: bytes
+    size: int
+
+
+@attrs.frozen
+class SetAttributes:
+    """None leaves one as it is; times are nanoseconds."""
+
+    capsule: bytes
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    atime: int | None = None
+    mtime: int | None = None
+    size: int | None = None
+
+
+@attrs.frozen
+class SetXattr:
+    """``create``: it must not exist; ``replace``: it must."""
+
+    capsule: bytes
+    name: bytes
+    value: bytes
+    create: bool = False
+    replace: bool = False
+
+
+@attrs.frozen
+class RemoveXattr:
+    capsule: bytes
+    name: bytes
+
+
+@attrs.frozen
+class SetPolicy:
+    """``key`` gives the capsule a data key when the policy begins to encrypt it."""
+
+    capsule: bytes
+    policy: bytes
+    key: NewKey | None = None
+
+
+@attrs.frozen
+class TakeSnapshot:
+    capsule: bytes
+    snapshot: str
+
+
+@attrs.frozen
+class DropSnapshot:
+    snapshot: str
+
+
+@attrs.frozen
+class Clone:
+    """``manifest`` is the source as it was at batch ``at``; empty for the source as it is."""
+
+    capsule: bytes
+    source: bytes
+    parent: bytes
+    name: bytes
+    at: int = 0
+    manifest: bytes = b""
+
+
+@attrs.frozen
+class Undelete:
+    capsule: bytes
+    parent: bytes
+    name: bytes
+
+
+@attrs.frozen
+class ReclaimPayload:
+    """Declares payload ranges unreachable: ``(position, offset, length)`` each; punched after it is durable."""
+
+    ranges: Sequence[tuple[int, int, int]]
+
+
+@attrs.frozen
+class PurgeCapsules:
+    """Forgets deleted capsules for good."""
+
+    capsules: Sequence[bytes]
+
+
+Command = (
+    InitialiseStore
+    | CreateCapsule
+    | Link
+    | Unlink
+    | DeleteCapsule
+    | Rename
+    | WriteExtent
+    | Deallocate
+    | Resize
+    | SetAttributes
+    | SetXattr
+    | RemoveXattr
+    | SetPolicy
+    | TakeSnapshot
+    | DropSnapshot
+    | Clone
+    | Undelete
+    | ReclaimPayload
+    | PurgeCapsules
+)
+
+
+@attrs.frozen
+class Request:
+    """A command with who asks for it.
+
+    ``client`` (16 bytes) and ``sequence`` make a retry harmless: the command is applied once and every
+    retry gets the same receipt.
+    """
+
+    command: Command
+    actor: str = ""
+    client: bytes = b""
+    sequence: int = 0
+
+
+class Submit(Protocol):
+    """How views hand commands in; the node implements it."""
+
+    async def submit(self, request: Request, durability: Durability) -> Receipt:
+        """Decides, logs and applies one command.
+
+        Raises:
+            SpaceError: it was rejected, or could not be logged; then nothing changed.
+        """
+
+
+REPLIES_KEPT_PER_CLIENT: Final = 256
+"""How many commands a client may have in flight and still retry any of them safely."""

@@ -1,0 +1,591 @@
+"""decide: ``(state, command) → events | Rejected``: every rule a mutation must obey, in one place.
+
+Pure and deterministic.  Permission bits are not checked here: views check them where the protocol
+does (the kernel for FUSE, the server for NFS), because only they know the caller's credentials.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import attrs
+
+from space._errors import Status
+from space.events import commands as cmd
+from space.events import types as ev
+from space.events.ids import ID_BYTES, NIL, ROOT
+from space.events.registry import (
+    DOCUMENT_BYTES_MAX,
+    MANIFEST_BYTES_MAX,
+    NAME_BYTES_MAX,
+    PATH_BYTES_MAX,
+    U32_MAX,
+    U63_MAX,
+    XATTR_BYTES_MAX,
+)
+from space.statemachine.apply import RECLAIMED_RANGE, policy_hash
+from space.statemachine.tables import (
+    COUNTER,
+    ENTRY,
+    KEY,
+    POLICY_BY_HASH,
+    RECLAIMED,
+    SNAPSHOT,
+    U32,
+    U64,
+    XATTR,
+    CapsuleRow,
+    EntryRow,
+    Overlay,
+    SnapshotRow,
+)
+
+LINKS_MAX: Final = 65_000
+SIZE_MAX: Final = U63_MAX
+_DIRECTORY: Final = ev.Kind.DIRECTORY
+_FRAME_PLACE: Final = struct.Struct("<IQ")  # payload_offset, source_position inside a frame record
+_FRAME_PLACE_AT: Final = 20
+_FRAME_BYTES: Final = 48
+
+
+@attrs.frozen
+class Rejected:
+    """The command is refused; nothing happens."""
+
+    status: Status
+    message: str
+
+
+class PayloadPlacer:
+    """Lays stored frames out in a batch's payload area.
+
+    Pieces of a block or more start on a block boundary, so that they can be sent from the page cache
+    and punched out without touching a neighbour; smaller ones are packed.
+    """
+
+    BLOCK: Final = 4096
+
+    def __init__(self) -> None:
+        self.buffers: list[cmd.Buffer] = []
+        self.length = 0
+
+    def place(self, piece: cmd.Buffer) -> int:
+        """Adds a piece and returns its offset in the payload area."""
+        size = len(piece)
+        if size >= self.BLOCK and (gap := -self.length % self.BLOCK):
+            self.buffers.append(bytes(gap))
+            self.length += gap
+        offset = self.length
+        self.buffers.append(piece)
+        self.length += size
+        return offset
+
+    def mark(self) -> tuple[int, int]:
+        return len(self.buffers), self.length
+
+    def rewind(self, mark: tuple[int, int]) -> None:
+        """Forgets what was placed after ``mark``."""
+        del self.buffers[mark[0] :]
+        self.length = mark[1]
+
+
+Decision = Sequence[ev.Event] | Rejected
+Rule = Callable[[Overlay, Any, PayloadPlacer], Decision]
+
+
+def decide(state: Overlay, command: cmd.Command, payload: PayloadPlacer) -> Decision:
+    """The events that carry out ``command``, or why not.
+
+    Stored frames of a write are placed into ``payload``; on rejection the caller rewinds it.
+    """
+    return _RULES[type(command)](state, command, payload)
+
+
+def check_name(name: bytes) -> Rejected | None:
+    """Why ``name`` cannot be a directory entry, or None.  Names are UTF-8 (RFC 8881 §14), 1 to 255 bytes."""
+    if len(name) > NAME_BYTES_MAX:
+        return Rejected(Status.NAME_TOO_LONG, f"name of {len(name)} bytes; the limit is {NAME_BYTES_MAX}")
+    if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
+        return Rejected(Status.BAD_NAME, f"not a usable name: {name!r}")
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return Rejected(Status.BAD_NAME, f"name is not UTF-8: {name!r}")
+    return None
+
+
+def _missing(capsule: bytes) -> Rejected:
+    return Rejected(Status.NOT_FOUND, f"no capsule {_text(capsule)}")
+
+
+def _text(capsule: bytes) -> str:
+    raw = capsule.hex()
+    return f"{raw[:8]}-{raw[8:12]}-{raw[12:16]}-{raw[16:20]}-{raw[20:]}" if len(capsule) == ID_BYTES else raw
+
+
+def _shown(name: bytes) -> str:
+    return repr(name.decode(errors="backslashreplace"))
+
+
+def _live(state: Overlay, capsule: bytes) -> CapsuleRow | Rejected:
+    """The row of a capsule that can be changed; an unlinked file still held open can."""
+    row = state.capsule(capsule)
+    return _missing(capsule) if row is None else row
+
+
+def _directory(state: Overlay, capsule: bytes) -> CapsuleRow | Rejected:
+    row = state.capsule(capsule)
+    if row is None or row.deleted:
+        return _missing(capsule)
+    if row.kind != _DIRECTORY:
+        return Rejected(Status.NOT_DIRECTORY, f"not a directory: {_text(capsule)}")
+    return row
+
+
+def _content(state: Overlay, capsule: bytes) -> CapsuleRow | Rejected:
+    row = state.capsule(capsule)
+    if row is None:
+        return _missing(capsule)
+    if row.kind == _DIRECTORY:
+        return Rejected(Status.IS_DIRECTORY, f"a directory holds no bytes: {_text(capsule)}")
+    if row.kind != ev.Kind.FILE:
+        return Rejected(Status.INVALID, f"not a file: {_text(capsule)}")
+    return row
+
+
+def _entry(state: Overlay, parent: bytes, name: bytes) -> EntryRow | None:
+    data = state.get(ENTRY, parent + name)
+    return None if data is None else EntryRow.decode(data)
+
+
+def _free_name(state: Overlay, parent: bytes, name: bytes) -> Rejected | None:
+    if refused := check_name(name):
+        return refused
+    directory = _directory(state, parent)
+    if isinstance(directory, Rejected):
+        return directory
+    if state.get(ENTRY, parent + name) is not None:
+        return Rejected(Status.EXISTS, f"exists already: {_shown(name)}")
+    return None
+
+
+def _initialise(state: Overlay, command: cmd.InitialiseStore, payload: PayloadPlacer) -> Decision:
+    if state.capsule(ROOT) is not None:
+        return Rejected(Status.EXISTS, "the store is initialised already")
+    return [ev.StoreInitialised(bytes(ROOT), command.store, command.mode, command.uid, command.gid)]
+
+
+def _policy_number(state: Overlay, document: bytes) -> tuple[int, bool]:
+    """Row number of a policy document, and whether it still has to be defined."""
+    if not document:
+        return 0, False
+    known = state.get(POLICY_BY_HASH, policy_hash(document))
+    if known is not None:
+        return U32.unpack(known)[0], False
+    counter = state.get(COUNTER, b"policy")
+    return (0 if counter is None else U64.unpack(counter)[0]) + 1, True
+
+
+def _create(state: Overlay, command: cmd.CreateCapsule, payload: PayloadPlacer) -> Decision:
+    capsule = command.capsule
+    if len(capsule) != ID_BYTES or capsule == NIL:
+        return Rejected(Status.INVALID, "not a usable capsule id")
+    if state.capsule(capsule) is not None:
+        return Rejected(Status.EXISTS, f"capsule {_text(capsule)} exists already")
+    if bool(command.parent) != bool(command.name):
+        return Rejected(Status.INVALID, "a parent needs a name, and a name a parent")
+    if command.kind == _DIRECTORY and not command.parent:
+        return Rejected(Status.INVALID, "a directory needs a name")
+    if command.parent and (refused := _free_name(state, command.parent, command.name)):
+        return refused
+    if not 0 <= command.size <= SIZE_MAX or command.block_size not in (0, 512, 4096):
+        return Rejected(Status.TOO_LARGE, f"not a usable size: {command.size}, block size {command.block_size}")
+    if command.block_size and command.size % command.block_size:
+        return Rejected(Status.INVALID, f"a size of {command.size} is not whole blocks of {command.block_size}")
+    if (command.kind == ev.Kind.SYMLINK) != bool(command.target) or len(command.target) > PATH_BYTES_MAX:
+        return Rejected(Status.NAME_TOO_LONG if command.target else Status.INVALID, "not a usable link target")
+    if command.policy is not None and len(command.policy) > DOCUMENT_BYTES_MAX:
+        return Rejected(Status.TOO_LARGE, "policy document too large")
+    if refused := _key_taken(state, command.key):
+        return refused
+    policy, undefined = _created_policy(state, command)
+    created = ev.CapsuleCreated(
+        bytes(capsule),
+        int(command.kind),
+        command.mode & 0o7777,
+        command.uid,
+        command.gid,
+        command.rdev,
+        command.size,
+        command.block_size,
+        policy,
+        command.key.key if command.key else 0,
+        command.target,
+    )
+    events: list[ev.Event] = [created]
+    if undefined and command.policy is not None:
+        events.append(ev.PolicyDefined(capsule, policy, command.policy))
+    if command.key:
+        events.append(_key_event(capsule, command.key))
+    if command.parent:
+        events.append(ev.NameLinked(capsule, command.parent, command.name))
+    return events
+
+
+def _created_policy(state: Overlay, command: cmd.CreateCapsule) -> tuple[int, bool]:
+    if command.policy is not None:
+        return _policy_number(state, command.policy)
+    parent = state.capsule(command.parent) if command.parent else None
+    return (parent.policy if parent else 0), False
+
+
+def _key_taken(state: Overlay, key: cmd.NewKey | None) -> Rejected | None:
+    if key is not None and state.get(KEY, U32.pack(key.key) + U32.pack(key.version)) is not None:
+        return Rejected(Status.STALE, f"key {key.key} exists already: draw another")
+    return None
+
+
+def _key_event(capsule: bytes, key: cmd.NewKey) -> ev.KeyCreated:
+    return ev.KeyCreated(capsule, key.key, key.version, key.wrapped)
+
+
+def _link(state: Overlay, command: cmd.Link, payload: PayloadPlacer) -> Decision:
+    row = _live(state, command.capsule)
+    if isinstance(row, Rejected):
+        return row
+    if row.kind == _DIRECTORY:
+        return Rejected(Status.NOT_PERMITTED, "a directory has one name only")
+    if row.deleted:
+        return Rejected(Status.NOT_FOUND, f"capsule {_text(command.capsule)} is deleted: undelete it")
+    if row.nlink >= LINKS_MAX:
+        return Rejected(Status.TOO_MANY_LINKS, f"a capsule has at most {LINKS_MAX} names")
+    refused = _free_name(state, command.parent, command.name)
+    return refused or [ev.NameLinked(command.capsule, command.parent, command.name)]
+
+
+def _removable(state: Overlay, parent: bytes, name: bytes, directory: bool | None, recursive: bool) -> EntryRow | Rejected:
+    row = _directory(state, parent)
+    if isinstance(row, Rejected):
+        return row
+    if len(name) > NAME_BYTES_MAX:
+        return Rejected(Status.NAME_TOO_LONG, f"name of {len(name)} bytes; the limit is {NAME_BYTES_MAX}")
+    entry = _entry(state, parent, name)
+    if entry is None:
+        return Rejected(Status.NOT_FOUND, f"no entry {_shown(name)}")
+    is_directory = entry.kind == _DIRECTORY
+    if directory is True and not is_directory:
+        return Rejected(Status.NOT_DIRECTORY, f"not a directory: {_shown(name)}")
+    if directory is False and is_directory:
+        return Rejected(Status.IS_DIRECTORY, f"is a directory: {_shown(name)}")
+    if is_directory and not recursive and _entries(state, entry.capsule):
+        return Rejected(Status.NOT_EMPTY, f"directory not empty: {_shown(name)}")
+    return entry
+
+
+def _entries(state: Overlay, capsule: bytes) -> int:
+    row = state.capsule(capsule)
+    return row.entries if row else 0
+
+
+def _unlink(state: Overlay, command: cmd.Unlink, payload: PayloadPlacer) -> Decision:
+    entry = _removable(state, command.parent, command.name, command.directory, command.recursive)
+    if isinstance(entry, Rejected):
+        return entry
+    return [ev.NameUnlinked(entry.capsule, command.parent, command.name)]
+
+
+def _delete(state: Overlay, command: cmd.DeleteCapsule, payload: PayloadPlacer) -> Decision:
+    row = _live(state, command.capsule)
+    if isinstance(row, Rejected):
+        return row
+    if row.deleted:
+        return Rejected(Status.NOT_FOUND, f"capsule {_text(command.capsule)} is deleted already")
+    if row.nlink:
+        return Rejected(Status.STALE, f"capsule {_text(command.capsule)} has a name: remove that")
+    return [ev.CapsuleDeleted(command.capsule)]
+
+
+def _inside(state: Overlay, directory: bytes, ancestor: bytes) -> bool:
+    """Whether ``directory`` is ``ancestor`` or lies below it."""
+    at = directory
+    while at != ancestor:
+        row = state.capsule(at)
+        if row is None or row.parent == at:
+            return False
+        at = row.parent
+    return True
+
+
+def _rename(state: Overlay, command: cmd.Rename, payload: PayloadPlacer) -> Decision:
+    for parent in (command.parent, command.new_parent):
+        row = _directory(state, parent)
+        if isinstance(row, Rejected):
+            return row
+    if refused := check_name(command.new_name):
+        return refused
+    entry = _entry(state, command.parent, command.name)
+    if entry is None:
+        return Rejected(Status.NOT_FOUND, f"no entry {_shown(command.name)}")
+    there = _entry(state, command.new_parent, command.new_name)
+    moved = command.parent != command.new_parent
+    if moved and entry.kind == _DIRECTORY and _inside(state, command.new_parent, entry.capsule):
+        return Rejected(Status.INVALID, "a directory cannot move into itself")
+    if command.exchange:
+        return _exchange(state, command, entry, there, moved)
+    if there is None:
+        return [_renamed(command, entry, b"")]
+    if not command.replace:
+        return Rejected(Status.EXISTS, f"exists already: {_shown(command.new_name)}")
+    if there.capsule == entry.capsule:
+        return []  # two names of one capsule: POSIX rename does nothing
+    is_directory = entry.kind == _DIRECTORY
+    target = _removable(state, command.new_parent, command.new_name, is_directory, recursive=False)
+    return target if isinstance(target, Rejected) else [_renamed(command, entry, target.capsule)]
+
+
+def _renamed(command: cmd.Rename, entry: EntryRow, replaced: bytes) -> ev.CapsuleRenamed:
+    return ev.CapsuleRenamed(
+        entry.capsule, command.parent, command.name, command.new_parent, command.new_name, replaced
+    )
+
+
+def _exchange(
+    state: Overlay, command: cmd.Rename, entry: EntryRow, there: EntryRow | None, moved: bool
+) -> Decision:
+    if there is None:
+        return Rejected(Status.NOT_FOUND, f"no entry {_shown(command.new_name)}")
+    if moved and there.kind == _DIRECTORY and _inside(state, command.parent, there.capsule):
+        return Rejected(Status.INVALID, "a directory cannot move into itself")
+    if there.capsule == entry.capsule:
+        return []
+    return [
+        ev.NamesExchanged(
+            entry.capsule, command.parent, command.name, there.capsule, command.new_parent, command.new_name
+        )
+    ]
+
+
+def _write(state: Overlay, command: cmd.WriteExtent, payload: PayloadPlacer) -> Decision:
+    row = _content(state, command.capsule)
+    if isinstance(row, Rejected):
+        return row
+    if not 0 < command.length <= ev.EXTENT_BYTES_MAX:
+        return Rejected(Status.INVALID, f"an extent has 1 to {ev.EXTENT_BYTES_MAX} bytes, not {command.length}")
+    if command.offset < 0 or command.offset > SIZE_MAX - command.length:
+        return Rejected(Status.TOO_LARGE, f"offset {command.offset} is beyond the largest size")
+    if row.block_size and command.offset + command.length > row.size:
+        return Rejected(Status.NO_SPACE, f"beyond the end of a block capsule of {row.size} bytes")
+    records = []
+    for frame in command.frames:
+        if len(frame.record) != _FRAME_BYTES:
+            return Rejected(Status.INVALID, "malformed frame record")
+        if frame.stored is not None:
+            place = _FRAME_PLACE.pack(payload.place(frame.stored), 0)
+            records.append(frame.record[:_FRAME_PLACE_AT] + place + frame.record[_FRAME_PLACE_AT + 12 :])
+        elif _gone(state, frame.record):
+            return Rejected(Status.STALE, "deduplicated against a payload reclaimed meanwhile: encode again")
+        else:
+            records.append(frame.record)
+    return [ev.ExtentWritten(command.capsule, command.offset, command.length, b"".join(records))]
+
+
+def _gone(state: Overlay, record: bytes) -> bool:
+    offset, position = _FRAME_PLACE.unpack_from(record, _FRAME_PLACE_AT)
+    return bool(position) and any(
+        key[8:] <= U32.pack(offset) and offset < U32.unpack(key[8:])[0] + U32.unpack(value)[0]
+        for key, value in state.scan(RECLAIMED, U64.pack(position))
+    )
+
+
+def _deallocate(state: Overlay, command: cmd.Deallocate, payload: PayloadPlacer) -> Decision:
+    row = _content(state, command.capsule)
+    if isinstance(row, Rejected):
+        return row
+    if command.length <= 0 or command.offset < 0 or command.offset > SIZE_MAX - command.length:
+        return Rejected(Status.INVALID, f"not a range: {command.offset}+{command.length}")
+    events: list[ev.Event] = []
+    end = command.offset + command.length
+    if command.offset < row.size:
+        events.append(ev.RangeDeallocated(command.capsule, command.offset, command.length))
+    if command.extend and end > row.size:
+        if row.block_size:
+            return Rejected(Status.NO_SPACE, f"beyond the end of a block capsule of {row.size} bytes")
+        events.append(ev.CapsuleResized(command.capsule, end))
+    return events
+
+
+def _resize(state: Overlay, command: cmd.Resize, payload: PayloadPlacer) -> Decision:
+    row = _content(state, command.capsule)
+    if isinstance(row, Rejected):
+        return row
+    if not 0 <= command.size <= SIZE_MAX:
+        return Rejected(Status.TOO_LARGE, f"not a usable size: {command.size}")
+    if row.block_size and command.size % row.block_size:
+        return Rejected(Status.INVALID, f"a size of {command.size} is not whole blocks of {row.block_size}")
+    return [ev.CapsuleResized(command.capsule, command.size)]
+
+
+def _set_attributes(state: Overlay, command: cmd.SetAttributes, payload: PayloadPlacer) -> Decision:
+    row = _live(state, command.capsule)
+    if isinstance(row, Rejected):
+        return row
+    for value in (command.mode, command.uid, command.gid):
+        if value is not None and not 0 <= value <= U32_MAX:
+            return Rejected(Status.INVALID, f"not a mode or owner: {value}")
+    for time in (command.atime, command.mtime):
+        if time is not None and not -(1 << 63) <= time < 1 << 63:
+            return Rejected(Status.INVALID, f"not a time: {time}")
+    events: list[ev.Event] = []
+    if command.size is not None:
+        resized = _resize(state, cmd.Resize(command.capsule, command.size), payload)
+        if isinstance(resized, Rejected):
+            return resized
+        events += resized
+    mode = None if command.mode is None else command.mode & 0o7777
+    changes = (mode, command.uid, command.gid, command.atime, command.mtime)
+    if any(value is not None for value in changes):
+        events.append(ev.AttributesChanged(command.capsule, *changes))
+    return events
+
+
+def _set_xattr(state: Overlay, command: cmd.SetXattr, payload: PayloadPlacer) -> Decision:
+    row = _live(state, command.capsule)
+    if isinstance(row, Rejected):
+        return row
+    if refused := _xattr_name(command.name):
+        return refused
+    if len(command.value) > XATTR_BYTES_MAX:
+        return Rejected(Status.TOO_LARGE, f"an attribute of {len(command.value)} bytes; the limit is {XATTR_BYTES_MAX}")
+    exists = state.get(XATTR, command.capsule + command.name) is not None
+    if command.create and exists:
+        return Rejected(Status.EXISTS, f"attribute exists already: {_shown(command.name)}")
+    if command.replace and not exists:
+        return Rejected(Status.NO_ATTRIBUTE, f"no attribute {_shown(command.name)}")
+    return [ev.XattrSet(command.capsule, command.name, command.value)]
+
+
+def _xattr_name(name: bytes) -> Rejected | None:
+    if not 0 < len(name) <= NAME_BYTES_MAX or b"\0" in name:
+        return Rejected(Status.NAME_TOO_LONG if name else Status.INVALID, "not a usable attribute name")
+    return None
+
+
+def _remove_xattr(state: Overlay, command: cmd.RemoveXattr, payload: PayloadPlacer) -> Decision:
+    row = _live(state, command.capsule)
+    if isinstance(row, Rejected):
+        return row
+    if not _xattr_name(command.name) and state.get(XATTR, command.capsule + command.name) is not None:
+        return [ev.XattrRemoved(command.capsule, command.name)]
+    return Rejected(Status.NO_ATTRIBUTE, f"no attribute {_shown(command.name)}")
+
+
+def _set_policy(state: Overlay, command: cmd.SetPolicy, payload: PayloadPlacer) -> Decision:
+    row = _live(state, command.capsule)
+    if isinstance(row, Rejected):
+        return row
+    if len(command.policy) > DOCUMENT_BYTES_MAX:
+        return Rejected(Status.TOO_LARGE, "policy document too large")
+    if refused := _key_taken(state, command.key):
+        return refused
+    policy, undefined = _policy_number(state, command.policy)
+    events: list[ev.Event] = []
+    if undefined:
+        events.append(ev.PolicyDefined(command.capsule, policy, command.policy))
+    if command.key:
+        events.append(_key_event(command.capsule, command.key))
+    return [*events, ev.PolicyChanged(command.capsule, policy)]
+
+
+def _take_snapshot(state: Overlay, command: cmd.TakeSnapshot, payload: PayloadPlacer) -> Decision:
+    row = _live(state, command.capsule)
+    if isinstance(row, Rejected):
+        return row
+    if row.deleted:
+        return _missing(command.capsule)
+    if refused := check_name(command.snapshot.encode(errors="surrogateescape")):
+        return refused
+    if state.get(SNAPSHOT, command.snapshot.encode()) is not None:
+        return Rejected(Status.EXISTS, f"snapshot exists already: {command.snapshot}")
+    return [ev.SnapshotTaken(command.capsule, command.snapshot)]
+
+
+def _drop_snapshot(state: Overlay, command: cmd.DropSnapshot, payload: PayloadPlacer) -> Decision:
+    data = state.get(SNAPSHOT, command.snapshot.encode(errors="surrogateescape"))
+    if data is None:
+        return Rejected(Status.NOT_FOUND, f"no snapshot {command.snapshot}")
+    capsule = SnapshotRow.decode(data).capsule
+    if state.capsule(capsule) is None:
+        capsule = bytes(ROOT)  # its capsule was purged meanwhile
+    return [ev.SnapshotDropped(capsule, command.snapshot)]
+
+
+def _clone(state: Overlay, command: cmd.Clone, payload: PayloadPlacer) -> Decision:
+    if state.capsule(command.capsule) is not None:
+        return Rejected(Status.EXISTS, f"capsule {_text(command.capsule)} exists already")
+    if refused := _free_name(state, command.parent, command.name):
+        return refused
+    if len(command.manifest) > MANIFEST_BYTES_MAX:
+        return Rejected(
+            Status.TOO_LARGE, f"a past moment of {len(command.manifest)} bytes of metadata; clone a smaller part"
+        )
+    if not command.manifest:
+        row = _live(state, command.source)
+        if isinstance(row, Rejected):
+            return row
+        if row.deleted:
+            return _missing(command.source)
+        if row.kind == _DIRECTORY and _inside(state, command.parent, command.source):
+            return Rejected(Status.INVALID, "a tree cannot be cloned into itself")
+    return [
+        ev.CapsuleCloned(
+            command.capsule, command.source, command.parent, command.name, command.at, command.manifest
+        )
+    ]
+
+
+def _undelete(state: Overlay, command: cmd.Undelete, payload: PayloadPlacer) -> Decision:
+    row = _live(state, command.capsule)
+    if isinstance(row, Rejected):
+        return row
+    if not row.deleted:
+        return Rejected(Status.EXISTS, f"capsule {_text(command.capsule)} is not deleted")
+    refused = _free_name(state, command.parent, command.name)
+    return refused or [ev.CapsuleUndeleted(command.capsule, command.parent, command.name)]
+
+
+def _reclaim(state: Overlay, command: cmd.ReclaimPayload, payload: PayloadPlacer) -> Decision:
+    packed = b"".join(RECLAIMED_RANGE.pack(*each) for each in command.ranges)
+    return [ev.PayloadReclaimed(bytes(ROOT), packed)] if packed else []
+
+
+def _purge(state: Overlay, command: cmd.PurgeCapsules, payload: PayloadPlacer) -> Decision:
+    for capsule in command.capsules:
+        row = state.capsule(capsule)
+        if row is None:
+            return _missing(capsule)
+    return [ev.CapsulesPurged(bytes(ROOT), b"".join(command.capsules))] if command.capsules else []
+
+
+_RULES: Final[dict[type[Any], Rule]] = {
+    cmd.InitialiseStore: _initialise,
+    cmd.CreateCapsule: _create,
+    cmd.Link: _link,
+    cmd.Unlink: _unlink,
+    cmd.DeleteCapsule: _delete,
+    cmd.Rename: _rename,
+    cmd.WriteExtent: _write,
+    cmd.Deallocate: _deallocate,
+    cmd.Resize: _resize,
+    cmd.SetAttributes: _set_attributes,
+    cmd.SetXattr: _set_xattr,
+    cmd.RemoveXattr: _remove_xattr,
+    cmd.SetPolicy: _set_policy,
+    cmd.TakeSnapshot: _take_snapshot,
+    cmd.DropSnapshot: _drop_snapshot,
+    cmd.Clone: _clone,
+    cmd.Undelete: _undelete,
+    cmd.ReclaimPayload: _reclaim,
+    cmd.PurgeCapsules: _purge,
+}

@@ -1,0 +1,366 @@
+"""Rows of the state, the key-value protocols the fold runs on, and the digest over all rows.
+
+The fold sees only :class:`Reader` and :class:`Writer`: LMDB implements them for real
+(:mod:`space.statemachine.store`), a sorted map in memory for simulation.  Between the two stands the
+:class:`Overlay`: rows changed but not yet written.  The sequencer decides against one (state + what is
+in flight), replay folds thousands of events into one before writing them, and flushing it is the one
+place where the state digest changes.
+
+Keys are ordered bytes; ids made together sort together (UUIDv7), so fresh rows land side by side.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Final, Protocol
+
+import attrs
+from blake3 import blake3
+
+from space._errors import CorruptionError
+
+CAPSULE: Final = 1  # capsule id → CapsuleRow
+ENTRY: Final = 2  # parent id + name → EntryRow
+XATTR: Final = 3  # capsule id + name → value
+ORPHAN: Final = 4  # parent id + name + position (big-endian) → capsule id: what undelete can find
+POLICY: Final = 5  # row number (u32) → canonical msgpack document
+POLICY_BY_HASH: Final = 6  # BLAKE3 of a document → row number
+KEY: Final = 7  # key id (u32) + version (u32) → wrapped key; empty once destroyed
+SNAPSHOT: Final = 8  # name → SnapshotRow
+REPLY: Final = 9  # client id + sequence (u64) → position (u64) that answered the command
+RECLAIMED: Final = 10  # position (u64) + offset (u32) → length (u32)
+COUNTER: Final = 11  # name → u64
+
+TABLES: Final = {
+    CAPSULE: "capsule",
+    ENTRY: "entry",
+    XATTR: "xattr",
+    ORPHAN: "orphan",
+    POLICY: "policy",
+    POLICY_BY_HASH: "policy_by_hash",
+    KEY: "key",
+    SNAPSHOT: "snapshot",
+    REPLY: "reply",
+    RECLAIMED: "reclaimed",
+    COUNTER: "counter",
+}
+
+U32: Final = struct.Struct(">I")
+U64: Final = struct.Struct(">Q")
+_CAPSULE: Final = struct.Struct("<BBHIIIIIIIQQQ16sqqqqQ16s")
+_ENTRY: Final = struct.Struct("<16sQB")
+_SNAPSHOT: Final = struct.Struct("<16sQIq")
+DIGEST_BYTES: Final = 32
+_DIGEST_MODULUS: Final = 1 << (8 * DIGEST_BYTES)
+
+
+class Reader(Protocol):
+    """A consistent snapshot of ordered key-value tables."""
+
+    def get(self, table: int, key: bytes) -> bytes | None:
+        """The row, or None."""
+
+    def scan(self, table: int, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Rows whose key begins with ``prefix`` and is not below ``start``, in key order."""
+
+
+class Writer(Reader, Protocol):
+    """A transaction: what it wrote, it reads."""
+
+    def put(self, table: int, key: bytes, value: bytes) -> None: ...
+
+    def put_sorted(self, table: int, rows: list[tuple[bytes, bytes]]) -> None:
+        """Many rows at once, in key order."""
+
+    def delete(self, table: int, key: bytes) -> None: ...
+
+
+@attrs.define
+class CapsuleRow:
+    """One capsule: attributes of a file, directory, symlink or device.
+
+    ``entries`` counts names in a directory; ``parent`` is set for directories only; ``change`` is the
+    position of the last event that touched it; ``link`` the head of its chain; times are nanoseconds;
+    ``deleted`` is the position at which its last name went, or 0.
+    """
+
+    kind: int
+    flags: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    block_size: int
+    policy: int
+    key: int
+    size: int
+    ino: int
+    entries: int
+    parent: bytes
+    atime: int
+    mtime: int
+    ctime: int
+    btime: int
+    change: int
+    link: bytes
+    deleted: int = 0
+    target: bytes = b""
+
+    def encode(self) -> bytes:
+        head = _CAPSULE.pack(
+            self.kind,
+            self.flags,
+            self.mode,
+            self.nlink,
+            self.uid,
+            self.gid,
+            self.rdev,
+            self.block_size,
+            self.policy,
+            self.key,
+            self.size,
+            self.ino,
+            self.entries,
+            self.parent,
+            self.atime,
+            self.mtime,
+            self.ctime,
+            self.btime,
+            self.change,
+            self.link,
+        )
+        if self.deleted or self.target:
+            return head + U64.pack(self.deleted) + self.target
+        return head
+
+    @classmethod
+    def decode(cls, data: bytes) -> CapsuleRow:
+        if len(data) == _CAPSULE.size:
+            return cls(*_CAPSULE.unpack(data))
+        try:
+            fields = _CAPSULE.unpack_from(data)
+            (deleted,) = U64.unpack_from(data, _CAPSULE.size)
+        except struct.error:
+            raise CorruptionError("a capsule row of the state is malformed", hint="run: space replay") from None
+        return cls(*fields, deleted, data[_CAPSULE.size + U64.size :])
+
+    def copy(self) -> CapsuleRow:
+        return CapsuleRow(
+            self.kind,
+            self.flags,
+            self.mode,
+            self.nlink,
+            self.uid,
+            self.gid,
+            self.rdev,
+            self.block_size,
+            self.policy,
+            self.key,
+            self.size,
+            self.ino,
+            self.entries,
+            self.parent,
+            self.atime,
+            self.mtime,
+            self.ctime,
+            self.btime,
+            self.change,
+            self.link,
+            self.deleted,
+            self.target,
+        )
+
+
+@attrs.frozen
+class EntryRow:
+    """What a directory entry leads to; kind and inode number ride along so that listing needs no second look."""
+
+    capsule: bytes
+    ino: int
+    kind: int
+
+    def encode(self) -> bytes:
+        return _ENTRY.pack(self.capsule, self.ino, self.kind)
+
+    @classmethod
+    def decode(cls, data: bytes) -> EntryRow:
+        return cls(*_ENTRY.unpack(data))
+
+
+@attrs.frozen
+class SnapshotRow:
+    """A named moment of a capsule or tree: right after event ``event`` of batch ``position``."""
+
+    capsule: bytes
+    position: int
+    event: int
+    time_ns: int
+
+    def encode(self) -> bytes:
+        return _SNAPSHOT.pack(self.capsule, self.position, self.event, self.time_ns)
+
+    @classmethod
+    def decode(cls, data: bytes) -> SnapshotRow:
+        return cls(*_SNAPSHOT.unpack(data))
+
+
+def row_hash(table: int, key: bytes, value: bytes) -> int:
+    """One row's share of the digest: BLAKE3 as an integer.
+
+    The digest is the sum of all shares modulo 2**256: an additive multiset hash (Clarke et al.,
+    "Incremental multiset hash functions", 2003), so a row change costs two hashes whatever the size of
+    the state.  It detects divergence; proof against a forger is the log's hash chain.
+    """
+    return int.from_bytes(blake3(b"%c%c%b%b" % (table, len(key) & 0xFF, key, value)).digest(), "little")
+
+
+def table_digest(reader: Reader, table: int) -> int:
+    """The digest share of a whole table, by scanning it."""
+    total = sum(row_hash(table, key, value) for key, value in reader.scan(table, b""))
+    return total % _DIGEST_MODULUS
+
+
+def format_digest(digest: int) -> str:
+    """A digest as users see it."""
+    return f"blake3-add:{digest % _DIGEST_MODULUS:064x}"
+
+
+class Overlay:
+    """Rows changed on top of a :class:`Reader` (or of another overlay), not yet written."""
+
+    __slots__ = ("_capsules", "_parent", "_rows")
+
+    def __init__(self, parent: Reader | Overlay) -> None:
+        self._parent = parent
+        self._capsules: dict[bytes, CapsuleRow | None] = {}
+        self._rows: dict[int, dict[bytes, bytes | None]] = {table: {} for table in TABLES}
+
+    def capsule(self, key: bytes) -> CapsuleRow | None:
+        """The row to look at, not to change."""
+        try:
+            return self._capsules[key]
+        except KeyError:
+            parent = self._parent
+            if isinstance(parent, Overlay):
+                return parent.capsule(key)
+            data = parent.get(CAPSULE, key)
+            return None if data is None else CapsuleRow.decode(data)
+
+    def edit(self, key: bytes) -> CapsuleRow:
+        """The row to change in place.
+
+        Raises:
+            CorruptionError: there is none, though the log says so.
+        """
+        row = self._capsules.get(key)
+        if row is None:
+            row = self.capsule(key)
+            if row is None:
+                raise CorruptionError(f"the log changes a capsule that is not there: {key.hex()}")
+            if isinstance(self._parent, Overlay):
+                row = row.copy()
+            self._capsules[key] = row
+        return row
+
+    def put_capsule(self, key: bytes, row: CapsuleRow) -> None:
+        self._capsules[key] = row
+
+    def delete_capsule(self, key: bytes) -> None:
+        self._capsules[key] = None
+
+    def get(self, table: int, key: bytes) -> bytes | None:
+        if table == CAPSULE:
+            row = self.capsule(key)
+            return None if row is None else row.encode()
+        try:
+            return self._rows[table][key]
+        except KeyError:
+            return self._parent.get(table, key)
+
+    def put(self, table: int, key: bytes, value: bytes) -> None:
+        self._rows[table][key] = value
+
+    def delete(self, table: int, key: bytes) -> None:
+        self._rows[table][key] = None
+
+    def scan(self, table: int, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Rows of both layers, merged; rows must not be changed while a scan is under way."""
+        changed = self._changed(table)
+        ours = sorted(key for key in changed if key.startswith(prefix) and key >= start)
+        return _merge(ours, changed, self._parent.scan(table, prefix, start))
+
+    def counter(self, name: bytes) -> int:
+        data = self.get(COUNTER, name)
+        return 0 if data is None else U64.unpack(data)[0]
+
+    def next(self, name: bytes) -> int:
+        """Increments a counter and returns its new value."""
+        value = self.counter(name) + 1
+        self.put(COUNTER, name, U64.pack(value))
+        return int(value)
+
+    def flush(self, writer: Writer) -> int:
+        """Writes every changed row into ``writer``, empties the overlay, returns the change of the digest."""
+        change = 0
+        for table in TABLES:
+            changed = self._changed(table)
+            if changed:
+                change += _write_table(writer, table, changed)
+                changed.clear()
+        self._capsules.clear()
+        return change
+
+    def merge_into(self, other: Overlay) -> None:
+        """Moves every changed row into ``other``, the overlay below."""
+        other._capsules.update(self._capsules)
+        for table, rows in self._rows.items():
+            other._rows[table].update(rows)
+
+    def __len__(self) -> int:
+        return len(self._capsules) + sum(map(len, self._rows.values()))
+
+    def _changed(self, table: int) -> dict[bytes, bytes | None]:
+        if table == CAPSULE:
+            return {key: row and row.encode() for key, row in self._capsules.items()}
+        return self._rows[table]
+
+
+def _write_table(writer: Writer, table: int, changed: dict[bytes, bytes | None]) -> int:
+    change = 0
+    puts = []
+    get = writer.get
+    for key in sorted(changed):
+        value = changed[key]
+        old = get(table, key)
+        if old == value:
+            continue
+        if old is not None:
+            change -= row_hash(table, key, old)
+        if value is None:
+            writer.delete(table, key)
+        else:
+            change += row_hash(table, key, value)
+            puts.append((key, value))
+    writer.put_sorted(table, puts)
+    return change
+
+
+def _merge(
+    ours: list[bytes], changed: dict[bytes, bytes | None], theirs: Iterable[tuple[bytes, bytes]]
+) -> Iterator[tuple[bytes, bytes]]:
+    at = 0
+    for key, value in theirs:
+        while at < len(ours) and ours[at] < key:
+            mine = changed[ours[at]]
+            if mine is not None:
+                yield ours[at], mine
+            at += 1
+        if at < len(ours) and ours[at] == key:
+            continue
+        yield key, value
+    for key in ours[at:]:
+        mine = changed[key]
+        if mine is not None:
+            yield key, mine
