@@ -11,8 +11,8 @@ export SPACE_DATA="$work/data"
 mount=$work/mnt
 server=
 clean() {
-    [ -z "$server" ] || kill "$server" 2>/dev/null || true
     fusermount3 -u -z -q "$mount" 2>/dev/null || true
+    [ -z "$server" ] || { kill "$server" && wait "$server"; } 2>/dev/null || true
     rm -rf "$work"
 }
 trap clean EXIT
