@@ -31,22 +31,22 @@ serve() {
     printf '$ space project mount --path / --target %s\n%s\n' "$mount" "$line"
 }
 
-say "Real input: the Python interpreter, and a copy of its standard library"
-mkdir "$mount"
-file=$(python3 -c 'import os, sys; print(os.path.realpath(sys.executable))')
+say "Real input: Python's standard library, as an archive and as a tree"
+mkdir "$mount" "$work/stdlib"
 stdlib=$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
-mkdir "$work/stdlib"
-tar -C "$stdlib" --exclude=./site-packages --exclude=./dist-packages -cf - . | tar -C "$work/stdlib" -xf -
+file=$work/stdlib.tar
+tar -C "$stdlib" --exclude=./site-packages --exclude=./dist-packages -cf "$file" .
+tar -C "$work/stdlib" -xf "$file"
 echo "$file: $(stat -c %s "$file") bytes"
-echo "$stdlib: $(find "$work/stdlib" -type f | wc -l) files, $(du -sh --apparent-size "$work/stdlib" | cut -f1)"
+echo "$stdlib: $(find "$work/stdlib" -type f | wc -l) files"
 
 say "Put them in"
-run space put "$file" --name /python
+run space put "$file" --name /stdlib.tar
 run space import "$work/stdlib" /stdlib
 
 say "Mount, and compare every byte through the kernel"
 serve
-run cmp "$file" "$mount/python"
+run cmp "$file" "$mount/stdlib.tar"
 run diff -r --no-dereference "$work/stdlib" "$mount/stdlib"
 
 say "Write through the mount, make it durable, then kill -9 the process that serves it"
@@ -68,14 +68,14 @@ run space verify
 say "Mount again over the dead mount: everything is there"
 serve
 run cat "$mount/note.txt"
-run cmp "$file" "$mount/python"
+run cmp "$file" "$mount/stdlib.tar"
 run diff -r --no-dereference "$work/stdlib" "$mount/stdlib"
 
 say "Remove the file, and read it at the moment before"
 moment=$(date -u +%Y-%m-%dT%H:%M:%S.%3NZ)
-run space rm /python
-run test ! -e "$mount/python"
-space get /python --at "$moment" | cmp - "$file"
-echo "\$ space get /python --at $moment | cmp - $file"
+run space rm /stdlib.tar
+run test ! -e "$mount/stdlib.tar"
+space get /stdlib.tar --at "$moment" | cmp - "$file"
+echo "\$ space get /stdlib.tar --at $moment | cmp - $file"
 
 say "Done: bit-equal before and after kill -9, digest $after"
