@@ -232,8 +232,8 @@ class SnapshotDropped:
 class CapsuleCloned:
     """``capsule`` is a copy of ``source`` (a file or a whole tree), sharing its bytes, linked at ``parent``/``name``.
 
-    An empty ``manifest`` copies the source as it is now; otherwise the manifest (docs/formats/events.md)
-    is the source as it was at batch ``at``.
+    An empty ``manifest`` copies the source as it is now, and ``members`` are the ids (16 bytes each) of the
+    files in it; otherwise the manifest (docs/formats/events.md) is the source as it was at batch ``at``.
     """
 
     capsule: bytes = identifier()
@@ -241,6 +241,7 @@ class CapsuleCloned:
     parent: bytes = identifier()
     name: bytes = entry_name()
     at: int = u63()
+    members: bytes = blob(MANIFEST_BYTES_MAX)
     manifest: bytes = blob(MANIFEST_BYTES_MAX)
 
 

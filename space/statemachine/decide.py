@@ -25,7 +25,7 @@ from space.events.registry import (
     U63_MAX,
     XATTR_BYTES_MAX,
 )
-from space.statemachine.apply import RECLAIMED_RANGE, policy_hash
+from space.statemachine.apply import RECLAIMED_RANGE, policy_hash, tree_nodes
 from space.statemachine.tables import (
     COUNTER,
     ENTRY,
@@ -530,6 +530,7 @@ def _clone(state: Overlay, command: cmd.Clone, payload: PayloadPlacer) -> Decisi
         return Rejected(
             Status.TOO_LARGE, f"a past moment of {len(command.manifest)} bytes of metadata; clone a smaller part"
         )
+    members = b""
     if not command.manifest:
         row = _live(state, command.source)
         if isinstance(row, Rejected):
@@ -538,9 +539,19 @@ def _clone(state: Overlay, command: cmd.Clone, payload: PayloadPlacer) -> Decisi
             return _missing(command.source)
         if row.kind == _DIRECTORY and _inside(state, command.parent, command.source):
             return Rejected(Status.INVALID, "a tree cannot be cloned into itself")
+        nodes = tree_nodes(state, command.source)
+        members = b"".join(node.capsule for node in nodes if node.row.kind == ev.Kind.FILE)
+        if len(members) > MANIFEST_BYTES_MAX:
+            return Rejected(Status.TOO_LARGE, "a tree of too many files for one clone; clone its parts")
     return [
         ev.CapsuleCloned(
-            command.capsule, command.source, command.parent, command.name, command.at, command.manifest
+            command.capsule,
+            command.source,
+            command.parent,
+            command.name,
+            command.at,
+            members,
+            command.manifest,
         )
     ]
 

@@ -64,6 +64,10 @@ class Reader(Protocol):
     def scan(self, table: int, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """Rows whose key begins with ``prefix`` and is not below ``start``, in key order."""
 
+    def last_at_or_before(self, table: int, key: bytes) -> tuple[bytes, bytes] | None:
+        """The row with the greatest key not above ``key``, or None."""
+
+
 
 class Writer(Reader, Protocol):
     """A transaction: what it wrote, it reads."""

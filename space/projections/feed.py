@@ -1,0 +1,140 @@
+"""The feed: batches of the log, in order, folded into state and views, many to a transaction.
+
+One loop serves everything that folds: recovery after a crash, ``space replay``, a past moment, a follower.
+It reads records through an iterator, so it knows nothing of where the log is.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import attrs
+
+from space.events.codec import batch_rows, linked_events
+from space.events.registry import BY_NUMBER
+from space.projections.contract import View
+from space.statemachine.apply import HANDLERS, Context
+from space.statemachine.sequencer import record_reply
+from space.statemachine.store import Applied, Store, WriteTransaction
+from space.statemachine.tables import Overlay
+
+EVENTS_PER_TRANSACTION: Final = 50_000
+"""Bounds the memory of a fold (a few hundred bytes an event) and what a crash in it repeats."""
+
+
+class Record(Protocol):
+    """What the feed needs of a log record."""
+
+    index: int
+    time_ns: int
+    metadata: bytes
+    chain: bytes
+
+
+@attrs.define
+class Progress:
+    """How far a fold is."""
+
+    position: int = 0
+    events: int = 0
+
+
+def fold(
+    store: Store,
+    views: Sequence[View],
+    records: Iterable[Record],
+    *,
+    start: Applied,
+    with_state: bool = True,
+    handles: Mapping[int, Any] | None = None,
+    stop_event: int | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    finish: Callable[[WriteTransaction, Applied], bool] | None = None,
+) -> Applied:
+    """Folds ``records`` into the state (unless ``with_state`` is false) and ``views``; returns where it ended.
+
+    Args:
+        start: where the tables stand; ``records`` begin right after it.
+        handles: tables to write, when they are not the ones readers see (a shadow generation).
+        stop_event: fold the last record only up to and including this event (a moment inside a batch).
+        finish: called in every transaction before it commits, with where the fold stands; may return True to end.
+
+    Raises:
+        CorruptionError: an event does not decode or contradicts the state.
+    """
+    source = iter(records)
+    progress = Progress(start.position)
+    applied = start
+    # Decoded events are short-lived and hold no cycles: without this, the collector walks all of them again and again.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        done = False
+        while not done:
+            with store.write(handles) as txn:
+                applied, done = _transaction(txn, views, source, applied, with_state, stop_event)
+                if handles is None:
+                    txn.set_applied(applied)
+                if finish is not None and finish(txn, applied):
+                    done = True
+            progress.position, progress.events = applied.position, applied.events - start.events
+            if on_progress is not None:
+                on_progress(progress)
+    finally:
+        if collecting:
+            gc.enable()
+    return applied
+
+
+def _transaction(
+    txn: WriteTransaction,
+    views: Sequence[View],
+    source: Iterator[Record],
+    applied: Applied,
+    with_state: bool,
+    stop_event: int | None,
+) -> tuple[Applied, bool]:
+    overlay = Overlay(txn)
+    folders = [view.folder(txn) for view in views]
+    dispatch = _dispatch(folders)
+    handlers = HANDLERS
+    count = 0
+    record: Record | None = None
+    done = True
+    for record in source:
+        context = Context(record.index, 0, record.time_ns)
+        for client, sequence, time_ns, _actor, rows in batch_rows(record.metadata):
+            context.time_ns = time_ns
+            for link, event in linked_events(rows):
+                kind = type(event)
+                if with_state:
+                    handlers[kind](overlay, context, link, event)
+                for handler in dispatch[kind]:
+                    handler(context, event)
+                context.event += 1
+                if stop_event is not None and context.event > stop_event:
+                    break
+            if client and with_state:
+                record_reply(overlay, client, sequence, record.index)
+            if stop_event is not None and context.event > stop_event:
+                break
+        count += context.event
+        if count >= EVENTS_PER_TRANSACTION:
+            done = False
+            break
+    if record is None:
+        return applied, True
+    change = overlay.flush(txn) if with_state else 0
+    for folder in folders:
+        folder.flush()
+    digest = (applied.digest + change) % (1 << 256)
+    return Applied(record.index, record.chain, digest, record.time_ns, applied.events + count), done
+
+
+def _dispatch(folders: Sequence[Any]) -> dict[type[Any], list[Any]]:
+    return {
+        schema.cls: [folder.handlers[schema.cls] for folder in folders if schema.cls in folder.handlers]
+        for schema in BY_NUMBER.values()
+    }
