@@ -199,7 +199,7 @@ def load_policy(path: str | Path) -> Policy:
         PolicyFileError: it cannot be read, or :func:`parse_policy` refuses it.
     """
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             return parse_policy(file.read(POLICY_BYTES_MAX + 1), source=str(path))
     except FileNotFoundError:
         raise NotFoundError(f"policy file {path} does not exist") from None
@@ -232,11 +232,8 @@ def _contradictions(policy: Policy) -> Iterator[tuple[tuple[str, ...], str]]:
     if policy.encryption is Encryption.AES_256_XTS and policy.dedupe:
         yield ("dedupe",), "aes-256-xts frames cannot be deduplicated; use aes-256-gcm or dedupe: false"
     if policy.federation_targets and policy.sovereignty is not Sovereignty.GLOBAL:
-        yield (
-            ("federation", "targets"),
-            f"sovereignty is {policy.sovereignty.value}, so content must not leave for another zone; "
-            "targets need sovereignty: global",
-        )
+        limit = policy.sovereignty.value
+        yield ("federation", "targets"), f"need sovereignty: global; {limit} content must not leave its zone"
     if not policy.federation_targets and policy.federation_priority:
         yield ("federation", "priority"), "means nothing without federation.targets"
     if not policy.federation_targets and policy.rpo_ns is not None:
