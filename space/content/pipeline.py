@@ -23,8 +23,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final, Self, final
+from typing import TYPE_CHECKING, Final, NamedTuple, Self, final
 
 import attrs
 from crc32c import crc32c
@@ -46,9 +45,12 @@ from space.content.frames import (
 from space.content.keys import FrameKey, Keyring, RandomBytes, content_hash
 from space.policy.model import Compression, Encryption, Policy
 
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
 DEFAULT_FRAME_BYTES: Final = 64 * 1024
 HOT_LATENCY_NS_MAX: Final = 1_000_000  # a latency target up to 1 ms leaves no time for more than lz4
-_PARALLEL_BYTES_MIN: Final = 64 * 1024  # below this, handing over costs more than a second core gives
+_PARALLEL_FRAME_BYTES_MIN: Final = 16 * 1024  # below this, handing over costs more than a second core gives
 _THREADS_MAX: Final = 4
 _ENCRYPTION: Final = {
     Encryption.NONE: EncryptionCode.NONE,
@@ -110,9 +112,7 @@ def place_frames(frames: Sequence[EncodedFrame], payload_offset: int = 0) -> Pla
     return PlacedFrames(pack_frames(refs), pieces, end - payload_offset)
 
 
-@final
-@attrs.frozen
-class _Recipe:
+class _Recipe(NamedTuple):
     """What one call of ``encode`` does to each of its frames."""
 
     compression: Compression
@@ -194,31 +194,39 @@ class ContentWriter:
         """
         recipe = self._recipe(policy, key)
         view, size = memoryview(data).cast("B"), self.frame_bytes
-        views = (
-            [view] if 0 < len(view) <= size else [view[at : at + size] for at in range(0, len(view), size)]
-        )
-        nonces = self._nonces(recipe, len(views))
-        frames: list[EncodedFrame | None] = []
-        todo: deque[tuple[int, memoryview, bytes, bytes]] = deque()
-        twins: list[tuple[int, int]] = []
-        seen: dict[bytes, int] = {}
-        for index, (plain, nonce) in enumerate(zip(views, nonces, strict=True)):
+        if len(view) > size:
+            return self._encode_run(recipe, [view[at : at + size] for at in range(0, len(view), size)])
+        return [self._encode_frame(recipe, view)] if view else []
+
+    def _encode_frame(self, recipe: _Recipe, plain: memoryview) -> EncodedFrame:
+        if self._is_zero(plain):
+            return EncodedFrame(zero_frame(len(plain)), None)
+        nonce = self._random_bytes(recipe.nonce_bytes) if recipe.nonce_bytes else b""
+        hash_ = _hash(recipe, plain, nonce)
+        return self._found(recipe, hash_, len(plain)) or _seal(recipe, plain, nonce, hash_)
+
+    def _encode_run(self, recipe: _Recipe, plains: list[memoryview]) -> list[EncodedFrame]:
+        """Hash and look up here, where ``find`` may be called; seal what is new on all threads."""
+        frames: dict[int, EncodedFrame] = {}
+        todo: deque[_Sealing] = deque()
+        first: dict[bytes, int] = {}  # content seen in this run is sealed once
+        twins: dict[int, int] = {}
+        size = recipe.nonce_bytes
+        drawn = self._random_bytes(size * len(plains)) if size else b""
+        for index, plain in enumerate(plains):
             if self._is_zero(plain):
-                frames.append(EncodedFrame(zero_frame(len(plain)), None))
+                frames[index] = EncodedFrame(zero_frame(len(plain)), None)
                 continue
-            hash_ = content_hash(recipe.hash_key, plain, b"" if recipe.shared else nonce)
-            found = self._found(hash_, len(plain), recipe) if recipe.shared else None
-            frames.append(found)
-            if found is None:
-                first = seen.setdefault(hash_, index) if recipe.shared else index
-                if first != index:
-                    twins.append((index, first))
-                else:
-                    todo.append((index, plain, nonce, hash_))
+            nonce = drawn[index * size : (index + 1) * size]
+            hash_ = _hash(recipe, plain, nonce)
+            if recipe.shared and first.setdefault(hash_, index) != index:
+                twins[index] = first[hash_]
+            elif found := self._found(recipe, hash_, len(plain)):
+                frames[index] = found
+            else:
+                todo.append(_Sealing(index, plain, nonce, hash_))
         self._seal_all(recipe, todo, frames)
-        for index, first in twins:
-            frames[index] = frames[first]
-        return [frame for frame in frames if frame is not None]
+        return [frames[twins.get(index, index)] for index in range(len(plains))]
 
     def _recipe(self, policy: Policy, key: tuple[int, int] | None) -> _Recipe:
         if policy.transform:
@@ -247,11 +255,6 @@ class ContentWriter:
             )
         return self._keyring.frame_key(*key)
 
-    def _nonces(self, recipe: _Recipe, count: int) -> list[bytes]:
-        size = recipe.nonce_bytes
-        drawn = self._random_bytes(size * count) if size and count else b""
-        return [drawn[at * size : (at + 1) * size] for at in range(count)]
-
     def _is_zero(self, plain: memoryview) -> bool:
         # Three bytes rule out nearly all other content; the copy is what makes the comparison a memcmp.
         length = len(plain)
@@ -259,20 +262,15 @@ class ContentWriter:
             return False
         return plain.tobytes() == self._zeros[:length]
 
-    def _found(self, hash_: bytes, plain_length: int, recipe: _Recipe) -> EncodedFrame | None:
-        ref = self._find(hash_)
+    def _found(self, recipe: _Recipe, hash_: bytes, plain_length: int) -> EncodedFrame | None:
+        ref = self._find(hash_) if recipe.shared else None
         if ref is None or not ref.source_position or not ref.flags & FLAG_SHARED:
             return None
         number = (recipe.key.key_id, recipe.key.version) if recipe.key else (0, 0)
         same = (ref.hash, ref.plain_length, ref.encryption, (ref.key_id, ref.key_version))
         return EncodedFrame(ref, None) if same == (hash_, plain_length, recipe.encryption, number) else None
 
-    def _seal_all(
-        self,
-        recipe: _Recipe,
-        todo: deque[tuple[int, memoryview, bytes, bytes]],
-        frames: list[EncodedFrame | None],
-    ) -> None:
+    def _seal_all(self, recipe: _Recipe, todo: deque[_Sealing], frames: dict[int, EncodedFrame]) -> None:
         def work() -> None:
             while True:
                 try:
@@ -281,27 +279,41 @@ class ContentWriter:
                     return
                 frames[index] = _seal(recipe, plain, nonce, hash_)
 
-        helpers = self._start_helpers(work, todo, recipe)
+        helpers = self._start_helpers(recipe, todo, work)
         work()
         for helper in helpers:
             if not helper.cancel():  # one that has not begun has nothing left to do
                 helper.result()
 
     def _start_helpers(
-        self,
-        work: Callable[[], None],
-        todo: deque[tuple[int, memoryview, bytes, bytes]],
-        recipe: _Recipe,
+        self, recipe: _Recipe, todo: deque[_Sealing], work: Callable[[], None]
     ) -> list[Future[None]]:
         count = min(self._threads, len(todo)) - 1
-        if count < 1 or recipe.compression is Compression.NONE:
-            return []
-        if sum(len(plain) for _, plain, _, _ in todo) <= _PARALLEL_BYTES_MIN:
+        if (
+            count < 1
+            or recipe.compression is Compression.NONE
+            or self.frame_bytes < _PARALLEL_FRAME_BYTES_MIN
+        ):
             return []
         with self._lock:
             if self._pool is None:
+                from concurrent.futures import ThreadPoolExecutor
+
                 self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="space-content")
             return [self._pool.submit(work) for _ in range(count)]
+
+
+class _Sealing(NamedTuple):
+    """One frame of a run that is neither zero nor stored already."""
+
+    number: int
+    plain: memoryview
+    nonce: bytes
+    hash: bytes
+
+
+def _hash(recipe: _Recipe, plain: memoryview, nonce: bytes) -> bytes:
+    return content_hash(recipe.hash_key, plain, b"" if recipe.shared else nonce)
 
 
 def _seal(recipe: _Recipe, plain: memoryview, nonce: bytes, hash_: bytes) -> EncodedFrame:
