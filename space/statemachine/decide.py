@@ -378,11 +378,15 @@ def _write(state: Overlay, command: cmd.WriteExtent, payload: PayloadPlacer) -> 
     if row.block_size and command.offset + command.length > row.size:
         return Rejected(Status.NO_SPACE, f"beyond the end of a block capsule of {row.size} bytes")
     records = []
+    placed: dict[int, int] = {}  # equal frames of one extent share their stored bytes, and those are placed once
     for frame in command.frames:
         if len(frame.record) != _FRAME_BYTES:
             return Rejected(Status.INVALID, "malformed frame record")
         if frame.stored is not None:
-            place = _FRAME_PLACE.pack(payload.place(frame.stored), 0)
+            piece = id(frame.stored)
+            if piece not in placed:
+                placed[piece] = payload.place(frame.stored)
+            place = _FRAME_PLACE.pack(placed[piece], 0)
             records.append(frame.record[:_FRAME_PLACE_AT] + place + frame.record[_FRAME_PLACE_AT + 12 :])
         elif _gone(state, frame.record):
             return Rejected(Status.STALE, "deduplicated against a payload reclaimed meanwhile: encode again")

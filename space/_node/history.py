@@ -1,0 +1,185 @@
+"""Tables at a position: checkpoints, recovery and past moments, all by one road.
+
+``build`` makes tables that stand at any moment of the log: it copies the nearest sealed checkpoint before
+it and folds the log from there.  Recovery after a crash, ``--at`` and verification are all this.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from space._errors import CorruptionError, NotFoundError
+from space.events.ids import AtPosition, AtTime, Moment
+from space.projections.contract import View
+from space.projections.feed import Progress, fold
+from space.statemachine.store import (
+    STATE_LAYOUT,
+    Applied,
+    Layout,
+    Store,
+    copy_sealed,
+    read_seal,
+)
+from space.wal.log import Log
+
+LIVE: Final = "state"
+CHECKPOINTS: Final = "checkpoints"
+SCRATCH: Final = "scratch"
+CHECKPOINTS_KEPT: Final = 8
+
+OnProgress = Callable[[Progress], None]
+
+
+@attrs.frozen
+class Target:
+    """A moment as the log counts: after batch ``position``, or after event ``event`` of it."""
+
+    position: int
+    event: int | None = None
+
+
+def layout_of(views: Sequence[View]) -> Layout:
+    """Tables of the state and of all views."""
+    return {**STATE_LAYOUT, **{view.name: view.tables for view in views}}
+
+
+def locate(log: Log, moment: Moment) -> Target:
+    """Where in the log a moment is.
+
+    Raises:
+        NotFoundError: the log does not reach it, or begins after it.
+    """
+    if isinstance(moment, AtTime):
+        position = log.index_at_time(moment.time_ns)
+        if position < max(1, log.first_index):
+            raise NotFoundError(f"nothing was stored yet at {moment}")
+        return Target(position)
+    if not 1 <= moment.position <= log.last_index:
+        raise NotFoundError(f"no position {moment}", hint=f"the log holds @1 to @{log.last_index}")
+    return Target(moment.position, moment.event)
+
+
+def fits(log: Log, applied: Applied) -> bool:
+    """Whether tables at ``applied`` belong to this log: the chain says so."""
+    if applied.position == 0:
+        return True
+    if not log.first_index <= applied.position <= log.last_index:
+        return False
+    return log.read(applied.position).chain == applied.chain
+
+
+def checkpoints(home: Path) -> list[Path]:
+    """Checkpoint directories, newest first; not yet judged."""
+    try:
+        names = [name for name in os.listdir(home / CHECKPOINTS) if name.isdecimal()]
+    except FileNotFoundError:
+        return []
+    return [home / CHECKPOINTS / name for name in sorted(names, key=int, reverse=True)]
+
+
+def write_checkpoint(home: Path, tables: Store) -> Path | None:
+    """A sealed copy of the tables as they are now; the caller made the log durable up to there."""
+    applied = tables.applied
+    target = home / CHECKPOINTS / f"{applied.position:020d}"
+    if applied.position == 0 or target.exists():
+        return None
+    partial = home / SCRATCH / f"checkpoint-{os.getpid()}-{applied.position}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.parent.mkdir(exist_ok=True)
+        tables.copy_to(partial)
+        target.parent.mkdir(exist_ok=True)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _thin(home)
+    return target
+
+
+def _thin(home: Path) -> None:
+    """Keeps the newest checkpoints dense and older ones ever sparser."""
+    kept = checkpoints(home)
+    while len(kept) > CHECKPOINTS_KEPT:
+        spans = [(int(kept[i - 1].name) - int(kept[i + 1].name), i) for i in range(2, len(kept) - 1)]
+        victim = min(spans)[1] if spans else len(kept) - 1
+        shutil.rmtree(kept.pop(victim), ignore_errors=True)
+
+
+def build(
+    home: Path,
+    log: Log,
+    views: Sequence[View],
+    path: Path,
+    target: Target,
+    *,
+    use_checkpoints: bool = True,
+    on_progress: OnProgress | None = None,
+) -> Store:
+    """Tables at ``path`` that stand at ``target``, from the nearest checkpoint and the log.
+
+    Raises:
+        CorruptionError: the log is damaged on the way.
+    """
+    shutil.rmtree(path, ignore_errors=True)
+    last = target.position if target.event is None else target.position - 1
+    for checkpoint in checkpoints(home) if use_checkpoints else []:
+        if int(checkpoint.name) <= last:
+            applied = read_seal(checkpoint)
+            if applied is not None and fits(log, applied):
+                copy_sealed(checkpoint, path)
+                break
+    tables = Store(path, layout_of(views))
+    try:
+        catch_up(tables, log, views, target, on_progress=on_progress)
+    except BaseException:
+        tables.close(seal=False)
+        raise
+    return tables
+
+
+def catch_up(
+    tables: Store, log: Log, views: Sequence[View], target: Target, *, on_progress: OnProgress | None = None
+) -> Applied:
+    """Folds the log into ``tables`` from where they stand up to ``target``.
+
+    Raises:
+        CorruptionError: the log is damaged on the way.
+    """
+    applied = tables.applied
+    last = target.position if target.event is None else target.position - 1
+    if applied.position < last:
+        records = log.records(applied.position + 1, last)
+        applied = fold(tables, views, records, start=applied, on_progress=on_progress)
+    if target.event is not None:
+        records = itertools.islice(log.records(target.position, target.position), 1)
+        applied = fold(tables, views, records, start=applied, stop_event=target.event)
+    if applied.position != target.position:
+        raise CorruptionError(
+            f"the log ends at position {applied.position} instead of {target.position}", position=applied.position
+        )
+    return applied
+
+
+def open_live(home: Path, log: Log, views: Sequence[View], *, on_progress: OnProgress | None = None) -> Store:
+    """The tables of the present: as the last clean close left them, or rebuilt.
+
+    Raises:
+        CorruptionError: they have to be rebuilt and the log is damaged.
+    """
+    path = home / LIVE
+    applied = read_seal(path)
+    target = Target(log.last_index)
+    if applied is None or not fits(log, applied):
+        return build(home, log, views, path, target, on_progress=on_progress)
+    tables = Store(path, layout_of(views))
+    if applied.position < log.last_index:
+        catch_up(tables, log, views, target, on_progress=on_progress)
+    return tables

@@ -1,0 +1,695 @@
+"""The live store: one process, one data directory, one log, one state.
+
+Thread-safe and synchronous: callers on any thread queue their commands, whoever gets the lock decides
+everything queued as one batch, and each waits for its own durability, so that many writers share one
+fdatasync.  The asyncio face (:mod:`space.aio`) queues the commands of one tick of its loop in the same way.
+
+Order of things for a batch: decide against the open LMDB transaction → append to the log (the point of no
+return) → write rows and views in that same transaction → commit → acknowledge → fdatasync for those who
+asked.  If the log refuses, the transaction is dropped and nothing happened.  If the disk is too full for the
+rows after the log took the batch, the batch stands and the rows follow from the log before anything else is
+decided or read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Final, Protocol, TextIO
+
+import attrs
+import msgpack
+from blake3 import blake3
+
+from space._errors import (
+    CorruptionError,
+    DiskFullError,
+    NotFoundError,
+    RefusedError,
+    SpaceError,
+    Status,
+    StorageError,
+    UnavailableError,
+    UsageError,
+)
+from space._node import history
+from space._node.reading import Reading, Stat
+from space.content.cache import FrameCache
+from space.content.frames import FrameRef, pack_frames, unpack_frames
+from space.content.keys import Keyring, generate_master_key, load_master_key
+from space.content.pipeline import ContentReader, ContentWriter
+from space.events import commands as cmd
+from space.events.commands import Buffer, Command, Durability, Receipt, Request
+from space.events.ids import ROOT, CapsuleId, Moment
+from space.events.types import EXTENT_BYTES_MAX, Kind
+from space.policy.model import Encryption, Policy
+from space.projections import dedup
+from space.projections.contract import View, registered_views
+from space.projections.feed import Progress
+from space.statemachine.sequencer import Prepared, prepare
+from space.statemachine.store import Applied, ReadTransaction, WriteTransaction
+from space.statemachine.tables import KEY, RECLAIMED, U32, U64
+from space.wal.disk import Disk, RealDisk
+from space.wal.log import Log
+
+FORMAT: Final = 1
+FORMAT_FILE: Final = "format.json"
+LOCK_FILE: Final = "lock"
+WAL: Final = "wal"
+MASTER_KEY_FILE: Final = "master.key"
+MASTER_KEY_ENVIRONMENT: Final = "SPACE_MASTER_KEY_FILE"
+
+SEGMENT_BYTES: Final = 64 << 20
+CACHE_BYTES: Final = 64 << 20
+DEDUPE_BYTES_MIN: Final = 4096
+"""Writes smaller than this are not deduplicated: the index row would cost as much as the bytes."""
+
+FREE_BYTES_MIN: Final = 8 << 20
+"""Commands that need space are refused below this: the state must still be able to follow the log."""
+
+CHECKPOINT_EVENTS: Final = 250_000
+"""Events after which a checkpoint is worth its copy: bounds what a crash makes the next start fold."""
+
+STALE_RETRIES: Final = 5
+
+
+class Clock(Protocol):
+    """Where time comes from."""
+
+    def __call__(self) -> int:
+        """Nanoseconds since 1970."""
+
+
+@attrs.define
+class _Ticket:
+    """Commands of one caller waiting to be decided together."""
+
+    requests: list[Request]
+    future: Future[Receipt | SpaceError] | None = None
+    outcomes: list[Receipt | SpaceError] = attrs.field(factory=list)
+    done: bool = False
+
+
+class Store(Reading):
+    """An open data directory.
+
+    Use :func:`space.open`; the class is for type annotations.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        create: bool = True,
+        disk: Disk | None = None,
+        views: Sequence[View] | None = None,
+        clock: Clock = time.time_ns,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+        segment_bytes: int = SEGMENT_BYTES,
+        on_progress: Callable[[Progress], None] | None = None,
+        actor: str = "",
+    ) -> None:
+        """Opens the directory, recovering what a crash left; creates it unless told not to.
+
+        Raises:
+            UnavailableError: another process has it open.
+            NotFoundError: there is no store and ``create`` is false.
+            CorruptionError: the log is damaged.
+            StorageError: the disk refuses.
+        """
+        self.path = Path(path)
+        self.actor = actor or f"uid:{os.getuid()}"
+        self._clock = clock
+        self._random_bytes = random_bytes
+        self._lock = threading.RLock()
+        self._queue: deque[_Ticket] = deque()
+        self._closed = False
+        self._behind = False
+        self._checkpointing: threading.Thread | None = None
+        self.views = list(registered_views() if views is None else views)
+        self._lock_file = _lock_directory(self.path, create)
+        try:
+            with _clear_errors(self.path):
+                self._open(disk or RealDisk(), segment_bytes, on_progress)
+        except BaseException:
+            self._lock_file.close()
+            raise
+
+    def _open(
+        self, disk: Disk, segment_bytes: int, on_progress: Callable[[Progress], None] | None
+    ) -> None:
+        shutil.rmtree(self.path / history.SCRATCH, ignore_errors=True)
+        store_id = _read_format(self.path)
+        wal = self.path / WAL
+        if store_id is None:
+            if (self.path / history.LIVE).exists() or (wal.is_dir() and os.listdir(wal)):
+                store_id = _store_of_log(disk, wal)
+            else:
+                store_id = self._random_bytes(16)
+                _write_format(self.path, store_id)
+        elif not wal.is_dir() and (self.path / history.LIVE).exists():
+            raise CorruptionError(
+                f"{wal} is gone", segment=WAL, position=1, hint="the log is the store: restore it from a backup"
+            )
+        self.id = store_id
+        wal.mkdir(exist_ok=True)
+        self._disk = disk
+        self.log = Log.open(disk, str(wal), store_id=store_id, segment_bytes=segment_bytes)
+        try:
+            tables = history.open_live(self.path, self.log, self.views, on_progress=on_progress)
+        except BaseException:
+            self.log.close(clean=False)
+            raise
+        store_key = blake3(store_id, derive_key_context="space store key v1").digest()
+        self._keyring = Keyring(self._wrapped_key, store_key=store_key, master_key=_master_key(self.path))
+        self._hash_key = self._keyring.hash_key()
+        self._cache = FrameCache(CACHE_BYTES)
+        self._writer = self._new_writer()
+        super().__init__(tables, self._new_reader())
+        self._applied = tables.applied
+        self._checkpointed = self._newest_checkpoint_events()
+        if self.log.last_index == 0:
+            root = cmd.InitialiseStore(store_id, 0o755, os.getuid(), os.getgid())
+            self.execute(root, durability=Durability.DURABLE)
+        self._maybe_checkpoint()
+
+    # --- the read side's needs -------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[ReadTransaction]:
+        if self._closed:
+            raise UnavailableError(f"store {self.path} is closed")
+        if self._behind:
+            with self._lock:
+                self._follow()
+        with self._tables.read() as txn:
+            yield txn
+
+    def _new_reader(self) -> ContentReader:
+        return ContentReader(
+            fetch=self._fetch, keyring=self._keyring, cache=self._cache, hash_key=self._hash_key
+        )
+
+    def _new_writer(self) -> ContentWriter:
+        return ContentWriter(
+            keyring=self._keyring, hash_key=self._hash_key, find=self._find_frame, random_bytes=self._random_bytes
+        )
+
+    def _fetch(self, position: int, offset: int, length: int) -> bytes:
+        data = self.log.read_payload(position, offset, length)
+        if not any(data[:64]) and self._is_reclaimed(position, offset):
+            raise RefusedError(
+                f"bytes of position {position} were reclaimed", hint="they are past the history their policy keeps"
+            )
+        return data
+
+    def _is_reclaimed(self, position: int, offset: int) -> bool:
+        with self._tables.read() as txn:
+            row = txn.last_at_or_before(RECLAIMED, U64.pack(position) + U32.pack(offset))
+        if row is None or row[0][:8] != U64.pack(position):
+            return False
+        return offset < U32.unpack(row[0][8:])[0] + U32.unpack(row[1])[0]
+
+    def _wrapped_key(self, key: int, version: int) -> bytes | None:
+        with self._tables.read() as txn:
+            return txn.get(KEY, U32.pack(key) + U32.pack(version))
+
+    def _find_frame(self, content_hash: bytes) -> FrameRef | None:
+        with self._tables.read() as txn:
+            record = dedup.find(txn, content_hash)
+        return None if record is None else unpack_frames(record)[0]
+
+    # --- commands --------------------------------------------------------------------------------
+
+    def execute(
+        self,
+        command: Command,
+        *,
+        durability: Durability = Durability.DURABLE,
+        actor: str | None = None,
+        client: bytes = b"",
+        sequence: int = 0,
+    ) -> Receipt:
+        """Carries out one command.
+
+        Raises:
+            SpaceError: it was rejected, or could not be logged; then nothing changed.
+        """
+        request = Request(command, self.actor if actor is None else actor, client, sequence)
+        (outcome,) = self.execute_all([request], durability=durability)
+        if isinstance(outcome, SpaceError):
+            raise outcome
+        return outcome
+
+    def execute_all(
+        self, requests: Sequence[Request], *, durability: Durability = Durability.DURABLE
+    ) -> list[Receipt | SpaceError]:
+        """Carries out commands in order, in as few batches as they fit in; each has its own outcome.
+
+        Raises:
+            StorageError, UnavailableError: the log refused; the commands not yet logged did not happen.
+        """
+        ticket = _Ticket(list(requests))
+        self._queue.append(ticket)
+        with self._lock:
+            if not ticket.done:
+                self._drain()
+        if durability is Durability.DURABLE:
+            positions = [outcome.position for outcome in ticket.outcomes if isinstance(outcome, Receipt)]
+            if positions:
+                self.log.sync(max(positions))
+        return ticket.outcomes
+
+    def execute_soon(self, request: Request) -> Future[Receipt | SpaceError]:
+        """Queues a command to be decided with others by the next :meth:`drain`; used by the asyncio face."""
+        future: Future[Receipt | SpaceError] = Future()
+        self._queue.append(_Ticket([request], future))
+        return future
+
+    def drain(self) -> None:
+        """Decides everything queued now; resolves the futures of :meth:`execute_soon`."""
+        with self._lock:
+            self._drain()
+
+    def _drain(self) -> None:
+        tickets = []
+        while self._queue:
+            tickets.append(self._queue.popleft())
+        if not tickets:
+            return
+        requests = [request for ticket in tickets for request in ticket.requests]
+        outcomes: list[Receipt | SpaceError] = []
+        while len(outcomes) < len(requests):
+            todo = requests[len(outcomes) :]
+            try:
+                outcomes += self._batch(todo)
+            except SpaceError as error:
+                outcomes += [error] * len(todo)
+        at = 0
+        for ticket in tickets:
+            ticket.outcomes = outcomes[at : at + len(ticket.requests)]
+            ticket.done = True
+            at += len(ticket.requests)
+            if ticket.future is not None:
+                ticket.future.set_result(ticket.outcomes[0])
+
+    def _batch(self, requests: list[Request]) -> list[Receipt | SpaceError]:
+        if self._closed:
+            raise UnavailableError(f"store {self.path} is closed")
+        self._follow()
+        self._check_space()
+        now = max(self._clock(), self.log.last_time_ns)
+        logged = None
+        try:
+            with self._tables.write() as txn:
+                batch = prepare(txn, requests, position=self.log.last_index + 1, time_ns=now)
+                if not batch.entries:
+                    raise _NothingToLogError
+                self.log.append(batch.metadata(), batch.payload, time_ns=now)
+                logged = batch
+                self._apply(txn, batch)
+        except _NothingToLogError:
+            return batch.outcomes
+        except BaseException as error:
+            if logged is None:
+                raise
+            self._behind = True  # the log has it, the rows do not: they follow before the next look
+            if not isinstance(error, StorageError):
+                raise
+        self._maybe_checkpoint()
+        return batch.outcomes
+
+    def _apply(self, txn: WriteTransaction, batch: Prepared) -> None:
+        change = batch.overlay.flush(txn)
+        folders = [view.folder(txn) for view in self.views]
+        for context, _, event in batch.linked():
+            for folder in folders:
+                handler = folder.handlers.get(type(event))
+                if handler is not None:
+                    handler(context, event)
+        for folder in folders:
+            folder.flush()
+        before = self._applied
+        self._applied = Applied(
+            batch.position,
+            self.log.last_chain,
+            (before.digest + change) % (1 << 256),
+            batch.time_ns,
+            before.events + batch.events,
+        )
+        txn.set_applied(self._applied)
+
+    def _follow(self) -> None:
+        """Brings rows up to the log after a batch whose rows found no room."""
+        if self._behind:
+            target = history.Target(self.log.last_index)
+            self._applied = history.catch_up(self._tables, self.log, self.views, target)
+            self._behind = False
+
+    def _check_space(self) -> None:
+        if self._disk.free_bytes(str(self.path)) < FREE_BYTES_MIN:
+            raise DiskFullError(
+                f"less than {FREE_BYTES_MIN >> 20} MiB free at {self.path}", hint="nothing was changed; free some space"
+            )
+
+    def sync(self) -> None:
+        """Makes everything acknowledged so far durable."""
+        self.log.sync()
+
+    # --- content ---------------------------------------------------------------------------------
+
+    def encode_extents(self, capsule: CapsuleId, offset: int, data: Buffer, policy: Policy, key: int) -> list[Command]:
+        """Write commands for ``data``, encoded by the capsule's policy, at most an extent long each."""
+        view = memoryview(data).cast("B")
+        if len(view) < DEDUPE_BYTES_MIN and policy.dedupe:
+            policy = _without_dedupe(policy)
+        commands: list[Command] = []
+        for at in range(0, len(view), EXTENT_BYTES_MAX):
+            piece = view[at : at + EXTENT_BYTES_MAX]
+            encoded = self._writer.encode(piece, policy, (key, 1) if key else None)
+            frames = [cmd.StoredFrame(pack_frames((frame.ref,)), frame.stored) for frame in encoded]
+            commands.append(cmd.WriteExtent(capsule, offset + at, len(piece), frames))
+        return commands
+
+    def write(
+        self,
+        capsule: CapsuleId,
+        offset: int,
+        data: Buffer,
+        *,
+        durability: Durability = Durability.DURABLE,
+        actor: str | None = None,
+    ) -> Receipt:
+        """Writes bytes at an offset of a file.
+
+        Raises:
+            SpaceError: it does not exist, is no file, or the disk refuses.
+        """
+        with self._read() as txn:
+            row = self._row(txn, capsule)
+            policy = self._policy(txn, row.policy)
+        if not len(data):
+            return Receipt(self.position)
+        for attempt in range(STALE_RETRIES):
+            commands = self.encode_extents(capsule, offset, data, policy, row.key)
+            requests = [Request(command, self.actor if actor is None else actor) for command in commands]
+            outcomes = self.execute_all(requests, durability=durability)
+            failed = next((outcome for outcome in outcomes if isinstance(outcome, SpaceError)), None)
+            if failed is None:
+                return outcomes[-1]  # type: ignore[return-value]
+            if failed.status is not Status.STALE or attempt == STALE_RETRIES - 1:
+                raise failed
+            policy = _without_dedupe(policy)
+        raise AssertionError("unreachable")
+
+    # --- making capsules -------------------------------------------------------------------------
+
+    def new_id(self) -> CapsuleId:
+        """A fresh capsule id."""
+        return CapsuleId.new(self._clock(), self._random_bytes)
+
+    def new_key(self, policy: Policy) -> cmd.NewKey | None:
+        """A wrapped data key if ``policy`` encrypts."""
+        if policy.encryption is Encryption.NONE:
+            return None
+        if _master_key(self.path) is None:
+            self._make_master_key()
+        key = int.from_bytes(self._random_bytes(4), "little") | 1
+        return cmd.NewKey(key, 1, self._keyring.wrap(key, 1, self._keyring.new_data_key()))
+
+    def _make_master_key(self) -> None:
+        path = self.path / MASTER_KEY_FILE
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(generate_master_key(self._random_bytes).hex().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        print(
+            f"space: made a master key in {path}: keep a copy elsewhere, or move it and set "
+            f"{MASTER_KEY_ENVIRONMENT}; without it encrypted content is lost",
+            file=sys.stderr,
+        )
+        store_key = blake3(self.id, derive_key_context="space store key v1").digest()
+        self._keyring = Keyring(self._wrapped_key, store_key=store_key, master_key=_master_key(self.path))
+        self._writer = self._new_writer()
+        self._content = self._new_reader()
+
+    def create(
+        self,
+        kind: Kind = Kind.FILE,
+        *,
+        parent: CapsuleId | None = None,
+        name: bytes = b"",
+        id: CapsuleId | None = None,  # noqa: A002 - the public word
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        size: int = 0,
+        block_size: int = 0,
+        rdev: int = 0,
+        target: bytes = b"",
+        policy: Policy | None = None,
+        durability: Durability = Durability.DURABLE,
+        actor: str | None = None,
+    ) -> CapsuleId:
+        """A new capsule, linked at ``parent``/``name`` if given; without a policy it follows its parent's.
+
+        Raises:
+            SpaceError: the name is taken or unusable, or the disk refuses.
+        """
+        command = self.create_command(
+            kind,
+            parent=parent,
+            name=name,
+            id=id,
+            mode=mode,
+            uid=uid,
+            gid=gid,
+            size=size,
+            block_size=block_size,
+            rdev=rdev,
+            target=target,
+            policy=policy,
+        )
+        self.execute(command, durability=durability, actor=actor)
+        return CapsuleId(command.capsule)
+
+    def create_command(
+        self,
+        kind: Kind,
+        *,
+        parent: CapsuleId | None = None,
+        name: bytes = b"",
+        id: CapsuleId | None = None,  # noqa: A002 - the public word
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        size: int = 0,
+        block_size: int = 0,
+        rdev: int = 0,
+        target: bytes = b"",
+        policy: Policy | None = None,
+    ) -> cmd.CreateCapsule:
+        """The command behind :meth:`create`, with id and key drawn."""
+        effective = policy
+        if effective is None and parent is not None:
+            effective = self.policy(parent)
+        key = self.new_key(effective) if effective is not None and kind == Kind.FILE else None
+        return cmd.CreateCapsule(
+            id or self.new_id(),
+            kind,
+            (0o755 if kind == Kind.DIRECTORY else 0o644) if mode is None else mode,
+            os.getuid() if uid is None else uid,
+            os.getgid() if gid is None else gid,
+            parent or b"",
+            name,
+            rdev,
+            size,
+            block_size,
+            target,
+            None if policy is None else pack_policy(policy),
+            key,
+        )
+
+    # --- moments and upkeep ----------------------------------------------------------------------
+
+    def at(self, moment: str | Moment) -> Reading:
+        """The store as it was: the same read API on tables made for that moment, gone when closed.
+
+        Raises:
+            NotFoundError: the log does not reach it.
+            UsageError: not a moment.
+        """
+        from space._node.past import Past
+
+        return Past(self, moment)
+
+    def checkpoint(self) -> None:
+        """Makes a sealed copy of the tables, so that no start and no past moment has to fold from the beginning."""
+        self.log.sync()
+        history.write_checkpoint(self.path, self._tables)
+        self._checkpointed = self._newest_checkpoint_events()
+
+    def _newest_checkpoint_events(self) -> int:
+        newest = history.checkpoints(self.path)
+        if not newest:
+            return 0
+        try:
+            return int((newest[0] / "events").read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def _maybe_checkpoint(self) -> None:
+        if self._applied.events - self._checkpointed < CHECKPOINT_EVENTS or self._checkpointing is not None:
+            return
+        self._checkpointed = self._applied.events
+
+        def work() -> None:
+            try:
+                with contextlib.suppress(SpaceError, OSError):
+                    self.log.sync()
+                    history.write_checkpoint(self.path, self._tables)
+            finally:
+                self._checkpointing = None
+
+        self._checkpointing = threading.Thread(target=work, name="space-checkpoint")
+        self._checkpointing.start()
+
+    def close(self) -> None:
+        """Makes everything durable and closes; closing twice does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            checkpointing = self._checkpointing
+            if checkpointing is not None:
+                checkpointing.join()
+            self._closed = True
+            self._writer.close()
+            clean = False
+            try:
+                if not self.log.failed:
+                    self.log.sync()
+                    clean = True
+            finally:
+                self.log.close(clean=clean)
+                with contextlib.suppress(SpaceError, OSError):
+                    self._tables.close(seal=clean and not self._behind)
+                self._lock_file.close()
+
+
+class _NothingToLogError(Exception):
+    """Leaves a transaction without committing it."""
+
+
+_POLICIES: dict[Policy, Policy] = {}
+
+
+def _without_dedupe(policy: Policy) -> Policy:
+    plain = _POLICIES.get(policy)
+    if plain is None:
+        if len(_POLICIES) > 1000:
+            _POLICIES.clear()
+        plain = _POLICIES[policy] = attrs.evolve(policy, dedupe=False)
+    return plain
+
+
+def pack_policy(policy: Policy) -> bytes:
+    """A policy as the canonical document events carry."""
+    packed: bytes = msgpack.packb(policy.to_document())
+    return packed
+
+
+def _lock_directory(path: Path, create: bool) -> TextIO:
+    try:
+        if create:
+            path.mkdir(parents=True, exist_ok=True)
+        elif not (path / FORMAT_FILE).exists() and not (path / WAL).exists():
+            raise NotFoundError(f"no store at {path}", hint="space put or space import makes one")
+        file = open(path / LOCK_FILE, "a+")  # noqa: SIM115 - held until close
+    except OSError as error:
+        raise StorageError(f"cannot open {path}: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read(32).strip() or "unknown"
+        file.close()
+        raise UnavailableError(
+            f"store {path} is in use by process {owner}", hint="stop it, or ask it: --node"
+        ) from None
+    file.seek(0)
+    file.truncate()
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _read_format(path: Path) -> bytes | None:
+    try:
+        document = json.loads((path / FORMAT_FILE).read_text())
+        store = uuid.UUID(document["store"]).bytes
+        version = document["format"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None  # the log knows it too
+    if version != FORMAT:
+        raise UsageError(f"store {path} has format {version}; this program knows {FORMAT}", hint="upgrade space")
+    return store
+
+
+def _write_format(path: Path, store: bytes) -> None:
+    temporary = path / (FORMAT_FILE + ".new")
+    with temporary.open("w") as file:
+        file.write(json.dumps({"format": FORMAT, "store": str(uuid.UUID(bytes=store))}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path / FORMAT_FILE)
+
+
+def _store_of_log(disk: Disk, wal: Path) -> bytes:
+    """The store id in the log's own headers, when the format file is damaged or gone."""
+    from space.wal.log import read_store_id
+
+    store = read_store_id(disk, str(wal))
+    if store is None:
+        raise CorruptionError(
+            f"{wal.parent / FORMAT_FILE} and the log are gone or damaged",
+            segment=FORMAT_FILE,
+            offset=0,
+            position=1,
+            hint="the log is the store: restore it from a backup",
+        )
+    _write_format(wal.parent, store)
+    return store
+
+
+def _master_key(path: Path) -> bytes | None:
+    configured = os.environ.get(MASTER_KEY_ENVIRONMENT)
+    if configured:
+        return load_master_key(configured)
+    local = path / MASTER_KEY_FILE
+    return load_master_key(local) if local.exists() else None
+
+
+@contextlib.contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    """What the operating system refuses while opening, in our words."""
+    try:
+        yield
+    except OSError as error:
+        import errno
+
+        kind = DiskFullError if error.errno == errno.ENOSPC else StorageError
+        raise kind(f"cannot open store {path}: {error.strerror or error}") from None
