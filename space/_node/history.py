@@ -156,10 +156,10 @@ def catch_up(
     applied = tables.applied
     last = target.position if target.event is None else target.position - 1
     if applied.position < last:
-        records = log.records(applied.position + 1, last)
+        records = log.records(applied.position + 1, last + 1)
         applied = fold(tables, views, records, start=applied, on_progress=on_progress)
     if target.event is not None:
-        records = itertools.islice(log.records(target.position, target.position), 1)
+        records = itertools.islice(log.records(target.position, target.position + 1), 1)
         applied = fold(tables, views, records, start=applied, stop_event=target.event)
     if applied.position != target.position:
         raise CorruptionError(

@@ -7,12 +7,46 @@ import shutil
 import uuid
 from typing import TYPE_CHECKING
 
+import msgpack
+
+from space._errors import Status, UsageError
 from space._node import history
 from space._node.reading import Reading
-from space.events.ids import Moment, parse_moment
+from space.events.ids import CapsuleId, Moment, parse_moment
+from space.events.registry import MANIFEST_BYTES_MAX
+from space.projections import content_map
+from space.statemachine.apply import tree_nodes
+from space.statemachine.tables import Overlay
 
 if TYPE_CHECKING:
     from space._node.store import Store
+
+
+def manifest(reading: Reading, root: CapsuleId) -> bytes:
+    """A capsule or tree as clone events carry it: every node with its rows and extents (docs/formats/events.md).
+
+    Raises:
+        UsageError: it is larger than one event may be.
+    """
+    nodes = []
+    size = 0
+    with reading._read() as txn:
+        for node in tree_nodes(Overlay(txn), root):
+            parts = [
+                [extent.offset, extent.length, extent.skip, extent.position, extent.frames]
+                for extent in content_map.extents(txn, node.capsule, 0, content_map.OFFSET_MAX)
+            ]
+            packed = msgpack.packb([node.capsule, node.row.encode(), node.entries, node.xattrs, parts])
+            size += len(packed)
+            if size > MANIFEST_BYTES_MAX - 16:
+                raise UsageError(
+                    f"a past tree of more than {MANIFEST_BYTES_MAX >> 20} MiB of metadata",
+                    hint="clone its parts one by one, or export it",
+                    status=Status.TOO_LARGE,
+                )
+            nodes.append(packed)
+    header: bytes = msgpack.Packer().pack_array_header(len(nodes))
+    return header + b"".join(nodes)
 
 
 class Past(Reading):

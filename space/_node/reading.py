@@ -409,6 +409,21 @@ class Reading:
             for start in range(offset, end, chunk):
                 yield self._assemble(txn, capsule, start, min(start + chunk, end))
 
+    def get(self, capsule: str | bytes | CapsuleId, offset: int = 0, length: int | None = None) -> bytes:
+        """Bytes of a capsule named by id or path (symbolic links are followed), whole unless a range is given.
+
+        Raises:
+            NotFoundError, ConflictError: there is none; it is not a file.
+            CorruptionError: stored bytes are damaged.
+        """
+        if offset < 0 or (length is not None and length < 0):
+            raise UsageError(f"not a range: offset {offset}, length {length}")
+        return self.read(self.resolve(capsule), offset, length)
+
+    def ls(self, path: str | bytes | CapsuleId = "/") -> list[Entry]:
+        """Names in a directory, in byte order."""
+        return self.entries(self.resolve(path))
+
     def data_ranges(self, capsule: CapsuleId, offset: int = 0) -> Iterator[tuple[int, int]]:
         """``(start, end)`` of what is not a hole, from ``offset`` on, merged."""
         with self._read() as txn:

@@ -22,11 +22,11 @@ import sys
 import threading
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Final, Protocol, TextIO
+from typing import Any, BinaryIO, Final, Protocol, TextIO
 
 import attrs
 import msgpack
@@ -43,15 +43,15 @@ from space._errors import (
     UnavailableError,
     UsageError,
 )
-from space._node import history
-from space._node.reading import Reading, Stat
+from space._node import history, maintenance, transfer
+from space._node.reading import Deleted, Reading, split_path
 from space.content.cache import FrameCache
 from space.content.frames import FrameRef, pack_frames, unpack_frames
 from space.content.keys import Keyring, generate_master_key, load_master_key
 from space.content.pipeline import ContentReader, ContentWriter
 from space.events import commands as cmd
 from space.events.commands import Buffer, Command, Durability, Receipt, Request
-from space.events.ids import ROOT, CapsuleId, Moment
+from space.events.ids import AtPosition, CapsuleId, Moment
 from space.events.types import EXTENT_BYTES_MAX, Kind
 from space.policy.model import Encryption, Policy
 from space.projections import dedup
@@ -62,6 +62,8 @@ from space.statemachine.store import Applied, ReadTransaction, WriteTransaction
 from space.statemachine.tables import KEY, RECLAIMED, U32, U64
 from space.wal.disk import Disk, RealDisk
 from space.wal.log import Log
+from space.wal.segment_format import SEGMENT_HEADER_BYTES
+from space.wal.segment_reader import parse_segment_header
 
 FORMAT: Final = 1
 FORMAT_FILE: Final = "format.json"
@@ -137,6 +139,8 @@ class Store(Reading):
         self._closed = False
         self._behind = False
         self._checkpointing: threading.Thread | None = None
+        self.pinned: Counter[bytes] = Counter()
+        """Capsules held open by a view: gc leaves them alone even when deleted."""
         self.views = list(registered_views() if views is None else views)
         self._lock_file = _lock_directory(self.path, create)
         try:
@@ -171,8 +175,8 @@ class Store(Reading):
         except BaseException:
             self.log.close(clean=False)
             raise
-        store_key = blake3(store_id, derive_key_context="space store key v1").digest()
-        self._keyring = Keyring(self._wrapped_key, store_key=store_key, master_key=_master_key(self.path))
+        self._store_key = blake3(store_id, derive_key_context="space store key v1").digest()
+        self._open_keyring()
         self._hash_key = self._keyring.hash_key()
         self._cache = FrameCache(CACHE_BYTES)
         self._writer = self._new_writer()
@@ -423,10 +427,15 @@ class Store(Reading):
         """A wrapped data key if ``policy`` encrypts."""
         if policy.encryption is Encryption.NONE:
             return None
-        if _master_key(self.path) is None:
+        if not self._has_master_key:
             self._make_master_key()
         key = int.from_bytes(self._random_bytes(4), "little") | 1
         return cmd.NewKey(key, 1, self._keyring.wrap(key, 1, self._keyring.new_data_key()))
+
+    def _open_keyring(self) -> None:
+        master = _master_key(self.path)
+        self._has_master_key = master is not None
+        self._keyring = Keyring(self._wrapped_key, store_key=self._store_key, master_key=master)
 
     def _make_master_key(self) -> None:
         path = self.path / MASTER_KEY_FILE
@@ -440,8 +449,7 @@ class Store(Reading):
             f"{MASTER_KEY_ENVIRONMENT}; without it encrypted content is lost",
             file=sys.stderr,
         )
-        store_key = blake3(self.id, derive_key_context="space store key v1").digest()
-        self._keyring = Keyring(self._wrapped_key, store_key=store_key, master_key=_master_key(self.path))
+        self._open_keyring()
         self._writer = self._new_writer()
         self._content = self._new_reader()
 
@@ -522,10 +530,172 @@ class Store(Reading):
             key,
         )
 
+    # --- everyday words --------------------------------------------------------------------------
+
+    def put(
+        self,
+        source: Buffer | BinaryIO,
+        *,
+        name: str | bytes | None = None,
+        id: CapsuleId | None = None,  # noqa: A002 - the public word
+        policy: Policy | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> transfer.PutResult:
+        """Stores bytes (or what a binary file yields) as a new capsule: see :func:`space._node.transfer.put`."""
+        return transfer.put(self, source, name=name, id=id, policy=policy, on_progress=on_progress)
+
+    def mkdir(self, path: str | bytes, *, parents: bool = False) -> CapsuleId:
+        """Makes a directory; with ``parents``, the missing ones above it too, and none is an error.
+
+        Raises:
+            ConflictError: it exists already.
+            NotFoundError: a parent is missing.
+        """
+        names = split_path(path)
+        if parents:
+            made = transfer.make_directories(self, names)
+            self.sync()
+            return made
+        parent, name = self._parent_of(path)
+        return self.create(Kind.DIRECTORY, parent=parent, name=name)
+
+    def _parent_of(self, path: str | bytes) -> tuple[CapsuleId, bytes]:
+        names = split_path(path)
+        if isinstance(path, str) and not path.startswith("/"):
+            raise UsageError(f"not a path: {path!r}", hint="a path begins with /")
+        if not names or names[-1] == b"..":
+            raise UsageError(f"not a name: {path!r}", status=Status.BAD_NAME)
+        return self.resolve(b"/" + b"/".join(names[:-1])), names[-1]
+
+    def rm(self, capsule: str | bytes | CapsuleId, *, recursive: bool = False) -> Receipt:
+        """Removes a path, or a capsule by id with all its names; undelete brings it back until gc.
+
+        Raises:
+            NotFoundError: there is none.
+            ConflictError: a directory that is not empty, without ``recursive``.
+        """
+        if isinstance(capsule, bytes) and not isinstance(capsule, CapsuleId) or str(capsule).startswith("/"):
+            parent, name = self._parent_of(capsule)
+            return self.execute(cmd.Unlink(parent, name, directory=None, recursive=recursive))
+        found = self.resolve(capsule)
+        paths = self.paths_of(found)
+        if paths == [b"/"]:
+            raise RefusedError("the root directory stays", status=Status.NOT_PERMITTED)
+        if not paths:
+            return self.execute(cmd.DeleteCapsule(found))
+        return [self.rm(path, recursive=recursive) for path in paths][-1]
+
+    def mv(self, source: str | bytes, target: str | bytes) -> Receipt:
+        """Renames a path; into ``target`` if that is a directory; replaces a file that is there.
+
+        Raises:
+            NotFoundError, ConflictError: as for rename(2).
+        """
+        parent, name = self._parent_of(source)
+        with contextlib.suppress(NotFoundError):
+            there = self.resolve(target)
+            if self.stat(there).kind == Kind.DIRECTORY:
+                return self.execute(cmd.Rename(parent, name, there, name))
+        return self.execute(cmd.Rename(parent, name, *self._parent_of(target)))
+
+    def resize(self, capsule: str | bytes | CapsuleId, size: int) -> Receipt:
+        """Sets the size of a file or block capsule; new bytes are zeros."""
+        return self.execute(cmd.Resize(self.resolve(capsule), size))
+
+    def set_policy(self, capsule: str | bytes | CapsuleId, policy: Policy) -> Receipt:
+        """Lets a capsule follow another policy; what is stored already stays as it was encoded."""
+        found = self.resolve(capsule)
+        stat = self.stat(found)
+        key = self.new_key(policy) if stat.kind == Kind.FILE and not stat.key else None
+        return self.execute(cmd.SetPolicy(found, pack_policy(policy), key))
+
+    def snapshot(self, capsule: str | bytes | CapsuleId, name: str) -> Receipt:
+        """Names the present moment of a capsule or tree.
+
+        Raises:
+            ConflictError: the name is taken.
+        """
+        return self.execute(cmd.TakeSnapshot(self.resolve(capsule), name))
+
+    def drop_snapshot(self, name: str) -> Receipt:
+        """Forgets the name of a moment."""
+        return self.execute(cmd.DropSnapshot(name))
+
+    def clone(
+        self, source: str | bytes | CapsuleId, target: str | bytes, *, at: str | Moment | None = None
+    ) -> CapsuleId:
+        """A writable copy of a file or tree, as it is or was, sharing every stored byte: one event.
+
+        ``at`` is a moment, or the name of a snapshot.
+
+        Raises:
+            NotFoundError, ConflictError: no such source; the target exists.
+        """
+        parent, name = self._parent_of(target)
+        new = self.new_id()
+        if at is None:
+            self.execute(cmd.Clone(new, self.resolve(source), parent, name))
+            return new
+        from space._node.past import manifest
+
+        with self.at(at) as past:
+            found = past.resolve(source)
+            position = past.position
+            command = cmd.Clone(new, found, parent, name, position, manifest(past, found))
+        self.execute(command)
+        return new
+
+    def undelete(self, capsule: str | CapsuleId, to: str | bytes | None = None) -> CapsuleId:
+        """Brings back a deleted capsule, by id or by the path it had (the latest one of it), there or at ``to``.
+
+        Raises:
+            NotFoundError: nothing of the kind can be brought back.
+            ConflictError: the name is taken meanwhile.
+        """
+        lost = self._find_deleted(capsule)
+        if to is not None:
+            parent, name = self._parent_of(to)
+        elif lost.parent is not None:
+            parent, name = lost.parent, lost.name
+        else:
+            raise UsageError(f"capsule {lost.id} had no name", hint="say where to: --to PATH")
+        self.execute(cmd.Undelete(lost.id, parent, name))
+        return lost.id
+
+    def _find_deleted(self, capsule: str | CapsuleId) -> Deleted:
+        deleted = self.deleted()
+        if isinstance(capsule, CapsuleId) or not capsule.startswith("/"):
+            wanted = capsule if isinstance(capsule, CapsuleId) else CapsuleId.parse(capsule)
+            found = [each for each in deleted if each.id == wanted]
+        else:
+            parent, name = self._parent_of(capsule)
+            found = [each for each in deleted if each.parent == parent and each.name == name]
+        if not found:
+            raise NotFoundError(f"nothing deleted that is {capsule}", hint="space undelete lists what there is")
+        return max(found, key=lambda each: each.position)
+
+    def log_events(self, **options: Any) -> Iterator[maintenance.LogEvent]:
+        """Events, oldest first: see :func:`space._node.maintenance.log_events`."""
+        return maintenance.log_events(self, **options)
+
+    def replay(self, **options: Any) -> maintenance.ReplayResult:
+        """Drops and rebuilds views from the log: see :func:`space._node.maintenance.replay`."""
+        return maintenance.replay(self, **options)
+
+    def verify(self, **options: Any) -> maintenance.VerifyReport:
+        """Checks everything stored: see :func:`space._node.maintenance.verify`."""
+        return maintenance.verify(self, **options)
+
+    def gc(self, **options: Any) -> maintenance.GcReport:
+        """Reclaims what no kept moment can reach: see :func:`space._node.maintenance.gc`."""
+        return maintenance.gc(self, **options)
+
     # --- moments and upkeep ----------------------------------------------------------------------
 
     def at(self, moment: str | Moment) -> Reading:
         """The store as it was: the same read API on tables made for that moment, gone when closed.
+
+        ``moment`` is ``@POSITION``, an ISO-8601 time, relative such as ``-5m``, or the name of a snapshot.
 
         Raises:
             NotFoundError: the log does not reach it.
@@ -533,6 +703,11 @@ class Store(Reading):
         """
         from space._node.past import Past
 
+        if isinstance(moment, str):
+            for snapshot in self.snapshots():
+                if snapshot.name == moment:
+                    moment = AtPosition(snapshot.position, snapshot.event)
+                    break
         return Past(self, moment)
 
     def checkpoint(self) -> None:
@@ -578,11 +753,9 @@ class Store(Reading):
             self._writer.close()
             clean = False
             try:
-                if not self.log.failed:
-                    self.log.sync()
-                    clean = True
+                self.log.close(clean=True)
+                clean = True
             finally:
-                self.log.close(clean=clean)
                 with contextlib.suppress(SpaceError, OSError):
                     self._tables.close(seal=clean and not self._behind)
                 self._lock_file.close()
@@ -660,9 +833,7 @@ def _write_format(path: Path, store: bytes) -> None:
 
 def _store_of_log(disk: Disk, wal: Path) -> bytes:
     """The store id in the log's own headers, when the format file is damaged or gone."""
-    from space.wal.log import read_store_id
-
-    store = read_store_id(disk, str(wal))
+    store = _read_store_id(disk, wal)
     if store is None:
         raise CorruptionError(
             f"{wal.parent / FORMAT_FILE} and the log are gone or damaged",
@@ -673,6 +844,16 @@ def _store_of_log(disk: Disk, wal: Path) -> bytes:
         )
     _write_format(wal.parent, store)
     return store
+
+
+def _read_store_id(disk: Disk, wal: Path) -> bytes | None:
+    names = [name for name in disk.listdir(str(wal)) if name.endswith(".seg")] if disk.exists(str(wal)) else []
+    for name in sorted(names):
+        with contextlib.closing(disk.open(str(wal / name))) as file:
+            header = parse_segment_header(file.pread(SEGMENT_HEADER_BYTES, 0))
+            if header is not None:
+                return header.store_id
+    return None
 
 
 def _master_key(path: Path) -> bytes | None:
