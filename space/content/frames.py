@@ -30,12 +30,11 @@ NO_HASH: Final = bytes(HASH_BYTES)
 
 _FRAME: Final = struct.Struct("<IIIBBHIIQ16s")
 FRAME_RECORD_BYTES: Final = 48
-if _FRAME.size != FRAME_RECORD_BYTES:
-    raise AssertionError("the frame record has exactly 48 bytes: docs/formats/frames.md")
 _PLAIN_LENGTH: Final = struct.Struct("<I44x")
-_STORED: Final = struct.Struct("<4xI16xIQ16x")
+_STORED: Final = struct.Struct("<4xI12xIQ16x")
+if {_FRAME.size, _PLAIN_LENGTH.size, _STORED.size} != {FRAME_RECORD_BYTES}:
+    raise AssertionError("the frame record has exactly 48 bytes: docs/formats/frames.md")
 _U32_MAX: Final = 0xFFFF_FFFF
-_U64_MAX: Final = 0xFFFF_FFFF_FFFF_FFFF
 
 
 @final
@@ -202,7 +201,7 @@ def frames_overlapping(packed: Buffer, offset: int, length: int) -> Iterator[tup
     _check_size(packed)
     end, start = offset + length, 0
     for index, (frame_length,) in enumerate(_PLAIN_LENGTH.iter_unpack(packed)):
-        if start >= end:
+        if start >= end or length <= 0:
             return
         if start + frame_length > offset:
             yield start, frame_at(packed, index)

@@ -475,6 +475,8 @@ def _at(
 def _scalar(node: yaml.ScalarNode, path: tuple[str, ...]) -> object:
     text: str = node.value
     kind = node.tag.rpartition(":")[2]
+    if kind == "null" and not path:
+        return {}  # "---" and nothing more
     if kind == "null":
         raise _InvalidKeyError("has no value", *path)
     if kind == "bool":

@@ -128,9 +128,11 @@ def _bounded(value: int, text: str | int, what: str) -> int:
 
 
 def _size_hint(whole: str, unit: str) -> str:
-    prefix = unit[:1].upper()
-    binary = f"{prefix}iB" if unit and prefix in "KMGTPE" else "KiB"
-    return f"units are B, KiB, MiB, GiB, TiB, PiB, EiB: write {whole}{binary}"
+    prefix = unit[0].upper()
+    example = (
+        f"{whole}{prefix}iB" if unit.upper() in (prefix, f"{prefix}B") and prefix in "KMGTPE" else "4KiB"
+    )
+    return f"units are B, KiB, MiB, GiB, TiB, PiB, EiB: write {example}"
 
 
 def _quoted(text: str) -> str:
