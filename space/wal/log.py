@@ -78,6 +78,8 @@ SEGMENT_BYTES: Final = 64 * 2**20
 
 _OFFSET_MAPS_MAX: Final = 8  # sealed segments whose record offsets are kept: at most a few MB each
 _FILES_MAX: Final = 128  # open sealed segments
+_TIME_MAX: Final = 2**63 - 1
+_TERM_MAX: Final = 2**64 - 1
 _PLACES_MAX: Final = 4096  # payload places remembered for random reads
 _ZERO_AHEAD: Final = bytes(512 * 2**10)  # see docs/adr/0002-wal-record.md
 _SMALL_SYNC_BYTES: Final = 64 * 2**10
@@ -309,6 +311,8 @@ class Log:
             raise ValueError(f"record time {time_ns} is before the last record's, {self._tail.time_ns}")
         if kind is RecordKind.SEAL:
             raise UsageError("seals are written by the log itself")
+        if time_ns > _TIME_MAX or not 0 <= term <= _TERM_MAX:
+            raise UsageError(f"time {time_ns} or term {term} is out of range")
         payload_length, payload_crc = measure(payload)
         if len(metadata) > METADATA_BYTES_MAX or payload_length > PAYLOAD_BYTES_MAX:
             raise UsageError(
@@ -414,6 +418,8 @@ class Log:
                 if sync:
                     self._marks.sync()
         self._durable = tail
+        if sync:
+            self._protected = tail.index
 
     @property
     def _marks(self) -> WatermarkFile:
@@ -788,6 +794,7 @@ class Log:
             NotFoundError: there is no such batch.
             UsageError: the range is not inside the payload.
         """
+        self._check_writable()
         segment, place = self._place(index)
         _check_range(place, index, offset, length)
         start = align(place.offset + offset, BLOCK_BYTES)
@@ -809,9 +816,7 @@ class Log:
             return
         self.sync(index)
         with self._lead():
-            durable = self._durable
-            self._publish_durable(durable, sync=1)
-            self._protected = durable.index
+            self._publish_durable(self._durable, sync=1)
 
     # -- cutting, closing ----------------------------------------------------------------------------
 
@@ -832,6 +837,7 @@ class Log:
         with self._lead():
             keep = attrs.evolve(keep, records=self._tail.records)
             self._publish_durable(keep, WatermarkFlag.CUTTING, sync=2)
+            self._tail = keep
             gone = [segment.first_index for segment in self._segments if segment.first_index > keep.segment]
             self._cuts += 1
             with self._failing_for_good("cannot cut the log"):
@@ -850,18 +856,17 @@ class Log:
     def _cut(self, keep: Tail, gone: list[int]) -> None:
         kept = tuple(segment for segment in self._segments if segment.first_index <= keep.segment)
         file = self._file(kept[-1])
-        offsets = self._offsets_of(self._span(keep.index) if keep.index else self._spans()[0])
-        offsets = offsets[: keep.index + 1 - keep.segment]
+        offsets = array("Q")
+        if keep.index >= keep.segment:
+            offsets = self._offsets_of(self._span(keep.index))[: keep.index + 1 - keep.segment]
         remove_segments(self._disk, self._directory, gone)
         with contextlib.suppress(FileNotFoundError):
             self._disk.unlink(self._path(index_name(keep.segment)))
         cut(file, keep.end, self._segment_bytes)
         last = attrs.evolve(kept[-1], size=file.size())
-        self._tail = keep
         self._active = _Active(last, file, offsets)
         self._segments = (*kept[:-1], last)
         self._garbage_end = self._zeroed_end = 0
-        self._protected = min(self._protected, keep.index)
         with self._cache:
             for cache in (self._files, self._maps):
                 for first_index in (*gone, keep.segment):

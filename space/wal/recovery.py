@@ -122,7 +122,7 @@ class RecoveryReport:
 
 @attrs.frozen
 class Recovered:
-    """An opened log: everything the log machine starts from."""
+    """An opened log: everything the log machine starts from.  Without a watermark it is for reading only."""
 
     segments: tuple[Segment, ...]
     active: File
@@ -345,6 +345,9 @@ class _Recovery:
         if not self._read_only:
             watermark = self._make_good(segment, file, tail, watermark, cut_tail=garbage > 0)
             segments[-1] = attrs.evolve(segment, size=file.size())
+        elif watermark:
+            watermark.close()
+            watermark = None
         return Recovered(tuple(segments), file, found.offsets, tail, watermark, report)
 
     def _make_good(
