@@ -642,7 +642,7 @@ class Log:
     ) -> Iterator[RecordInfo]:
         batch = RecordKind.BATCH
         for span in spans:
-            if start > span.last_index or span.segment.first_index > last:
+            if span.last_index < start and span.segment.first_index < start:
                 continue
             for record in self._scan(span, start):
                 info = record.info
