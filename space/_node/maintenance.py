@@ -96,10 +96,10 @@ def log_events(
     Raises:
         CorruptionError: the log is damaged there.
     """
-    at = max(start, store.log.first_index, 1)
+    at = max(start, store.wal.first_index, 1)
     while True:
-        last = store.log.last_index if stop is None else min(stop, store.log.last_index)
-        for record in store.log.records(at, last + 1) if at <= last else ():
+        last = store.wal.last_index if stop is None else min(stop, store.wal.last_index)
+        for record in store.wal.records(at, last + 1) if at <= last else ():
             yield from _record_events(record.index, record.metadata, capsule)
             at = record.index + 1
         if not follow or (stop is not None and at > stop):
@@ -252,10 +252,10 @@ def _fold(
     at: Applied,
     on_progress: OnProgress | None,
 ) -> Applied:
-    last = store.log.last_index
+    last = store.wal.last_index
     if at.position >= last:
         return at
-    records = store.log.records(at.position + 1, last + 1)
+    records = store.wal.records(at.position + 1, last + 1)
     return fold(
         store._tables,
         views,
@@ -278,10 +278,10 @@ def _digests(store: Store, txn: ReadTransaction, names: list[str]) -> dict[str, 
 def _replay_to(
     store: Store, names: list[str], to: str, verify: bool, on_progress: OnProgress | None, started: float
 ) -> ReplayResult:
-    target = history.locate(store.log, parse_moment(to, now_ns=store._clock()))
+    target = history.locate(store.wal, parse_moment(to, now_ns=store._clock()))
     scratch = store.path / history.SCRATCH
     tables = history.build(
-        store.path, store.log, store.views, scratch / "replay", target, use_checkpoints=False, on_progress=on_progress
+        store.path, store.wal, store.views, scratch / "replay", target, use_checkpoints=False, on_progress=on_progress
     )
     seconds = time.perf_counter() - started
     digests: dict[str, dict[str, str]] = {}
@@ -322,10 +322,10 @@ class VerifyReport:
 
 def verify(store: Store, *, repair: bool = False, on_progress: OnProgress | None = None) -> VerifyReport:
     """Checks every checksum, chain link and reference; with ``repair``, rebuilds what the log can rebuild."""
-    report = VerifyReport(segments=len(store.log.segments()))
+    report = VerifyReport(segments=len(store.wal.segments()))
     reclaimed = _reclaimed(store)
     damaged_payload = {}
-    for finding in store.log.verify():
+    for finding in store.wal.verify():
         if finding.what is Damage.PAYLOAD:
             damaged_payload[finding.index] = finding
         else:
@@ -356,7 +356,7 @@ def _verify_events(
 
     links: dict[bytes, bytes] = {}
     progress = Progress()
-    for record in store.log.records(max(1, store.log.first_index)):
+    for record in store.wal.records(max(1, store.wal.first_index)):
         report.batches += 1
         report.payload_bytes += record.payload_length
         for entry in decode_batch(record.metadata):
@@ -387,7 +387,7 @@ def _verify_frames(
     for frame in unpack_frames(event.frames):
         if frame.source_position or not frame.stored_length or (position, frame.payload_offset) in reclaimed:
             continue
-        if crc32c(store.log.read_payload(position, frame.payload_offset, frame.stored_length)) != frame.crc:
+        if crc32c(store.wal.read_payload(position, frame.payload_offset, frame.stored_length)) != frame.crc:
             finding = damaged[position]
             report.add(
                 f"stored bytes of capsule {CapsuleId(event.capsule)} are damaged (frame at payload offset "
@@ -408,7 +408,7 @@ def _verify_tables(store: Store, report: VerifyReport, repair: bool) -> None:
             _verify_extent(store, report, extent, applied.position)
     for path in history.checkpoints(store.path):
         found = history.read_seal(path)
-        if found is None or not history.fits(store.log, found):
+        if found is None or not history.fits(store.wal, found):
             report.add("checkpoint is damaged", segment=f"{history.CHECKPOINTS}/{path.name}", position=int(path.name))
             if repair:
                 import shutil
@@ -427,7 +427,7 @@ def _verify_extent(store: Store, report: VerifyReport, extent: content_map.Exten
         if not 0 < position <= last:
             report.add(f"the content map points to position {position}", segment=history.LIVE, position=position)
             continue
-        _, _, payload = store.log.payload_location(position)
+        _, _, payload = store.wal.payload_location(position)
         if offset + length > payload:
             report.add("the content map points past a payload", segment=history.LIVE, position=position)
 
@@ -467,17 +467,18 @@ def gc(store: Store, *, dry_run: bool = False, on_progress: OnProgress | None = 
         ]
         if dry_run:
             total = sum(length for _, _, length in ranges)
-            return GcReport(total, len(ranges), len(purge), True, store.log.last_index)
+            return GcReport(total, len(ranges), len(purge), True, store.wal.last_index)
         for at in range(0, len(purge), PURGE_MAX):
             store.execute(cmd.PurgeCapsules(purge[at : at + PURGE_MAX]), durability=Durability.BUFFERED)
         for at in range(0, len(ranges), RECLAIM_RANGES_MAX):
             store.execute(cmd.ReclaimPayload(ranges[at : at + RECLAIM_RANGES_MAX]), durability=Durability.BUFFERED)
         store.sync()
         store._cache.clear()
-        given = 0
+        before = store.wal.bytes_on_disk()
         for position, offset, length in _runs(dead):
-            given += store.log.punch(position, offset, length)
-        return GcReport(given, len(ranges), len(purge), False, store.log.last_index)
+            store.wal.punch(position, offset, length)
+        given = max(0, before - store.wal.bytes_on_disk())
+        return GcReport(given, len(ranges), len(purge), False, store.wal.last_index)
 
 
 class _Horizons:
@@ -507,7 +508,7 @@ class _Horizons:
             elif history_ns == 0:
                 horizon = _EVER
             else:
-                horizon = self._store.log.index_at_time(self._now - history_ns)
+                horizon = self._store.wal.index_at_time(self._now - history_ns)
             self._by_policy[number] = horizon
         return self._by_policy[number]
 
@@ -575,7 +576,7 @@ def _keep_frames(keep: set[int], position: int, frames: bytes) -> None:
 
 def _keep_events(store: Store, horizons: _Horizons, purge: set[bytes], keep: set[int]) -> None:
     """Everything written after its capsule's horizon: some kept moment can see it."""
-    for record in store.log.records(max(1, store.log.first_index)):
+    for record in store.wal.records(max(1, store.wal.first_index)):
         for entry in decode_batch(record.metadata):
             for _, event in entry.events:
                 if isinstance(event, ev.ExtentWritten):
@@ -601,7 +602,7 @@ class _Piece:
 def _dead_pieces(store: Store, keep: set[int], on_progress: OnProgress | None) -> list[_Piece]:
     dead: list[_Piece] = []
     progress = Progress()
-    for record in store.log.records(max(1, store.log.first_index)):
+    for record in store.wal.records(max(1, store.wal.first_index)):
         if record.payload_length:
             dead += _dead_in(record.index, record.metadata, record.payload_length, keep)
         progress.position = record.index

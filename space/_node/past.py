@@ -60,9 +60,9 @@ class Past(Reading):
             UsageError: not a moment.
         """
         found = parse_moment(moment, now_ns=store._clock()) if isinstance(moment, str) else moment
-        self.target = history.locate(store.log, found)
+        self.target = history.locate(store.wal, found)
         self._scratch = store.path / history.SCRATCH / f"past-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-        tables = history.build(store.path, store.log, store.views, self._scratch, self.target)
+        tables = history.build(store.path, store.wal, store.views, self._scratch, self.target)
         super().__init__(tables, store._content)
 
     def close(self) -> None:

@@ -169,11 +169,11 @@ class Store(Reading):
         self.id = store_id
         wal.mkdir(exist_ok=True)
         self._disk = disk
-        self.log = Log.open(disk, str(wal), store_id=store_id, segment_bytes=segment_bytes)
+        self.wal = Log.open(disk, str(wal), store_id=store_id, segment_bytes=segment_bytes)
         try:
-            tables = history.open_live(self.path, self.log, self.views, on_progress=on_progress)
+            tables = history.open_live(self.path, self.wal, self.views, on_progress=on_progress)
         except BaseException:
-            self.log.close(clean=False)
+            self.wal.close(clean=False)
             raise
         self._store_key = blake3(store_id, derive_key_context="space store key v1").digest()
         self._open_keyring()
@@ -183,7 +183,7 @@ class Store(Reading):
         super().__init__(tables, self._new_reader())
         self._applied = tables.applied
         self._checkpointed = self._newest_checkpoint_events()
-        if self.log.last_index == 0:
+        if self.wal.last_index == 0:
             root = cmd.InitialiseStore(store_id, 0o755, os.getuid(), os.getgid())
             self.execute(root, durability=Durability.DURABLE)
         self._maybe_checkpoint()
@@ -211,7 +211,7 @@ class Store(Reading):
         )
 
     def _fetch(self, position: int, offset: int, length: int) -> bytes:
-        data = self.log.read_payload(position, offset, length)
+        data = self.wal.read_payload(position, offset, length)
         if not any(data[:64]) and self._is_reclaimed(position, offset):
             raise RefusedError(
                 f"bytes of position {position} were reclaimed", hint="they are past the history their policy keeps"
@@ -272,7 +272,7 @@ class Store(Reading):
         if durability is Durability.DURABLE:
             positions = [outcome.position for outcome in ticket.outcomes if isinstance(outcome, Receipt)]
             if positions:
-                self.log.sync(max(positions))
+                self.wal.sync(max(positions))
         return ticket.outcomes
 
     def execute_soon(self, request: Request) -> Future[Receipt | SpaceError]:
@@ -313,14 +313,14 @@ class Store(Reading):
             raise UnavailableError(f"store {self.path} is closed")
         self._follow()
         self._check_space()
-        now = max(self._clock(), self.log.last_time_ns)
+        now = max(self._clock(), self.wal.last_time_ns)
         logged = None
         try:
             with self._tables.write() as txn:
-                batch = prepare(txn, requests, position=self.log.last_index + 1, time_ns=now)
+                batch = prepare(txn, requests, position=self.wal.last_index + 1, time_ns=now)
                 if not batch.entries:
                     raise _NothingToLogError
-                self.log.append(batch.metadata(), batch.payload, time_ns=now)
+                self.wal.append(batch.metadata(), batch.payload, time_ns=now)
                 logged = batch
                 self._apply(txn, batch)
         except _NothingToLogError:
@@ -347,7 +347,7 @@ class Store(Reading):
         before = self._applied
         self._applied = Applied(
             batch.position,
-            self.log.last_chain,
+            self.wal.last_chain,
             (before.digest + change) % (1 << 256),
             batch.time_ns,
             before.events + batch.events,
@@ -357,8 +357,8 @@ class Store(Reading):
     def _follow(self) -> None:
         """Brings rows up to the log after a batch whose rows found no room."""
         if self._behind:
-            target = history.Target(self.log.last_index)
-            self._applied = history.catch_up(self._tables, self.log, self.views, target)
+            target = history.Target(self.wal.last_index)
+            self._applied = history.catch_up(self._tables, self.wal, self.views, target)
             self._behind = False
 
     def _check_space(self) -> None:
@@ -369,7 +369,7 @@ class Store(Reading):
 
     def sync(self) -> None:
         """Makes everything acknowledged so far durable."""
-        self.log.sync()
+        self.wal.sync()
 
     # --- content ---------------------------------------------------------------------------------
 
@@ -674,7 +674,7 @@ class Store(Reading):
             raise NotFoundError(f"nothing deleted that is {capsule}", hint="space undelete lists what there is")
         return max(found, key=lambda each: each.position)
 
-    def log_events(self, **options: Any) -> Iterator[maintenance.LogEvent]:
+    def log(self, **options: Any) -> Iterator[maintenance.LogEvent]:
         """Events, oldest first: see :func:`space._node.maintenance.log_events`."""
         return maintenance.log_events(self, **options)
 
@@ -712,7 +712,7 @@ class Store(Reading):
 
     def checkpoint(self) -> None:
         """Makes a sealed copy of the tables, so that no start and no past moment has to fold from the beginning."""
-        self.log.sync()
+        self.wal.sync()
         history.write_checkpoint(self.path, self._tables)
         self._checkpointed = self._newest_checkpoint_events()
 
@@ -733,7 +733,7 @@ class Store(Reading):
         def work() -> None:
             try:
                 with contextlib.suppress(SpaceError, OSError):
-                    self.log.sync()
+                    self.wal.sync()
                     history.write_checkpoint(self.path, self._tables)
             finally:
                 self._checkpointing = None
@@ -753,7 +753,7 @@ class Store(Reading):
             self._writer.close()
             clean = False
             try:
-                self.log.close(clean=True)
+                self.wal.close(clean=True)
                 clean = True
             finally:
                 with contextlib.suppress(SpaceError, OSError):

@@ -1,0 +1,467 @@
+"""Every operation a program outside can ask of a store: plain data in, plain data out.
+
+The command line uses a :class:`Service` on the store it opened itself; :mod:`space.control` carries the same
+calls over a socket to the process that owns the store.  So arguments and results are what msgpack and JSON
+can carry, file bytes travel as open file descriptors, and whatever takes long asks its :class:`Caller`
+now and then whether anybody still waits for it.
+
+The public methods of :class:`Service` are the whole of what can be asked for; generators are streams.
+"""
+
+from __future__ import annotations
+
+import os
+import stat as statmod
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import RawIOBase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
+
+import attrs
+
+from space._errors import ConflictError, NotFoundError, Status, StorageError, UsageError
+from space._node import maintenance, transfer
+from space.events.ids import AtPosition, CapsuleId, format_time, parse_moment
+from space.events.types import Kind
+
+if TYPE_CHECKING:
+    from space._node.reading import Reading, Stat
+    from space._node.store import Store
+    from space.policy.model import Policy
+
+Document = dict[str, Any]
+"""A JSON-able mapping."""
+
+PAGE: Final = 1024
+FOLLOW_SECONDS: Final = 0.1
+PIPE_BYTES: Final = 4096
+"""PIPE_BUF: a pipe that polls writable takes this much without blocking (pipe(7))."""
+
+_ZEROS: Final = bytes(1 << 20)
+
+
+class Caller:
+    """Who asked: told how far things are, and asked whether it still waits.  This one always does."""
+
+    def progress(self, done: Document) -> None:
+        """Takes note of how far a long operation is."""
+
+    def wait(self, descriptor: int, *, writing: bool) -> None:
+        """Returns when ``descriptor`` can be read or written without blocking, or does not mind blocking.
+
+        Raises:
+            SpaceError: the caller has gone.
+        """
+
+    def idle(self, seconds: float) -> None:
+        """Waits that long.
+
+        Raises:
+            SpaceError: the caller has gone.
+        """
+        time.sleep(seconds)
+
+
+class Service:
+    """The operations on one store, for one caller."""
+
+    def __init__(self, store: Store, caller: Caller) -> None:
+        self._store = store
+        self._caller = caller
+
+    @contextmanager
+    def _reading(self, at: str | None) -> Iterator[Reading]:
+        """The present, or a past moment for as long as it is looked at."""
+        if at is None:
+            yield self._store
+        else:
+            with self._store.at(at) as past:
+                yield past
+
+    # --- bytes in and out ------------------------------------------------------------------------
+
+    def put(
+        self,
+        *,
+        descriptor: int,
+        name: str | None = None,
+        id: str | None = None,  # noqa: A002 - the public word
+        policy: Document | None = None,
+    ) -> Document:
+        """Stores what ``descriptor`` yields until its end as a new capsule."""
+        result = self._store.put(
+            cast("BinaryIO", _Source(descriptor, self._caller)),
+            name=name,
+            id=None if id is None else CapsuleId.parse(id),
+            policy=_policy(policy),
+            on_progress=lambda size: self._caller.progress({"bytes": size}),
+        )
+        return {**attrs.asdict(result), "id": str(result.id)}
+
+    def get(
+        self,
+        *,
+        capsule: str,
+        descriptor: int,
+        offset: int = 0,
+        length: int | None = None,
+        at: str | None = None,
+        sparse: bool = False,
+    ) -> Document:
+        """Writes the bytes of a capsule to ``descriptor``; with ``sparse``, to an empty file, leaving holes."""
+        _check_range(offset, length)
+        size = 0
+        with self._reading(at) as reading:
+            found = reading.resolve(capsule)
+            if reading.stat(found).kind == Kind.DIRECTORY:
+                raise ConflictError(
+                    f"a directory: {capsule}", status=Status.IS_DIRECTORY, hint="space export takes directories"
+                )
+            sink = _Sink(descriptor, self._caller, sparse=sparse)
+            for piece in reading.stream(found, offset, length):
+                sink.write(piece)
+                size += len(piece)
+                self._caller.progress({"bytes": size})
+            sink.finish()
+            return {"id": str(found), "size": size, "position": reading.position}
+
+    def import_tree(self, *, source: str, path: str = "/", policy: Document | None = None) -> Document:
+        """Copies the directory tree at the absolute path ``source`` into the store."""
+        result = self._store_import(source, path, _policy(policy))
+        return attrs.asdict(result)
+
+    def _store_import(self, source: str, path: str, policy: Policy | None) -> transfer.TransferResult:
+        return transfer.import_tree(self._store, source, path, policy=policy, on_progress=self._tree_progress)
+
+    def export_tree(self, *, path: str, target: str, at: str | None = None) -> Document:
+        """Writes a tree of the store below the absolute path ``target``."""
+        with self._reading(at) as reading:
+            return attrs.asdict(transfer.export_tree(reading, path, target, on_progress=self._tree_progress))
+
+    def _tree_progress(self, files: int, size: int) -> None:
+        self._caller.progress({"files": files, "bytes": size})
+
+    # --- names -----------------------------------------------------------------------------------
+
+    def create(
+        self,
+        *,
+        size: int = 0,
+        block_size: int = 0,
+        name: str | None = None,
+        policy: Document | None = None,
+    ) -> Document:
+        """Makes an empty capsule of ``size`` bytes that all read as zeros."""
+        parent, last = (None, b"") if name is None else transfer.place(self._store, name)
+        capsule = self._store.create(
+            Kind.FILE, parent=parent, name=last, size=size, block_size=block_size, policy=_policy(policy)
+        )
+        stat = self._store.stat(capsule)
+        return {"id": str(capsule), "size": stat.size, "block_size": stat.block_size, "position": stat.change}
+
+    def resize(self, *, capsule: str, size: int) -> Document:
+        """Sets the size of a capsule."""
+        return {"position": self._store.resize(capsule, size).position}
+
+    def mkdir(self, *, path: str, parents: bool = False) -> Document:
+        """Makes a directory."""
+        return {"id": str(self._store.mkdir(path, parents=parents)), "position": self._store.position}
+
+    def rm(self, *, capsule: str, recursive: bool = False) -> Document:
+        """Removes a path, or a capsule with all its names."""
+        return {"position": self._store.rm(capsule, recursive=recursive).position}
+
+    def mv(self, *, source: str, target: str) -> Document:
+        """Renames a path."""
+        return {"position": self._store.mv(source, target).position}
+
+    def ls(self, *, path: str = "/", recursive: bool = False, at: str | None = None) -> Iterator[Document]:
+        """What a directory holds, in byte order; a file lists itself."""
+        with self._reading(at) as reading:
+            top = reading.stat(reading.resolve(path))
+            base = path.rstrip("/") if path.startswith("/") else _first_path(reading, top.id)
+            if top.kind != Kind.DIRECTORY:
+                yield _entry_document(os.fsencode(base), top)
+            elif recursive:
+                for relative, stat in reading.walk(top.id):
+                    if relative:
+                        yield _entry_document(os.fsencode(base) + b"/" + relative, stat)
+            else:
+                yield from _listing(reading, top.id, os.fsencode(base))
+
+    def unnamed(self, *, at: str | None = None) -> Iterator[Document]:
+        """Capsules no path leads to: what put makes without a name."""
+        with self._reading(at) as reading:
+            for stat in reading.unnamed():
+                yield _entry_document(b"", stat)
+
+    def stat(self, *, capsule: str, at: str | None = None) -> Document:
+        """Everything known about a capsule but its bytes."""
+        with self._reading(at) as reading:
+            stat = reading.stat(reading.resolve(capsule, follow=False))
+            document = _stat_document(stat)
+            document["paths"] = [shown(path) for path in reading.paths_of(stat.id)]
+            document["policy"] = reading.policy(stat.id).to_document()
+            document["xattrs"] = {shown(key): shown(value) for key, value in reading.xattrs(stat.id).items()}
+            document["position"] = reading.position
+            return document
+
+    # --- moments ---------------------------------------------------------------------------------
+
+    def snapshot(self, *, capsule: str, name: str) -> Document:
+        """Names the present moment of a capsule or tree."""
+        return {"name": name, "position": self._store.snapshot(capsule, name).position}
+
+    def snapshots(self) -> Iterator[Document]:
+        """All snapshots, by name."""
+        for each in self._store.snapshots():
+            yield {
+                "name": shown(each.name.encode()),
+                "id": str(each.id),
+                "moment": str(AtPosition(each.position, each.event)),
+                "position": each.position,
+                "event": each.event,
+                **_time("time", each.time_ns),
+            }
+
+    def drop_snapshot(self, *, name: str) -> Document:
+        """Forgets the name of a moment."""
+        return {"name": name, "position": self._store.drop_snapshot(name).position}
+
+    def clone(self, *, source: str, target: str, at: str | None = None) -> Document:
+        """Copies a file or tree at a moment, sharing every stored byte."""
+        return {"id": str(self._store.clone(source, target, at=at)), "position": self._store.position}
+
+    def undelete(self, *, capsule: str, to: str | None = None) -> Document:
+        """Brings a deleted capsule back."""
+        return {"id": str(self._store.undelete(capsule, to)), "position": self._store.position}
+
+    def deleted(self) -> Iterator[Document]:
+        """What :meth:`undelete` can bring back."""
+        for each in self._store.deleted():
+            parents = self._store.paths_of(each.parent) if each.parent is not None else []
+            path = parents[0].rstrip(b"/") + b"/" + each.name if parents else each.name
+            stat = self._store.stat(each.id)
+            yield {
+                "id": str(each.id),
+                "path": shown(path),
+                "kind": stat.kind.name.lower(),
+                "size": stat.size,
+                "position": each.position,
+                **_time("time", self._store.log.time_ns(each.position)),
+            }
+
+    def digest(self, *, at: str | None = None) -> Document:
+        """Position and state digest."""
+        with self._reading(at) as reading:
+            position, digest = reading.digest()
+            return {"position": position, "digest": digest}
+
+    # --- the log and upkeep ----------------------------------------------------------------------
+
+    def log(
+        self,
+        *,
+        capsule: str | None = None,
+        start: str | None = None,
+        stop: str | None = None,
+        follow: bool = False,
+    ) -> Iterator[Document]:
+        """Events, oldest first, of batches ``start`` to ``stop`` (positions or moments)."""
+        about = None if capsule is None else self._ever(capsule)
+        at = 1 if start is None else self._batch(start, after=True)
+        last = None if stop is None else self._batch(stop, after=False)
+        log = self._store.log
+        while True:
+            end = log.last_index if last is None else min(last, log.last_index)
+            for event in maintenance.log_events(self._store, capsule=about, start=at, stop=end):
+                yield event.to_json()
+            at = max(at, end + 1)
+            if not follow or (last is not None and at > last):
+                return
+            self._caller.idle(FOLLOW_SECONDS)
+
+    def _ever(self, capsule: str) -> CapsuleId:
+        """The id of a capsule that exists, was deleted, or was forgotten since: the log knows them all."""
+        if not capsule.startswith("/"):
+            return CapsuleId.parse(capsule)
+        try:
+            return self._store.resolve(capsule, follow=False)
+        except NotFoundError:
+            found = [each for each in self.deleted() if each["path"] == capsule]
+            if not found:
+                raise
+            return CapsuleId.parse(found[-1]["id"])
+
+    def _batch(self, text: str, *, after: bool) -> int:
+        """The batch a position or moment means: for a time, the first after it or the last not later."""
+        if text.isascii() and text.isdecimal() and len(text) < 20:
+            return int(text)
+        moment = parse_moment(text, now_ns=time.time_ns())
+        if isinstance(moment, AtPosition):
+            return moment.position
+        return self._store.log.index_at_time(moment.time_ns) + after
+
+    def replay(self, *, view: str | None = None, to: str | None = None, verify: bool = False) -> Document:
+        """Drops views and rebuilds them from the log."""
+        return attrs.asdict(self._store.replay(view=view, to=to, verify=verify, on_progress=self._log_progress))
+
+    def _log_progress(self, progress: Any) -> None:
+        done = {"events": progress.events, "position": progress.position, "last": self._store.log.last_index}
+        self._caller.progress(done)
+
+    def verify(self, *, repair: bool = False) -> Document:
+        """Checks every checksum, chain link and reference."""
+        return attrs.asdict(self._store.verify(repair=repair, on_progress=self._log_progress))
+
+    def gc(self, *, dry_run: bool = False) -> Document:
+        """Gives back what no kept moment can reach."""
+        return attrs.asdict(self._store.gc(dry_run=dry_run, on_progress=self._log_progress))
+
+    # --- policy and process ----------------------------------------------------------------------
+
+    def policy(self, *, capsule: str) -> Document:
+        """The policy a capsule follows, every key."""
+        return self._store.policy(self._store.resolve(capsule)).to_document()
+
+    def set_policy(self, *, capsule: str, policy: Document) -> Document:
+        """Lets a capsule follow another policy from now on."""
+        from space.policy.model import Policy
+
+        return {"position": self._store.set_policy(capsule, Policy.from_document(policy)).position}
+
+    def owner(self) -> Document:
+        """The process that has the store open, and where the store is."""
+        return {"pid": os.getpid(), "data": str(self._store.path.absolute()), "position": self._store.position}
+
+
+# --- documents -----------------------------------------------------------------------------------
+
+
+def shown(name: bytes) -> str:
+    """Bytes as text; what is not UTF-8 as backslash escapes."""
+    return name.decode(errors="backslashreplace")
+
+
+def _policy(document: Document | None) -> Policy | None:
+    from space.policy.model import Policy
+
+    return None if document is None else Policy.from_document(document)
+
+
+def _check_range(offset: int, length: int | None) -> None:
+    if offset < 0 or (length is not None and length < 0):
+        raise UsageError(f"not a range of bytes: offset {offset}, length {length}")
+
+
+def _time(name: str, time_ns: int) -> Document:
+    return {name: format_time(time_ns), f"{name}_ns": time_ns}
+
+
+def _stat_document(stat: Stat) -> Document:
+    document: Document = {
+        "id": str(stat.id),
+        "kind": stat.kind.name.lower(),
+        "size": stat.size,
+        "allocated": stat.allocated,
+        "stored": stat.stored,
+        "block_size": stat.block_size,
+        "mode": stat.mode,
+        "permissions": permissions(stat),
+        "nlink": stat.nlink,
+        "uid": stat.uid,
+        "gid": stat.gid,
+        "rdev": stat.rdev,
+        "ino": stat.ino,
+        "entries": stat.entries,
+        "parent": str(stat.parent) if any(stat.parent) else None,
+        "change": stat.change,
+        "deleted": stat.deleted,
+        "encrypted": bool(stat.key),
+    }
+    for name in ("atime", "mtime", "ctime", "btime"):
+        document |= _time(name, getattr(stat, name))
+    if stat.kind == Kind.SYMLINK:
+        document["target"] = shown(stat.target)
+    return document
+
+
+def _entry_document(path: bytes, stat: Stat) -> Document:
+    return {"name": shown(path.rpartition(b"/")[2]), "path": shown(path), **_stat_document(stat)}
+
+
+def permissions(stat: Stat) -> str:
+    """Kind and mode as ``ls -l`` shows them."""
+    return statmod.filemode(transfer.KIND_MODES[stat.kind] | stat.mode)
+
+
+def _listing(reading: Reading, directory: CapsuleId, base: bytes) -> Iterator[Document]:
+    after = b""
+    while page := reading.entries(directory, after=after, limit=PAGE):
+        for entry in page:
+            yield _entry_document(base + b"/" + entry.name, reading.stat(entry.id))
+        after = page[-1].name
+
+
+def _first_path(reading: Reading, capsule: CapsuleId) -> str:
+    paths = reading.paths_of(capsule)
+    return os.fsdecode(paths[0]).rstrip("/") if paths else str(capsule)
+
+
+# --- descriptors ---------------------------------------------------------------------------------
+
+
+class _Source(RawIOBase):
+    """Reads a borrowed descriptor, as long as somebody waits for the result."""
+
+    def __init__(self, descriptor: int, caller: Caller) -> None:
+        self._descriptor = descriptor
+        self._caller = caller
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1, /) -> bytes:
+        self._caller.wait(self._descriptor, writing=False)
+        return os.read(self._descriptor, size)
+
+
+class _Sink:
+    """Writes a borrowed descriptor: a pipe in pieces that cannot block, a new file with its holes."""
+
+    def __init__(self, descriptor: int, caller: Caller, *, sparse: bool) -> None:
+        mode = os.fstat(descriptor).st_mode
+        regular = statmod.S_ISREG(mode)
+        self._descriptor = descriptor
+        self._caller = caller
+        self._sparse = sparse and regular
+        self._piece = len(_ZEROS) if regular or type(caller) is Caller else PIPE_BYTES
+
+    def write(self, data: bytes) -> None:
+        try:
+            if self._sparse and data == (_ZEROS if len(data) == len(_ZEROS) else _ZEROS[: len(data)]):
+                os.lseek(self._descriptor, len(data), os.SEEK_CUR)
+                return
+            view = memoryview(data)
+            while view:
+                self._caller.wait(self._descriptor, writing=True)
+                view = view[os.write(self._descriptor, view[: self._piece]) :]
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise StorageError(f"cannot write the output: {error.strerror or error}") from None
+
+    def finish(self) -> None:
+        """Ends a file whose last part is a hole."""
+        if self._sparse:
+            os.ftruncate(self._descriptor, os.lseek(self._descriptor, 0, os.SEEK_CUR))
+
+
+def methods() -> dict[str, Callable[..., Any]]:
+    """What can be asked for: the public methods of :class:`Service`, by name."""
+    return {name: method for name, method in vars(Service).items() if callable(method) and name[0] != "_"}
+
+
+__all__ = ["Caller", "Document", "Path", "Service", "methods", "permissions", "shown"]
