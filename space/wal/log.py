@@ -34,6 +34,7 @@ from space.wal.recovery import (
     corrupt,
     create_segment,
     cut,
+    read_index,
     recover,
     remove_segments,
     start_of,
@@ -42,7 +43,6 @@ from space.wal.recovery import (
 )
 from space.wal.segment_format import (
     BLOCK_BYTES,
-    INDEX_HEADER,
     METADATA_BYTES_MAX,
     PAYLOAD_BYTES_MAX,
     RECORD_ALIGNMENT,
@@ -71,7 +71,7 @@ from space.wal.segment_reader import (
     sum_payload,
 )
 from space.wal.segment_writer import encode_record, encode_seal, measure, record_length
-from space.wal.sidecar import decode_index, encode_index
+from space.wal.sidecar import encode_index
 from space.wal.watermark import WatermarkFile, WatermarkFlag
 
 SEGMENT_BYTES: Final = 64 * 2**20
@@ -565,11 +565,9 @@ class Log:
 
     def _read_index(self, span: _Span) -> array[int] | None:
         first_index = span.segment.first_index
-        batches = span.last_index + 1 - first_index
-        with contextlib.suppress(OSError), self._closing(index_name(first_index)) as file:
-            raw = file.pread(INDEX_HEADER.size + 8 * batches + 1, 0)
-            return decode_index(raw, first_index, batches, span.chain)
-        return None
+        return read_index(
+            self._disk, self._directory, first_index, span.last_index + 1 - first_index, span.chain
+        )
 
     def _rebuild_index(self, span: _Span) -> array[int]:
         offsets = array(
@@ -888,6 +886,7 @@ class Log:
             if clean and not self._failure and self._watermark is not None:
                 self.sync()
                 with self._lead():
+                    self._write_index(self._active.segment, self._active.offsets, self._tail.chain)
                     self._publish_durable(self._durable, WatermarkFlag.CLEAN, sync=1)
         finally:
             self._closed = True
@@ -903,16 +902,20 @@ class Log:
 
         Args:
             on_progress: called with bytes checked and bytes in all.
+
+        Raises:
+            StorageError: while iterating, when the disk cannot be read.
         """
         spans = self._spans()
         total = sum(span.end for span in spans)
         done = 0
         for span in spans:
-            for step in self._verify_segment(span):
-                if isinstance(step, Finding):
-                    yield step
-                elif on_progress is not None:
-                    on_progress(done + step, total)
+            with self._reading(span.segment):
+                for step in self._verify_segment(span):
+                    if isinstance(step, Finding):
+                        yield step
+                    elif on_progress is not None:
+                        on_progress(done + step, total)
             done += span.end
 
     def _verify_segment(self, span: _Span) -> Iterator[Finding | int]:

@@ -9,7 +9,8 @@ What is known to be durable comes from three witnesses, and the furthest counts:
 Bytes that are no record below that are corruption: opening fails and changes nothing.  Bytes above it
 were never acknowledged: the tail is cut back to the last whole record and zeroed, durably, before the
 log is used.  Sealed segments are not scanned: their first and last blocks prove that they are present
-and linked, so opening costs one small read each and one scan of the last segment.
+and linked, so opening costs one small read each and one scan of the last segment; after a clean stop
+its sidecar is as good as a scan.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from space._errors import CorruptionError, DiskFullError, NotFoundError, Storage
 from space.wal.disk import Disk, File
 from space.wal.segment_format import (
     GENESIS,
+    INDEX_HEADER,
     RECORD_ALIGNMENT,
     SEAL_BYTES,
     SEGMENT_HEADER_BYTES,
@@ -50,6 +52,7 @@ from space.wal.segment_reader import (
     sum_payload,
 )
 from space.wal.segment_writer import encode_segment_header
+from space.wal.sidecar import decode_index
 from space.wal.watermark import WATERMARK_NAME, Watermark, WatermarkFile, WatermarkFlag
 
 _SEGMENT_NAME: Final = re.compile(r"\d{20}\.seg")
@@ -192,6 +195,17 @@ def remove_segments(disk: Disk, directory: str, first_indexes: list[int]) -> Non
         disk.sync_dir(directory)
 
 
+def read_index(disk: Disk, directory: str, first_index: int, batches: int, chain: bytes) -> array[int] | None:
+    """Offsets from a segment's sidecar, or None if there is none for exactly these batches."""
+    with (
+        contextlib.suppress(OSError),
+        contextlib.closing(disk.open(posixpath.join(directory, index_name(first_index)))) as file,
+    ):
+        raw = file.pread(INDEX_HEADER.size + 8 * batches + 1, 0)
+        return decode_index(raw, first_index, batches, chain)
+    return None
+
+
 def cut(file: File, end: int, size: int) -> None:
     """Drop all bytes of a segment from ``end`` on and reserve its space anew: what follows reads as zeros."""
     file.truncate(end)
@@ -330,7 +344,9 @@ class _Recovery:
             file.fdatasync()
             file.drop_cache()
         here = mark if mark and mark.segment == segment.first_index else None
-        found = _ActiveScan(file, segment, here, cutting=self._cutting).run()
+        found = (self._read_sidecar(file, segment, here) if clean and here else None) or _ActiveScan(
+            file, segment, here, cutting=self._cutting
+        ).run()
         tail = found.tail
         garbage = found.garbage_end - tail.end
         report = RecoveryReport(
@@ -349,6 +365,21 @@ class _Recovery:
             watermark.close()
             watermark = None
         return Recovered(tuple(segments), file, found.offsets, tail, watermark, report)
+
+    def _read_sidecar(self, file: File, segment: Segment, mark: Watermark) -> _Found | None:
+        """The last segment after a clean stop, without a scan: its offsets were written by ``close``."""
+        first, batches = segment.first_index, mark.index + 1 - segment.first_index
+        offsets = read_index(self._disk, self._directory, first, batches, mark.chain)
+        if not offsets:
+            return None
+        tail = attrs.evolve(start_of(segment), index=mark.index - 1, end=offsets[-1])
+        with contextlib.suppress(BadRecord):
+            for record in scan(
+                file.pread, tail.end, mark.end, seed=segment.seed, index=tail.index, chain=None
+            ):
+                tail = _after(tail, record)
+        whole = (tail.end, tail.index, tail.chain) == (mark.end, mark.index, mark.chain)
+        return _Found(offsets, tail, tail.end) if whole else None
 
     def _make_good(
         self, segment: Segment, file: File, tail: Tail, watermark: WatermarkFile | None, *, cut_tail: bool
