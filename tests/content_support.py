@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
+import attrs
 from blake3 import blake3
 
 from space.content.cache import FrameCache
-from space.content.frames import FLAG_SHARED, Buffer, FrameRef, unpack_frames
+from space.content.frames import FLAG_SHARED, Buffer, FrameRef, pack_frames, unpack_frames
 from space.content.keys import KEY_BYTES, Keyring
-from space.content.pipeline import ContentReader, ContentWriter, PlacedFrames, place_frames
+from space.content.pipeline import ContentReader, ContentWriter, EncodedFrame
 from space.policy.model import Encryption, Policy
 
 MASTER_KEY: Final = bytes(range(KEY_BYTES))
@@ -53,6 +54,38 @@ def prose(length: int) -> bytes:
     """``length`` bytes that every codec makes smaller, no two lines of them alike."""
     lines = [b"%08d the quick brown fox jumps over dogs\n" % line for line in range(length // 45 + 1)]
     return b"".join(lines)[:length]
+
+
+@attrs.frozen
+class PlacedFrames:
+    """Frames with their places: packed records, the bytes to append in order, and how many those are."""
+
+    packed: bytes
+    pieces: list[Buffer]
+    stored_bytes: int
+
+
+def place_frames(frames: Sequence[EncodedFrame]) -> PlacedFrames:
+    """Lay ``frames`` out one after the other, each object once, as a sequencer does."""
+    refs: list[FrameRef] = []
+    pieces: list[Buffer] = []
+    places: dict[int, int] = {}
+    end = 0
+    for frame in frames:
+        ref = frame.ref
+        if frame.stored is not None:
+            if id(frame.stored) not in places:
+                places[id(frame.stored)] = end
+                pieces.append(frame.stored)
+                end += ref.stored_length
+            ref = attrs.evolve(ref, payload_offset=places[id(frame.stored)])
+        refs.append(ref)
+    return PlacedFrames(pack_frames(refs), pieces, end)
+
+
+def found_at(ref: FrameRef, position: int) -> FrameRef:
+    """The frame as an index holds it: with the position of the batch that stores it."""
+    return attrs.evolve(ref, source_position=position)
 
 
 class Log:
@@ -114,7 +147,7 @@ class Log:
         self.batches[position] = b"".join(placed.pieces)
         for ref in unpack_frames(placed.packed):
             if ref.flags & FLAG_SHARED and not ref.source_position:
-                self.index.setdefault(ref.hash, ref.placed(ref.payload_offset, position))
+                self.index.setdefault(ref.hash, found_at(ref, position))
         return position, placed
 
     def write_one(self, data: Buffer, policy: Policy) -> tuple[int, FrameRef]:

@@ -19,7 +19,7 @@ from typing import Final, TypeAlias, final
 
 import attrs
 
-from space._errors import CorruptionError, EventDecodeError, UsageError
+from space._errors import CorruptionError, EventDecodeError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -107,28 +107,6 @@ class FrameRef:
     def is_zero(self) -> bool:
         """Whether this is a hole: all zero, nothing stored."""
         return bool(self.flags & FLAG_ZERO)
-
-    def placed(self, payload_offset: int, source_position: int = 0) -> FrameRef:
-        """The same frame with its stored bytes at ``payload_offset`` of the batch ``source_position``.
-
-        Raises:
-            UsageError: the stored bytes would end past 4 GiB, where the record cannot point.
-        """
-        if payload_offset + self.stored_length > _U32_MAX:
-            raise UsageError("the payload area of one batch ends before 4 GiB")
-        # attrs.evolve takes three times as long, and this is once a frame written.
-        return FrameRef(
-            self.plain_length,
-            self.stored_length,
-            self.crc,
-            self.codec,
-            self.flags,
-            self.key_version,
-            self.key_id,
-            payload_offset,
-            source_position,
-            self.hash,
-        )
 
 
 def zero_frame(plain_length: int) -> FrameRef:

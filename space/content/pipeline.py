@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple, Self, final
 
 import attrs
@@ -39,7 +39,6 @@ from space.content.frames import (
     FrameRef,
     damaged,
     frames_overlapping,
-    pack_frames,
     zero_frame,
 )
 from space.content.keys import FrameKey, Keyring, RandomBytes, content_hash
@@ -65,51 +64,15 @@ class EncodedFrame:
     """A frame on its way into the log.
 
     Attributes:
-        ref: its record; complete when ``stored`` is None, else still to be placed (:func:`place_frames`).
+        ref: its record; complete when ``stored`` is None, else whoever lays out the payload area fills in the
+            offset.
         stored: the bytes to store; None when there are none (zero) or they are stored already (found).
             Raw frames are views of the caller's buffer, which must not change until they are written.
+            Equal shared frames of one call have the very same object here: it needs to be stored once only.
     """
 
     ref: FrameRef
     stored: Buffer | None
-
-
-@final
-@attrs.frozen
-class PlacedFrames:
-    """Frames with their places: packed records, the bytes to append in order, and how many those are."""
-
-    packed: bytes
-    pieces: list[Buffer]
-    stored_bytes: int
-
-
-def place_frames(frames: Sequence[EncodedFrame], payload_offset: int = 0) -> PlacedFrames:
-    """Lay ``frames`` out one after the other from ``payload_offset`` of their batch's payload area on.
-
-    A shared frame that occurs twice is laid out once.
-
-    Raises:
-        UsageError: the payload area would pass 4 GiB.
-    """
-    refs: list[FrameRef] = []
-    pieces: list[Buffer] = []
-    placed: dict[bytes, FrameRef] = {}
-    end = payload_offset
-    for frame in frames:
-        ref = frame.ref
-        if frame.stored is not None:
-            twin = placed.get(ref.hash)
-            if twin is None:
-                ref = ref.placed(end)
-                pieces.append(frame.stored)
-                end += ref.stored_length
-                if ref.flags & FLAG_SHARED:
-                    placed[ref.hash] = ref
-            else:
-                ref = twin
-        refs.append(ref)
-    return PlacedFrames(pack_frames(refs), pieces, end - payload_offset)
 
 
 class _Recipe(NamedTuple):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import attrs
 import pytest
 
-from space._errors import EventDecodeError, UsageError
+from space._errors import EventDecodeError
 from space.content.frames import (
     FLAG_PADDED,
     FLAG_SHARED,
@@ -125,14 +125,3 @@ def test_stored_ranges_leave_out_holes() -> None:
     """Reclaiming sees every stored range and no hole."""
     packed = pack_frames([RAW, zero_frame(10), GCM])
     assert list(stored_ranges(packed)) == [(0, 0, 4096), (9, 4096, 65564)]
-
-
-def test_placed_frame_differs_in_place_only() -> None:
-    """Placing a frame changes where it is and nothing else."""
-    assert RAW.placed(77, 5) == attrs.evolve(RAW, payload_offset=77, source_position=5)
-
-
-def test_place_past_the_record_is_refused() -> None:
-    """A place the record cannot express is an error, not a wrapped number."""
-    with pytest.raises(UsageError, match="4 GiB"):
-        RAW.placed(2**32 - 4096)

@@ -18,9 +18,19 @@ from space.content.frames import (
     unpack_frames,
 )
 from space.content.keys import DESTROYED, FrameKey
-from space.content.pipeline import ContentReader, ContentWriter, place_frames
+from space.content.pipeline import ContentReader, ContentWriter
 from space.policy.model import Compression, Policy
-from tests.content_support import COMPRESSIONS, DOMAINS, KEY, Log, policy, prose, texture
+from tests.content_support import (
+    COMPRESSIONS,
+    DOMAINS,
+    KEY,
+    Log,
+    found_at,
+    place_frames,
+    policy,
+    prose,
+    texture,
+)
 
 ENCRYPTED = [domain for domain in DOMAINS if domain[0] != "none"]
 
@@ -84,9 +94,11 @@ def test_equal_frames_are_stored_once() -> None:
 
 
 def test_equal_frames_of_one_write_are_stored_once() -> None:
-    """Equal frames side by side, which no index knows yet, are stored once as well."""
+    """Equal frames side by side, which no index knows yet, are one object to store."""
     log = Log()
     data = texture(65_536) * 5
+    frames = log.writer.encode(data, policy(dedupe=True))
+    assert all(frame.stored is frames[0].stored for frame in frames)
     position, placed = log.write(data, policy(dedupe=True))
     assert placed.stored_bytes == 65_536
     assert log.read(position, placed, 0, len(data)) == data
@@ -105,7 +117,7 @@ def test_content_written_without_dedupe_is_never_found() -> None:
     """A frame not marked as shared is not shared, even if the index offers it."""
     log = Log()
     position, ref = log.write_one(texture(100), policy())
-    log.index[ref.hash] = ref.placed(0, position)
+    log.index[ref.hash] = found_at(ref, position)
     _, placed = log.write(texture(100), policy(dedupe=True))
     assert placed.stored_bytes == 100
 
@@ -127,7 +139,7 @@ def test_a_find_that_does_not_match_is_not_used(change: dict[str, int | bytes]) 
     """An index entry of another length, cipher, key or hash is passed by."""
     log = Log()
     position, ref = log.write_one(texture(100), policy(dedupe=True))
-    log.index[ref.hash] = attrs.evolve(ref.placed(0, position), **change)  # type: ignore[arg-type]
+    log.index[ref.hash] = attrs.evolve(found_at(ref, position), **change)  # type: ignore[arg-type]
     _, placed = log.write(texture(100), policy(dedupe=True))
     assert placed.stored_bytes == 100
 
@@ -383,14 +395,6 @@ def test_what_fetch_raises_passes_through() -> None:
         reader.read(placed.packed, position, 0, 1000)
 
 
-def test_place_frames_starts_where_told() -> None:
-    """Frames are laid out one after the other from the given offset on."""
-    frames = Log().writer.encode(texture(150_000), policy())
-    placed = place_frames(frames, 4096)
-    assert [ref.payload_offset for ref in unpack_frames(placed.packed)] == [4096, 69_632, 135_168]
-    assert placed.stored_bytes == 150_000 == sum(map(len, placed.pieces))
-
-
 def test_threads_change_nothing_but_time() -> None:
     """Encoding on several threads gives the same frames as on one."""
     data = b"".join(prose(60_000 + n) + texture(9000, n) for n in range(20))
@@ -535,5 +539,5 @@ def test_frames_of_another_batch_are_fetched_there() -> None:
     """A frame with a source position is read from that batch, wherever its record is."""
     log = Log()
     position, ref = log.write_one(texture(1000), policy())
-    moved: FrameRef = ref.placed(0, position)
+    moved: FrameRef = found_at(ref, position)
     assert log.reader.read(pack_frames([moved]), 999, 0, 1000) == texture(1000)
