@@ -20,13 +20,15 @@ from space.events.ids import AtPosition, AtTime, Moment
 from space.projections.contract import View
 from space.projections.feed import Progress, fold
 from space.statemachine.store import (
-    STATE_LAYOUT,
+    STATE_VERSION,
+    STATE_VIEW,
     Applied,
     Layout,
     Store,
     copy_sealed,
     read_seal,
 )
+from space.statemachine.tables import TABLES
 from space.wal.log import Log
 
 LIVE: Final = "state"
@@ -47,7 +49,10 @@ class Target:
 
 def layout_of(views: Sequence[View]) -> Layout:
     """Tables of the state and of all views."""
-    return {**STATE_LAYOUT, **{view.name: view.tables for view in views}}
+    return Layout(
+        {STATE_VIEW: TABLES, **{view.name: view.tables for view in views}},
+        {STATE_VIEW: STATE_VERSION, **{view.name: view.version for view in views}},
+    )
 
 
 def locate(log: Log, moment: Moment) -> Target:
@@ -132,7 +137,7 @@ def build(
     last = target.position if target.event is None else target.position - 1
     for checkpoint in checkpoints(home) if use_checkpoints else []:
         if int(checkpoint.name) <= last:
-            applied = read_seal(checkpoint)
+            applied = read_seal(checkpoint, layout_of(views))
             if applied is not None and fits(log, applied):
                 copy_sealed(checkpoint, path)
                 break
@@ -175,7 +180,7 @@ def open_live(home: Path, log: Log, views: Sequence[View], *, on_progress: OnPro
         CorruptionError: they have to be rebuilt and the log is damaged.
     """
     path = home / LIVE
-    applied = read_seal(path)
+    applied = read_seal(path, layout_of(views))
     target = Target(log.last_index)
     if applied is None or not fits(log, applied):
         return build(home, log, views, path, target, on_progress=on_progress)

@@ -270,7 +270,7 @@ def _fold(
 def _digests(store: Store, txn: ReadTransaction, names: list[str]) -> dict[str, str]:
     digests = {}
     for name in names:
-        tables = TABLES if name == STATE_VIEW else store._tables.layout[name]
+        tables = TABLES if name == STATE_VIEW else store._tables.layout.tables[name]
         digests[name] = format_digest(sum(table_digest(txn, table) for table in tables))
     return digests
 
@@ -407,7 +407,7 @@ def _verify_tables(store: Store, report: VerifyReport, repair: bool) -> None:
         for extent in content_map.all_extents(txn):
             _verify_extent(store, report, extent, applied.position)
     for path in history.checkpoints(store.path):
-        found = history.read_seal(path)
+        found = history.read_seal(path, store._tables.layout)
         if found is None or not history.fits(store.wal, found):
             report.add("checkpoint is damaged", segment=f"{history.CHECKPOINTS}/{path.name}", position=int(path.name))
             if repair:

@@ -31,7 +31,6 @@ import lmdb
 import msgpack
 
 from space._errors import CorruptionError, DiskFullError, StorageError
-from space.statemachine.tables import TABLES
 
 STATE_VIEW: Final = "state"
 SEAL: Final = "seal"
@@ -42,8 +41,21 @@ MAX_DATABASES: Final = 256
 MAX_READERS: Final = 1024
 _CHUNK: Final = 4 << 20
 
-Layout = Mapping[str, Mapping[int, str]]
-"""View name → table number → table name; table numbers are unique over all views."""
+STATE_VERSION: Final = 1
+"""Raised when the state's rows change: an older environment is then rebuilt from the log."""
+
+
+@attrs.frozen
+class Layout:
+    """What an environment holds.
+
+    Attributes:
+        tables: view name → table number → table name; table numbers are unique over all views.
+        versions: view name → schema version of its rows.
+    """
+
+    tables: Mapping[str, Mapping[int, str]]
+    versions: Mapping[str, int]
 
 
 @attrs.frozen
@@ -163,7 +175,7 @@ class Store:
             raise _storage(error, path) from None
         self._handles: dict[int, Any] = {}
         self._sealed = (path / SEAL).exists()
-        for view in layout:
+        for view in layout.tables:
             self._open_generation(view, self.generation(view))
 
     def generation(self, view: str) -> int:
@@ -174,7 +186,7 @@ class Store:
     def _named(self, view: str, generation: int) -> dict[int, Any]:
         return {
             table: self._env.open_db(f"{view}.{name}.{generation}".encode())
-            for table, name in self.layout[view].items()
+            for table, name in self.layout.tables[view].items()
         }
 
     def _open_generation(self, view: str, generation: int) -> None:
@@ -228,7 +240,7 @@ class Store:
         old = []
         for view in views:
             txn.set_generation(view, self.generation(view) + 1)
-            old += [self._handles[table] for table in self.layout[view]]
+            old += [self._handles[table] for table in self.layout.tables[view]]
         return old
 
     def adopt(self, views: list[str], old: list[Any]) -> None:
@@ -260,14 +272,14 @@ class Store:
                 applied = Applied.decode(txn.get(b"applied") or Applied().encode())
         finally:
             copy.close()
-        write_seal(path, applied, durable=True)
+        write_seal(path, applied, self.layout, durable=True)
 
     def close(self, *, seal: bool = True) -> None:
         """Closes it; with ``seal``, the next start can use it as it is."""
         applied = self.applied
         self._env.close()
         if seal and not self._sealed:
-            write_seal(self.path, applied, durable=False)
+            write_seal(self.path, applied, self.layout, durable=False)
 
     def info(self) -> dict[str, int]:
         """Bytes used and number of readers."""
@@ -275,14 +287,14 @@ class Store:
         return {"bytes": (info["last_pgno"] + 1) * 4096, "readers": info["num_readers"]}
 
 
-def write_seal(path: Path, applied: Applied, *, durable: bool) -> None:
+def write_seal(path: Path, applied: Applied, layout: Layout, *, durable: bool) -> None:
     """Seals the closed environment at ``path``; with ``durable``, both files are fsynced first."""
     data = path / DATA
     with data.open("rb") as file:
         if durable:
             os.fdatasync(file.fileno())
         size, crc = _checksum(file)
-    body = msgpack.packb([SEAL_FORMAT, size, crc, applied.encode()])
+    body = msgpack.packb([SEAL_FORMAT, size, crc, applied.encode(), dict(layout.versions)])
     temporary = path / (SEAL + ".new")
     with temporary.open("wb") as file:
         file.write(body + crc32c.crc32c(body).to_bytes(4, "little"))
@@ -298,15 +310,18 @@ def write_seal(path: Path, applied: Applied, *, durable: bool) -> None:
             os.close(descriptor)
 
 
-def read_seal(path: Path) -> Applied | None:
-    """Where the environment at ``path`` stands if it may be used as it is; None if it may not."""
+def read_seal(path: Path, layout: Layout) -> Applied | None:
+    """Where the environment at ``path`` stands if it may be used as it is; None if it may not.
+
+    It may not when a byte of it changed, or when a view it was folded for is new or has other rows by now.
+    """
     try:
         raw = (path / SEAL).read_bytes()
         body, crc = raw[:-4], raw[-4:]
         if len(raw) > 4096 or crc32c.crc32c(body).to_bytes(4, "little") != crc:
             return None
-        seal_format, size, expected, applied = msgpack.unpackb(body)
-        if seal_format != SEAL_FORMAT:
+        seal_format, size, expected, applied, versions = msgpack.unpackb(body)
+        if seal_format != SEAL_FORMAT or versions != dict(layout.versions):
             return None
         with (path / DATA).open("rb") as file:
             if _checksum(file) != (size, expected):
@@ -339,6 +354,3 @@ def _storage(error: Exception, path: Path) -> StorageError:
     if isinstance(error, lmdb.DiskError | lmdb.MapFullError) or "No space left" in text:
         return DiskFullError(f"no space for the state in {path}", hint="free some space; the log is untouched")
     return StorageError(f"state in {path}: {text}", hint="close the store; the next start rebuilds it from the log")
-
-
-STATE_LAYOUT: Final[Layout] = {STATE_VIEW: TABLES}

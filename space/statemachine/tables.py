@@ -234,11 +234,12 @@ def format_digest(digest: int) -> str:
 class Overlay:
     """Rows changed on top of a :class:`Reader` (or of another overlay), not yet written."""
 
-    __slots__ = ("_capsules", "_parent", "_rows")
+    __slots__ = ("_capsules", "_parent", "_rows", "_seen")
 
     def __init__(self, parent: Reader | Overlay) -> None:
         self._parent = parent
         self._capsules: dict[bytes, CapsuleRow | None] = {}
+        self._seen: dict[bytes, CapsuleRow | None] = {}  # read from below and unchanged
         self._rows: dict[int, dict[bytes, bytes | None]] = {table: {} for table in TABLES}
 
     def capsule(self, key: bytes) -> CapsuleRow | None:
@@ -246,11 +247,16 @@ class Overlay:
         try:
             return self._capsules[key]
         except KeyError:
-            parent = self._parent
-            if isinstance(parent, Overlay):
-                return parent.capsule(key)
+            pass
+        parent = self._parent
+        if isinstance(parent, Overlay):
+            return parent.capsule(key)
+        try:
+            return self._seen[key]
+        except KeyError:
             data = parent.get(CAPSULE, key)
-            return None if data is None else CapsuleRow.decode(data)
+            row = self._seen[key] = None if data is None else CapsuleRow.decode(data)
+            return row
 
     def edit(self, key: bytes) -> CapsuleRow:
         """The row to change in place.
@@ -265,6 +271,8 @@ class Overlay:
                 raise CorruptionError(f"the log changes a capsule that is not there: {key.hex()}")
             if isinstance(self._parent, Overlay):
                 row = row.copy()
+            else:
+                self._seen.pop(key, None)
             self._capsules[key] = row
         return row
 
@@ -314,6 +322,7 @@ class Overlay:
                 change += _write_table(writer, table, changed)
                 changed.clear()
         self._capsules.clear()
+        self._seen.clear()
         return change
 
     def merge_into(self, other: Overlay) -> None:
