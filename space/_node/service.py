@@ -15,14 +15,14 @@ import stat as statmod
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import RawIOBase
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
 import attrs
 
 from space._errors import ConflictError, NotFoundError, Status, StorageError, UsageError
 from space._node import maintenance, transfer
+from space._node.caller import CHUNK_BYTES, Caller, Document
+from space._node.reading import split_path
 from space.events.ids import AtPosition, CapsuleId, format_time, parse_moment
 from space.events.types import Kind
 
@@ -31,53 +31,25 @@ if TYPE_CHECKING:
     from space._node.store import Store
     from space.policy.model import Policy
 
-Document = dict[str, Any]
-"""A JSON-able mapping."""
-
 PAGE: Final = 1024
 FOLLOW_SECONDS: Final = 0.1
-PIPE_BYTES: Final = 4096
-"""PIPE_BUF: a pipe that polls writable takes this much without blocking (pipe(7))."""
-
-_ZEROS: Final = bytes(1 << 20)
-
-
-class Caller:
-    """Who asked: told how far things are, and asked whether it still waits.  This one always does."""
-
-    def progress(self, done: Document) -> None:
-        """Takes note of how far a long operation is."""
-
-    def wait(self, descriptor: int, *, writing: bool) -> None:
-        """Returns when ``descriptor`` can be read or written without blocking, or does not mind blocking.
-
-        Raises:
-            SpaceError: the caller has gone.
-        """
-
-    def idle(self, seconds: float) -> None:
-        """Waits that long.
-
-        Raises:
-            SpaceError: the caller has gone.
-        """
-        time.sleep(seconds)
+_ZEROS: Final = bytes(CHUNK_BYTES)
 
 
 class Service:
     """The operations on one store, for one caller."""
 
     def __init__(self, store: Store, caller: Caller) -> None:
-        self._store = store
+        self.store = store
         self._caller = caller
 
     @contextmanager
     def _reading(self, at: str | None) -> Iterator[Reading]:
         """The present, or a past moment for as long as it is looked at."""
         if at is None:
-            yield self._store
+            yield self.store
         else:
-            with self._store.at(at) as past:
+            with self.store.at(at) as past:
                 yield past
 
     # --- bytes in and out ------------------------------------------------------------------------
@@ -91,7 +63,7 @@ class Service:
         policy: Document | None = None,
     ) -> Document:
         """Stores what ``descriptor`` yields until its end as a new capsule."""
-        result = self._store.put(
+        result = self.store.put(
             cast("BinaryIO", _Source(descriptor, self._caller)),
             name=name,
             id=None if id is None else CapsuleId.parse(id),
@@ -129,11 +101,10 @@ class Service:
 
     def import_tree(self, *, source: str, path: str = "/", policy: Document | None = None) -> Document:
         """Copies the directory tree at the absolute path ``source`` into the store."""
-        result = self._store_import(source, path, _policy(policy))
-        return attrs.asdict(result)
-
-    def _store_import(self, source: str, path: str, policy: Policy | None) -> transfer.TransferResult:
-        return transfer.import_tree(self._store, source, path, policy=policy, on_progress=self._tree_progress)
+        found = _policy(policy)
+        return attrs.asdict(
+            transfer.import_tree(self.store, source, path, policy=found, on_progress=self._tree_progress)
+        )
 
     def export_tree(self, *, path: str, target: str, at: str | None = None) -> Document:
         """Writes a tree of the store below the absolute path ``target``."""
@@ -154,28 +125,35 @@ class Service:
         policy: Document | None = None,
     ) -> Document:
         """Makes an empty capsule of ``size`` bytes that all read as zeros."""
-        parent, last = (None, b"") if name is None else transfer.place(self._store, name)
-        capsule = self._store.create(
+        parent, last = (None, b"") if name is None else self._place(name)
+        capsule = self.store.create(
             Kind.FILE, parent=parent, name=last, size=size, block_size=block_size, policy=_policy(policy)
         )
-        stat = self._store.stat(capsule)
+        stat = self.store.stat(capsule)
         return {"id": str(capsule), "size": stat.size, "block_size": stat.block_size, "position": stat.change}
+
+    def _place(self, name: str) -> tuple[CapsuleId, bytes]:
+        names = split_path(name)
+        if not name.startswith("/") or not names:
+            raise UsageError(f"not a path: {name!r}", hint="a path begins with /")
+        transfer.check_names(names)
+        return transfer.make_directories(self.store, names[:-1]), names[-1]
 
     def resize(self, *, capsule: str, size: int) -> Document:
         """Sets the size of a capsule."""
-        return {"position": self._store.resize(capsule, size).position}
+        return {"position": self.store.resize(capsule, size).position}
 
     def mkdir(self, *, path: str, parents: bool = False) -> Document:
         """Makes a directory."""
-        return {"id": str(self._store.mkdir(path, parents=parents)), "position": self._store.position}
+        return {"id": str(self.store.mkdir(path, parents=parents)), "position": self.store.position}
 
     def rm(self, *, capsule: str, recursive: bool = False) -> Document:
         """Removes a path, or a capsule with all its names."""
-        return {"position": self._store.rm(capsule, recursive=recursive).position}
+        return {"position": self.store.rm(capsule, recursive=recursive).position}
 
     def mv(self, *, source: str, target: str) -> Document:
         """Renames a path."""
-        return {"position": self._store.mv(source, target).position}
+        return {"position": self.store.mv(source, target).position}
 
     def ls(self, *, path: str = "/", recursive: bool = False, at: str | None = None) -> Iterator[Document]:
         """What a directory holds, in byte order; a file lists itself."""
@@ -212,11 +190,11 @@ class Service:
 
     def snapshot(self, *, capsule: str, name: str) -> Document:
         """Names the present moment of a capsule or tree."""
-        return {"name": name, "position": self._store.snapshot(capsule, name).position}
+        return {"name": name, "position": self.store.snapshot(capsule, name).position}
 
     def snapshots(self) -> Iterator[Document]:
         """All snapshots, by name."""
-        for each in self._store.snapshots():
+        for each in self.store.snapshots():
             yield {
                 "name": shown(each.name.encode()),
                 "id": str(each.id),
@@ -228,29 +206,29 @@ class Service:
 
     def drop_snapshot(self, *, name: str) -> Document:
         """Forgets the name of a moment."""
-        return {"name": name, "position": self._store.drop_snapshot(name).position}
+        return {"name": name, "position": self.store.drop_snapshot(name).position}
 
     def clone(self, *, source: str, target: str, at: str | None = None) -> Document:
         """Copies a file or tree at a moment, sharing every stored byte."""
-        return {"id": str(self._store.clone(source, target, at=at)), "position": self._store.position}
+        return {"id": str(self.store.clone(source, target, at=at)), "position": self.store.position}
 
     def undelete(self, *, capsule: str, to: str | None = None) -> Document:
         """Brings a deleted capsule back."""
-        return {"id": str(self._store.undelete(capsule, to)), "position": self._store.position}
+        return {"id": str(self.store.undelete(capsule, to)), "position": self.store.position}
 
     def deleted(self) -> Iterator[Document]:
         """What :meth:`undelete` can bring back."""
-        for each in self._store.deleted():
-            parents = self._store.paths_of(each.parent) if each.parent is not None else []
+        for each in self.store.deleted():
+            parents = self.store.paths_of(each.parent) if each.parent is not None else []
             path = parents[0].rstrip(b"/") + b"/" + each.name if parents else each.name
-            stat = self._store.stat(each.id)
+            stat = self.store.stat(each.id)
             yield {
                 "id": str(each.id),
                 "path": shown(path),
                 "kind": stat.kind.name.lower(),
                 "size": stat.size,
                 "position": each.position,
-                **_time("time", self._store.log.time_ns(each.position)),
+                **_time("time", self.store.wal.time_ns(each.position)),
             }
 
     def digest(self, *, at: str | None = None) -> Document:
@@ -273,10 +251,10 @@ class Service:
         about = None if capsule is None else self._ever(capsule)
         at = 1 if start is None else self._batch(start, after=True)
         last = None if stop is None else self._batch(stop, after=False)
-        log = self._store.log
+        wal = self.store.wal
         while True:
-            end = log.last_index if last is None else min(last, log.last_index)
-            for event in maintenance.log_events(self._store, capsule=about, start=at, stop=end):
+            end = wal.last_index if last is None else min(last, wal.last_index)
+            for event in maintenance.log_events(self.store, capsule=about, start=at, stop=end):
                 yield event.to_json()
             at = max(at, end + 1)
             if not follow or (last is not None and at > last):
@@ -288,7 +266,7 @@ class Service:
         if not capsule.startswith("/"):
             return CapsuleId.parse(capsule)
         try:
-            return self._store.resolve(capsule, follow=False)
+            return self.store.resolve(capsule, follow=False)
         except NotFoundError:
             found = [each for each in self.deleted() if each["path"] == capsule]
             if not found:
@@ -302,39 +280,39 @@ class Service:
         moment = parse_moment(text, now_ns=time.time_ns())
         if isinstance(moment, AtPosition):
             return moment.position
-        return self._store.log.index_at_time(moment.time_ns) + after
+        return self.store.wal.index_at_time(moment.time_ns) + after
 
     def replay(self, *, view: str | None = None, to: str | None = None, verify: bool = False) -> Document:
         """Drops views and rebuilds them from the log."""
-        return attrs.asdict(self._store.replay(view=view, to=to, verify=verify, on_progress=self._log_progress))
+        return attrs.asdict(self.store.replay(view=view, to=to, verify=verify, on_progress=self._log_progress))
 
     def _log_progress(self, progress: Any) -> None:
-        done = {"events": progress.events, "position": progress.position, "last": self._store.log.last_index}
+        done = {"events": progress.events, "position": progress.position, "last": self.store.wal.last_index}
         self._caller.progress(done)
 
     def verify(self, *, repair: bool = False) -> Document:
         """Checks every checksum, chain link and reference."""
-        return attrs.asdict(self._store.verify(repair=repair, on_progress=self._log_progress))
+        return attrs.asdict(self.store.verify(repair=repair, on_progress=self._log_progress))
 
     def gc(self, *, dry_run: bool = False) -> Document:
         """Gives back what no kept moment can reach."""
-        return attrs.asdict(self._store.gc(dry_run=dry_run, on_progress=self._log_progress))
+        return attrs.asdict(self.store.gc(dry_run=dry_run, on_progress=self._log_progress))
 
     # --- policy and process ----------------------------------------------------------------------
 
     def policy(self, *, capsule: str) -> Document:
         """The policy a capsule follows, every key."""
-        return self._store.policy(self._store.resolve(capsule)).to_document()
+        return self.store.policy(self.store.resolve(capsule)).to_document()
 
     def set_policy(self, *, capsule: str, policy: Document) -> Document:
         """Lets a capsule follow another policy from now on."""
         from space.policy.model import Policy
 
-        return {"position": self._store.set_policy(capsule, Policy.from_document(policy)).position}
+        return {"position": self.store.set_policy(capsule, Policy.from_document(policy)).position}
 
     def owner(self) -> Document:
         """The process that has the store open, and where the store is."""
-        return {"pid": os.getpid(), "data": str(self._store.path.absolute()), "position": self._store.position}
+        return {"pid": os.getpid(), "data": str(self.store.path.absolute()), "position": self.store.position}
 
 
 # --- documents -----------------------------------------------------------------------------------
@@ -399,10 +377,10 @@ def permissions(stat: Stat) -> str:
 
 def _listing(reading: Reading, directory: CapsuleId, base: bytes) -> Iterator[Document]:
     after = b""
-    while page := reading.entries(directory, after=after, limit=PAGE):
-        for entry in page:
-            yield _entry_document(base + b"/" + entry.name, reading.stat(entry.id))
-        after = page[-1].name
+    while page := reading.entries_stat(directory, after=after, limit=PAGE):
+        for name, stat in page:
+            yield _entry_document(base + b"/" + name, stat)
+        after = page[-1][0]
 
 
 def _first_path(reading: Reading, capsule: CapsuleId) -> str:
@@ -413,31 +391,27 @@ def _first_path(reading: Reading, capsule: CapsuleId) -> str:
 # --- descriptors ---------------------------------------------------------------------------------
 
 
-class _Source(RawIOBase):
+class _Source:
     """Reads a borrowed descriptor, as long as somebody waits for the result."""
 
     def __init__(self, descriptor: int, caller: Caller) -> None:
         self._descriptor = descriptor
         self._caller = caller
 
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1, /) -> bytes:
-        self._caller.wait(self._descriptor, writing=False)
-        return os.read(self._descriptor, size)
+    def read(self, size: int, /) -> bytes:
+        piece = os.read(self._descriptor, min(size, self._caller.wait(self._descriptor, writing=False)))
+        if not piece:
+            self._caller.ended()
+        return piece
 
 
 class _Sink:
-    """Writes a borrowed descriptor: a pipe in pieces that cannot block, a new file with its holes."""
+    """Writes a borrowed descriptor, an empty file with its holes, as long as somebody waits for the result."""
 
     def __init__(self, descriptor: int, caller: Caller, *, sparse: bool) -> None:
-        mode = os.fstat(descriptor).st_mode
-        regular = statmod.S_ISREG(mode)
         self._descriptor = descriptor
         self._caller = caller
-        self._sparse = sparse and regular
-        self._piece = len(_ZEROS) if regular or type(caller) is Caller else PIPE_BYTES
+        self._sparse = sparse and statmod.S_ISREG(os.fstat(descriptor).st_mode)
 
     def write(self, data: bytes) -> None:
         try:
@@ -446,8 +420,8 @@ class _Sink:
                 return
             view = memoryview(data)
             while view:
-                self._caller.wait(self._descriptor, writing=True)
-                view = view[os.write(self._descriptor, view[: self._piece]) :]
+                room = self._caller.wait(self._descriptor, writing=True)
+                view = view[os.write(self._descriptor, view[:room]) :]
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -464,4 +438,4 @@ def methods() -> dict[str, Callable[..., Any]]:
     return {name: method for name, method in vars(Service).items() if callable(method) and name[0] != "_"}
 
 
-__all__ = ["Caller", "Document", "Path", "Service", "methods", "permissions", "shown"]
+__all__ = ["Caller", "Document", "Service", "methods", "permissions", "shown"]

@@ -1,0 +1,850 @@
+"""The command line: arguments in, a :class:`space._node.service.Service` call, words or JSON out.
+
+Names, flags, JSON shapes and exit statuses are an interface (``docs/cli.md``).  Nothing is decided here about
+storage.  Imports wait until a command needs them, because a command is often over in less time than they take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import stat as statmod
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+
+import typer
+
+from space._errors import (
+    ConflictError,
+    CorruptionError,
+    DiskFullError,
+    NotFoundError,
+    RefusedError,
+    SpaceError,
+    StorageError,
+    UnavailableError,
+    UsageError,
+)
+from space._node.caller import Caller, Document
+
+if TYPE_CHECKING:
+    from space._node.service import Service
+
+DATA_ENVIRONMENT: Final = "SPACE_DATA"
+NODE_ENVIRONMENT: Final = "SPACE_NODE"
+
+IN_USE_SECONDS: Final = 2.0
+"""How long a command waits for another short one to let go of the directory."""
+
+IN_USE_POLL_SECONDS: Final = 0.02
+PROGRESS_AFTER_SECONDS: Final = 1.0
+PROGRESS_SECONDS: Final = 0.1
+INTERRUPTED: Final = 130
+TERMINATED: Final = 143
+
+_GLOBAL_FLAGS: Final = ("--json", "--debug")
+_GLOBAL_VALUES: Final = ("--data", "--node")
+
+app = typer.Typer(
+    name="space",
+    help="Event-sourced storage: every change is an event in a log, and every view is rebuilt from it.",
+    epilog="--data, --node, --json and --debug are accepted before and after the command.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+policy_app = typer.Typer(no_args_is_help=True, help="Check, show and set policies.")
+project_app = typer.Typer(no_args_is_help=False, help="Views of capsules and trees: mount, list, stop.")
+app.add_typer(policy_app, name="policy")
+app.add_typer(project_app, name="project")
+
+At = Annotated[
+    str | None, typer.Option("--at", metavar="MOMENT", help="@POSITION, ISO-8601, -5m, or a snapshot.")
+]
+Capsule = Annotated[str, typer.Argument(metavar="CAPSULE", help="A UUID or a path in the tree.")]
+PolicyFile = Annotated[str | None, typer.Option("--policy-file", metavar="FILE", help="Policy (YAML).")]
+
+
+# --- session ---------------------------------------------------------------------------------------
+
+
+class _Progress(Caller):
+    """A line on a terminal's stderr, for what takes longer than a second."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._shown = 0.0
+        self._terminal = sys.stderr.isatty()
+
+    def progress(self, done: Document) -> None:
+        now = time.monotonic()
+        if (
+            self._terminal
+            and now - self._begun > PROGRESS_AFTER_SECONDS
+            and now - self._shown > PROGRESS_SECONDS
+        ):
+            self._shown = now
+            sys.stderr.write(f"\r\x1b[K{_progress_text(done, now - self._begun)}")
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        """Leaves no half line behind."""
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def _progress_text(done: Document, seconds: float) -> str:
+    from space.policy.units import format_size
+
+    parts = []
+    if done.get("last"):
+        parts.append(f"{100 * done['position'] // done['last']} %")
+    if "files" in done:
+        parts.append(f"{done['files']} files")
+    if "events" in done:
+        parts.append(f"{done['events']} events ({done['events'] / seconds:,.0f}/s)")
+    if "bytes" in done:
+        parts.append(f"{format_size(done['bytes'])} ({format_size(int(done['bytes'] / seconds))}/s)")
+    return ", ".join(parts)
+
+
+class Session:
+    """What the global options say, and the way to the store they mean."""
+
+    def __init__(self, data: Path, node: str | None, *, as_json: bool) -> None:
+        self.data = data
+        self.node = node
+        self.json = as_json
+
+    @contextlib.contextmanager
+    def service(self, *, create: bool = False) -> Iterator[Service]:
+        """The store's operations: of the node that was named, else of the process that has it open, else our own.
+
+        Raises:
+            UnavailableError: another process has it open and does not answer.
+        """
+        caller = _Progress()
+        try:
+            if self.node:
+                yield _node(self.node, caller)
+            else:
+                with self._own_or_ask(caller, create) as service:
+                    yield service
+        finally:
+            caller.clear()
+
+    @contextlib.contextmanager
+    def _own_or_ask(self, caller: Caller, create: bool) -> Iterator[Service]:
+        deadline = time.monotonic() + IN_USE_SECONDS
+        while True:
+            if (asked := _ask(self.data, caller)) is not None:
+                yield asked
+                return
+            from space._node.service import Service
+            from space._node.store import Store
+
+            try:
+                store = Store(self.data, create=create)
+            except UnavailableError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(IN_USE_POLL_SECONDS)
+            else:
+                break
+        with store:
+            yield Service(store, caller)
+
+    def show(self, document: Any, text: str) -> None:
+        """One JSON document, or words."""
+        _print(_json(document) if self.json else text)
+
+    def show_list(self, items: Iterable[Document], line: Callable[[Document], str]) -> None:
+        """A JSON list, or a line each; never held whole."""
+        if not self.json:
+            for item in items:
+                _print(line(item))
+            return
+        separator = "["
+        for item in items:
+            _print(separator + _json(item), end="")
+            separator = ",\n"
+        _print("]" if separator != "[" else "[]")
+
+
+def _ask(data: Path, caller: Caller) -> Service | None:
+    """The process that has the store open, if it answers."""
+    socket = data / "control.sock"
+    if not socket.exists():
+        return None
+    from space.control import connect
+
+    try:
+        return connect(socket, caller=caller)
+    except UnavailableError:
+        return None  # left behind by a process that was killed
+
+
+def _node(address: str, caller: Caller) -> Service:
+    scheme, separator, path = address.partition("://")
+    if not separator or scheme not in {"unix", "http", "https"} or "," in address:
+        raise UsageError(f"not the address of a node: {address!r}", hint="write unix:///PATH/control.sock")
+    if scheme != "unix":
+        raise UnavailableError(
+            f"cannot reach {address}: nodes are reached over unix sockets only", hint="use unix:///PATH/control.sock"
+        )
+    from space.control import connect
+
+    return connect(Path(path), caller=caller)
+
+
+def _json(document: Any) -> str:
+    return json.dumps(document, ensure_ascii=False)
+
+
+def _print(text: str, end: str = "\n") -> None:
+    sys.stdout.write(text + end)
+
+
+def _clean(text: str) -> str:
+    """Text that cannot move a terminal's cursor or break a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def _size(text: str | None, what: str) -> int | None:
+    from space.policy.units import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except UsageError as error:
+        raise UsageError(f"{what}: {Exception.__str__(error)}", hint=error.hint) from None
+
+
+def _formatted(size: int) -> str:
+    from space.policy.units import format_size
+
+    return format_size(size)
+
+
+def _policy_document(file: str | None) -> Document | None:
+    if file is None:
+        return None
+    from space.policy.model import load_policy
+
+    return load_policy(file).to_document()
+
+
+def _system_error(error: OSError, what: str) -> SpaceError:
+    """What the operating system said about a file of the user's, in our words."""
+    import errno
+
+    reason = error.strerror or str(error)
+    if error.errno == errno.ENOENT:
+        return NotFoundError(f"{what}: no such file or directory")
+    if error.errno in {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}:
+        return UsageError(f"{what}: {reason}")
+    if error.errno == errno.ENOSPC:
+        return DiskFullError(f"{what}: {reason}")
+    return StorageError(f"{what}: {reason}")
+
+
+# --- global options --------------------------------------------------------------------------------
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        _print(f"space {version('space-store')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="DIR", help=f"Data directory (or {DATA_ENVIRONMENT}).")
+    ] = None,
+    node: Annotated[
+        str | None, typer.Option("--node", metavar="URL", help=f"Running node (or {NODE_ENVIRONMENT}).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    # Names and bytes that a terminal's encoding lacks are shown as escapes instead of ending the command.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    found = data or os.environ.get(DATA_ENVIRONMENT) or _default_data()
+    # an explicit directory on the command line outranks a node in the environment
+    address = node or (None if data else os.environ.get(NODE_ENVIRONMENT))
+    context.obj = Session(Path(found).expanduser(), address, as_json=as_json)
+
+
+def _default_data() -> str:
+    home = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return str(Path(home) / "space")
+
+
+# --- bytes in and out --------------------------------------------------------------------------------
+
+
+@app.command()
+def put(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE|-", help="A file, or - for standard input.")],
+    id: Annotated[str | None, typer.Option("--id", metavar="UUID", help="Use this id.")] = None,  # noqa: A002
+    name: Annotated[str | None, typer.Option("--name", metavar="PATH", help="Name it in the tree.")] = None,
+    policy_file: PolicyFile = None,
+) -> None:
+    """Store a file as a capsule; print its id."""
+    session: Session = context.obj
+    policy = _policy_document(policy_file)
+    with _source(file) as descriptor, session.service(create=True) as service:
+        result = service.put(descriptor=descriptor, name=name, id=id, policy=policy)
+    session.show(result, result["id"])
+
+
+@contextlib.contextmanager
+def _source(file: str) -> Iterator[int]:
+    if file == "-":
+        yield sys.stdin.fileno()
+        return
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _system_error(error, file) from None
+    try:
+        if statmod.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise UsageError(f"{file} is a directory", hint="space import takes directories")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@app.command()
+def get(
+    context: typer.Context,
+    capsule: Capsule,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Write here.")] = None,
+    offset: Annotated[str, typer.Option("--offset", metavar="N", help="First byte.")] = "0",
+    length: Annotated[str | None, typer.Option("--length", metavar="N", help="How many bytes.")] = None,
+    at: At = None,
+) -> None:
+    """Write a capsule's bytes to standard output or a file."""
+    session: Session = context.obj
+    wanted = {
+        "capsule": capsule,
+        "offset": _size(offset, "--offset") or 0,
+        "length": _size(length, "--length"),
+        "at": at,
+    }
+    with session.service() as service:
+        if output is None:
+            sys.stdout.flush()
+            service.get(descriptor=sys.stdout.fileno(), **wanted)
+            return
+        result = _get_file(service, output, wanted)
+    session.show({**result, "file": output}, f"{output}: {_formatted(result['size'])}")
+
+
+def _get_file(service: Service, output: str, wanted: Document) -> Document:
+    """Writes a file that appears, or changes, only when there is something to write to it."""
+    service.stat(capsule=wanted["capsule"], at=wanted["at"])
+    existed = os.path.lexists(output)
+    try:
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise _system_error(error, output) from None
+    try:
+        return service.get(descriptor=descriptor, sparse=True, **wanted)
+    except BaseException:
+        if not existed:
+            Path(output).unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+@app.command("import")
+def import_(
+    context: typer.Context,
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A directory of this machine.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Where to, in the tree.")] = "/",
+    policy_file: PolicyFile = None,
+) -> None:
+    """Copy a directory tree into the store."""
+    session: Session = context.obj
+    policy = _policy_document(policy_file)
+    source = os.path.abspath(directory)
+    if not os.path.lexists(source):
+        raise NotFoundError(f"{directory}: no such file or directory")
+    if not os.path.isdir(source):
+        raise UsageError(f"{directory} is not a directory", hint="space put takes files")
+    with session.service(create=True) as service:
+        result = service.import_tree(source=source, path=path, policy=policy)
+    session.show(result, _transferred("imported", result))
+
+
+@app.command("export")
+def export_(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A path in the tree, or a UUID.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A missing or empty directory.")],
+    at: At = None,
+) -> None:
+    """Copy a tree out of the store."""
+    session: Session = context.obj
+    with session.service() as service:
+        result = service.export_tree(path=path, target=os.path.abspath(directory), at=at)
+    session.show(result, _transferred("exported", result))
+
+
+def _transferred(verb: str, result: Document) -> str:
+    counts = f"{result['files']} files, {result['directories']} directories, {result['others']} others"
+    return f"{verb} {counts}, {_formatted(result['bytes'])} at position {result['position']}"
+
+
+# --- names -------------------------------------------------------------------------------------------
+
+
+@app.command()
+def create(
+    context: typer.Context,
+    size: Annotated[str, typer.Option("--size", metavar="SIZE", help="Like 10GiB.")] = "0",
+    block_size: Annotated[int, typer.Option("--block-size", metavar="512|4096", help="For block use.")] = 0,
+    name: Annotated[str | None, typer.Option("--name", metavar="PATH", help="Name it in the tree.")] = None,
+    policy_file: PolicyFile = None,
+) -> None:
+    """Make an empty capsule whose bytes read as zeros; print its id."""
+    session: Session = context.obj
+    if block_size not in {0, 512, 4096}:
+        raise UsageError(f"--block-size {block_size}: blocks have 512 or 4096 bytes")
+    policy = _policy_document(policy_file)
+    wanted = _size(size, "--size") or 0
+    with session.service(create=True) as service:
+        result = service.create(size=wanted, block_size=block_size, name=name, policy=policy)
+    session.show(result, result["id"])
+
+
+@app.command()
+def resize(
+    context: typer.Context,
+    capsule: Capsule,
+    size: Annotated[str, typer.Argument(metavar="SIZE", help="Like 10GiB.")],
+) -> None:
+    """Set the size of a capsule; new bytes are zeros."""
+    session: Session = context.obj
+    wanted = _size(size, "SIZE") or 0
+    with session.service() as service:
+        result = service.resize(capsule=capsule, size=wanted)
+    session.show({**result, "size": wanted}, f"{capsule}: {_formatted(wanted)}")
+
+
+@app.command()
+def ls(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A directory or file.")] = "/",
+    recursive: Annotated[bool, typer.Option("-r", "--recursive", help="Everything below it.")] = False,
+    unnamed: Annotated[bool, typer.Option("--unnamed", help="Capsules that have no path instead.")] = False,
+    at: At = None,
+) -> None:
+    """List a directory."""
+    session: Session = context.obj
+    with session.service() as service:
+        found = service.unnamed(at=at) if unnamed else service.ls(path=path, recursive=recursive, at=at)
+        session.show_list(found, lambda each: _ls_line(each, full=recursive))
+
+
+def _ls_line(each: Document, *, full: bool) -> str:
+    name = (each["path"] if full else each["name"]) or each["id"]
+    suffix = {"directory": "/", "symlink": f" -> {each.get('target')}"}.get(each["kind"], "")
+    when = each["mtime"][:16].replace("T", " ")
+    return f"{each['permissions']} {_formatted(each['size']):>10} {when} {_clean(name + suffix)}"
+
+
+@app.command()
+def stat(context: typer.Context, capsule: Capsule, at: At = None) -> None:
+    """Show everything about a capsule but its bytes."""
+    session: Session = context.obj
+    with session.service() as service:
+        document = service.stat(capsule=capsule, at=at)
+    session.show(document, "\n".join(_fields(document)))
+
+
+def _fields(document: Document, indent: str = "") -> Iterator[str]:
+    for key, value in document.items():
+        if isinstance(value, dict):
+            if value:
+                yield f"{indent}{key}:"
+                yield from _fields(value, indent + "  ")
+        elif value is not None and not key.endswith("_ns"):
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield f"{indent}{_clean(key)}: {_clean(text)}"
+
+
+@app.command()
+def rm(
+    context: typer.Context,
+    capsules: Annotated[list[str], typer.Argument(metavar="CAPSULE…", help="UUIDs or paths.")],
+    recursive: Annotated[bool, typer.Option("-r", "--recursive", help="Directories and what is in them.")] = False,
+) -> None:
+    """Remove capsules; undelete brings them back until gc."""
+    session: Session = context.obj
+    with session.service() as service:
+        results = [{"capsule": each, **service.rm(capsule=each, recursive=recursive)} for each in capsules]
+    if session.json:
+        _print(_json(results))
+
+
+@app.command()
+def mv(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A path.")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="A path; a directory takes SRC in.")],
+) -> None:
+    """Rename a path."""
+    session: Session = context.obj
+    with session.service() as service:
+        result = service.mv(source=source, target=target)
+    if session.json:
+        _print(_json(result))
+
+
+@app.command()
+def mkdir(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(metavar="PATH")],
+    parents: Annotated[bool, typer.Option("-p", "--parents", help="Missing parents too.")] = False,
+) -> None:
+    """Make a directory."""
+    session: Session = context.obj
+    with session.service(create=True) as service:
+        result = service.mkdir(path=path, parents=parents)
+    if session.json:
+        _print(_json(result))
+
+
+# --- moments -----------------------------------------------------------------------------------------
+
+
+@app.command()
+def snapshot(
+    context: typer.Context,
+    capsule: Annotated[str | None, typer.Argument(metavar="[CAPSULE|PATH", help="What to snapshot.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME]", help="The snapshot's name.")] = None,
+    drop: Annotated[str | None, typer.Option("--drop", metavar="NAME", help="Forget a snapshot.")] = None,
+) -> None:
+    """Name the present moment of a capsule or tree; without arguments, list snapshots."""
+    session: Session = context.obj
+    if drop is not None and capsule is not None:
+        raise UsageError("--drop goes alone: space snapshot --drop NAME")
+    if capsule is not None and name is None:
+        raise UsageError("a snapshot needs a name: space snapshot CAPSULE NAME")
+    if capsule is None and drop is None:
+        snapshots(context)
+        return
+    with session.service() as service:
+        if drop is not None:
+            result = service.drop_snapshot(name=drop)
+        else:
+            result = service.snapshot(capsule=str(capsule), name=str(name))
+    session.show(result, f"{_clean(result['name'])} @{result['position']}")
+
+
+@app.command()
+def snapshots(context: typer.Context) -> None:
+    """List snapshots."""
+    session: Session = context.obj
+    with session.service() as service:
+        session.show_list(
+            service.snapshots(),
+            lambda each: f"{each['moment']:<12} {each['time'][:19]} {each['id']} {_clean(each['name'])}",
+        )
+
+
+@app.command()
+def clone(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A UUID or path.")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="A new path.")],
+    at: At = None,
+) -> None:
+    """Copy a file or tree, as it is or was, without copying bytes; print the new id."""
+    session: Session = context.obj
+    with session.service() as service:
+        result = service.clone(source=source, target=target, at=at)
+    session.show(result, result["id"])
+
+
+@app.command()
+def undelete(
+    context: typer.Context,
+    capsule: Annotated[str | None, typer.Argument(metavar="[CAPSULE|PATH]", help="What to bring back.")] = None,
+    to: Annotated[str | None, typer.Option("--to", metavar="PATH", help="Bring it back there.")] = None,
+) -> None:
+    """Bring back what was removed; without arguments, list what can be."""
+    session: Session = context.obj
+    with session.service() as service:
+        if capsule is None:
+            session.show_list(
+                service.deleted(),
+                lambda each: (
+                    f"@{each['position']:<10} {each['time'][:19]} {_formatted(each['size']):>10} "
+                    f"{each['id']} {_clean(each['path'])}"
+                ),
+            )
+            return
+        result = service.undelete(capsule=capsule, to=to)
+    session.show(result, result["id"])
+
+
+@app.command()
+def digest(context: typer.Context, at: At = None) -> None:
+    """Print position and state digest."""
+    session: Session = context.obj
+    with session.service() as service:
+        result = service.digest(at=at)
+    session.show(result, f"{result['position']} {result['digest']}")
+
+
+# --- the log and upkeep ------------------------------------------------------------------------------
+
+
+@app.command()
+def log(
+    context: typer.Context,
+    capsule: Annotated[str | None, typer.Option("--capsule", metavar="C", help="Of this one only.")] = None,
+    start: Annotated[str | None, typer.Option("--from", metavar="P", help="First position, or a moment.")] = None,
+    stop: Annotated[str | None, typer.Option("--to", metavar="P", help="Last position, or a moment.")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Wait for more.")] = False,
+) -> None:
+    """Print events, oldest first; with --json, one object a line."""
+    session: Session = context.obj
+    with session.service() as service, _answering(service) if follow else contextlib.nullcontext():
+        for event in service.log(capsule=capsule, start=start, stop=stop, follow=follow):
+            _print(_json(event) if session.json else _log_line(event))
+            if follow:
+                sys.stdout.flush()
+
+
+def _log_line(event: Document) -> str:
+    place = f"@{event['position']}.{event['event']}"
+    detail = " ".join(f"{key}={value}" for key, value in event["detail"].items())
+    line = f"{place:<10} {event['time'][:23]} {event['actor']} {event['kind']} {event['capsule']} {detail}"
+    return _clean(line.rstrip())
+
+
+@contextlib.contextmanager
+def _answering(service: Service) -> Iterator[None]:
+    """While this process keeps the store for long, others can use it through the control socket."""
+    from space.control import RemoteService
+
+    if isinstance(service, RemoteService):
+        yield
+        return
+    from space.control import ControlServer
+
+    with ControlServer(service.store):
+        yield
+
+
+@app.command()
+def replay(
+    context: typer.Context,
+    view: Annotated[str | None, typer.Option("--view", metavar="NAME", help="Only this view.")] = None,
+    to: Annotated[str | None, typer.Option("--to", metavar="MOMENT", help="Up to a past moment.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare digests before and after.")] = False,
+) -> None:
+    """Drop views and rebuild them from the log."""
+    session: Session = context.obj
+    with session.service() as service, _answering(service):
+        result = service.replay(view=view, to=to, verify=verify)
+    same = ", equal to what was there" if verify else ""
+    session.show(
+        result,
+        f"{', '.join(result['views'])}: {result['events']} events in {result['seconds']:.2f} s "
+        f"({result['events_per_second']:,.0f} events/s) to position {result['position']}{same}",
+    )
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    repair: Annotated[bool, typer.Option("--repair", help="Rebuild what the log can rebuild.")] = False,
+) -> None:
+    """Check every checksum, chain link and reference."""
+    session: Session = context.obj
+    with session.service() as service, _answering(service):
+        report = service.verify(repair=repair)
+    lines = [_finding(each) for each in report["findings"]]
+    lines.append(
+        f"{report['segments']} segments, {report['batches']} batches, {report['events']} events, "
+        f"{_formatted(report['payload_bytes'])} of payload, {report['repaired']} repaired: "
+        f"{len(report['findings'])} findings"
+    )
+    session.show(report, "\n".join(lines))
+    if report["findings"]:
+        first = report["findings"][0]
+        raise CorruptionError(
+            f"{len(report['findings'])} findings, the first: {_finding(first)}",
+            hint="restore the segment from a backup" if repair else "try: space verify --repair",
+        )
+
+
+def _finding(each: Document) -> str:
+    return _clean(f"{each['segment']} offset {each['offset']} position {each['position']}: {each['what']}")
+
+
+@app.command()
+def gc(
+    context: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be given back.")] = False,
+) -> None:
+    """Give back the space of what no kept moment can reach."""
+    session: Session = context.obj
+    with session.service() as service, _answering(service):
+        report = service.gc(dry_run=dry_run)
+    verb = "would give back" if dry_run else "gave back"
+    session.show(
+        report,
+        f"{verb} {_formatted(report['bytes_given_back'])} ({report['bytes_given_back']} bytes) in "
+        f"{report['frames']} frames; {report['capsules_purged']} capsules purged",
+    )
+
+
+# --- policy ------------------------------------------------------------------------------------------
+
+
+@policy_app.command("check")
+def policy_check(
+    context: typer.Context, file: Annotated[str, typer.Argument(metavar="FILE", help="A policy file.")]
+) -> None:
+    """Check a policy file; print it with every key."""
+    session: Session = context.obj
+    document = _policy_document(file) or {}
+    session.show(document, "\n".join(_fields(document)))
+
+
+@policy_app.command("show")
+def policy_show(context: typer.Context, capsule: Capsule) -> None:
+    """Show the policy a capsule follows."""
+    session: Session = context.obj
+    with session.service() as service:
+        document = service.policy(capsule=capsule)
+    session.show(document, "\n".join(_fields(document)))
+
+
+@policy_app.command("set")
+def policy_set(
+    context: typer.Context,
+    capsule: Capsule,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A policy file.")],
+) -> None:
+    """Let a capsule follow another policy from now on."""
+    session: Session = context.obj
+    document = _policy_document(file) or {}
+    with session.service() as service:
+        result = service.set_policy(capsule=capsule, policy=document)
+    if session.json:
+        _print(_json(result))
+
+
+# --- the program -------------------------------------------------------------------------------------
+
+
+def _hoisted(arguments: Sequence[str]) -> list[str]:
+    """The global options first, wherever they stood before ``--``."""
+    front: list[str] = []
+    rest = list(arguments)
+    at = 0
+    while at < len(rest) and rest[at] != "--":
+        word = rest[at]
+        if word in _GLOBAL_FLAGS or word.startswith(tuple(f"{flag}=" for flag in _GLOBAL_VALUES)):
+            front.append(rest.pop(at))
+        elif word in _GLOBAL_VALUES and at + 1 < len(rest):
+            front += [rest.pop(at), rest.pop(at)]
+        else:
+            at += 1
+    return front + rest
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"space: {_clean(text)}\n")
+        sys.stderr.flush()
+
+
+def _stopped(signal_number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signal_number)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command and returns its exit status; complaints are one line on stderr."""
+    debug = "--debug" in arguments
+    try:
+        status = app(_hoisted(arguments), prog_name="space", standalone_mode=False)
+        sys.stdout.flush()
+    except SpaceError as error:
+        if debug:
+            raise
+        _complain(_sentence(error))
+        return error.kind.exit_status
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        return 1
+    except typer.Abort:
+        return INTERRUPTED
+    except Exception as error:
+        if debug or not hasattr(error, "format_message"):
+            if debug:
+                raise
+            _complain(f"{type(error).__name__}: {error} (a defect: please report it with --debug)")
+            return 1
+        _complain(f"{error.format_message()} (see: {_usage(error)} --help)")
+        return 2
+    return status if isinstance(status, int) else 0
+
+
+def _usage(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    return context.command_path if context is not None else "space"
+
+
+def _sentence(error: SpaceError) -> str:
+    return str(error)
+
+
+def main() -> NoReturn:
+    """The console entry point."""
+    signal.signal(signal.SIGTERM, _stopped)
+    try:
+        status = run(sys.argv[1:])
+    finally:
+        _detach_stdout()
+    sys.exit(status)
+
+
+def _detach_stdout() -> None:
+    """Lets the interpreter end in peace when nobody reads what is left to be written."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,467 @@
+"""The control socket: the operations of a store, asked of the process that has it open.
+
+The owner of a data directory listens on ``control.sock`` in it (mode 0600; only its own user and root are
+heard).  One connection carries one call:
+
+    request   {"method": name, "arguments": {…}}, with at most one file descriptor beside it
+    answers   any number of {"progress": {…}}, {"item": {…}} and {"ended": true}, then {"result": {…}} or {"error": {…}}
+
+After ``ended`` (the source of a put has) the client sends one byte: a program killed together with the one
+whose output it was storing must not leave half of it under a name.
+
+Each message is a length (4 bytes, big-endian) and that much msgpack.  What can be called is what
+:class:`space._node.service.Service` has as public methods, with arguments of the annotated types, and nothing
+else.  A client that closes its end is no longer waited for; one that sends anything else is hung up on.
+
+A socket address holds 108 bytes at most (unix(7)), a data directory's path may be longer: so both sides
+reach the socket through ``/proc/self/fd`` of the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import stat as statmod
+import struct
+import threading
+import time
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import msgpack
+
+from space import _errors
+from space._errors import CorruptionError, SpaceError, StorageError, UnavailableError, UsageError
+from space._node.caller import CHUNK_BYTES, Caller
+
+if TYPE_CHECKING:
+    from space._node.service import Service
+    from space._node.store import Store
+
+SOCKET: Final = "control.sock"
+
+REQUEST_BYTES_MAX: Final = 1 << 20  # a policy document and a few paths; more is a mistake or an attack
+ANSWER_BYTES_MAX: Final = 64 << 20  # a capsule with very many extended attributes
+REQUEST_SECONDS: Final = 10.0  # a request is sent in one go
+ANSWER_SECONDS: Final = 600.0  # somebody may look at a page of a pager for a while
+PROGRESS_SECONDS: Final = 0.1
+CONNECTIONS_MAX: Final = 64
+DESCRIPTORS_MAX: Final = 1
+PIPE_BYTES: Final = 4096  # PIPE_BUF: what a pipe that polls writable takes without blocking (pipe(7))
+
+_LENGTH: Final = struct.Struct(">I")
+_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid (unix(7), SO_PEERCRED)
+
+Message = dict[str, Any]
+
+
+class _ProtocolError(Exception):
+    """The other side does not speak this protocol."""
+
+
+# --- messages --------------------------------------------------------------------------------------
+
+
+def _pack(message: Message, limit: int) -> bytes:
+    try:
+        body: bytes = msgpack.packb(message, unicode_errors="surrogateescape")
+    except (OverflowError, ValueError, TypeError) as error:
+        raise UsageError(f"cannot be sent to the process that has the store open: {error}") from None
+    if len(body) > limit:
+        raise UsageError(f"too much to send to or from the process that has the store open: {len(body)} bytes")
+    return _LENGTH.pack(len(body)) + body
+
+
+def _read(stream: socket.socket, size: int) -> bytes:
+    pieces = []
+    while size:
+        piece = stream.recv(min(size, CHUNK_BYTES))
+        if not piece:
+            raise _ProtocolError
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
+
+
+def _unpack(stream: socket.socket, head: bytes, limit: int) -> Message:
+    """The message whose length begins with ``head``."""
+    (length,) = _LENGTH.unpack(head + _read(stream, _LENGTH.size - len(head)))
+    if length > limit:
+        raise _ProtocolError
+    try:
+        message = msgpack.unpackb(_read(stream, length), unicode_errors="surrogateescape")
+    except (ValueError, msgpack.UnpackException) as error:
+        raise _ProtocolError from error
+    if not isinstance(message, dict):
+        raise _ProtocolError
+    return message
+
+
+def _error_message(error: SpaceError) -> Message:
+    message = {
+        "kind": type(error).__name__,
+        "message": Exception.__str__(error),
+        "hint": error.hint,
+        "status": error.status.name,
+    }
+    if isinstance(error, CorruptionError):
+        message |= {"segment": error.segment, "offset": error.offset, "position": error.position}
+    return message
+
+
+def _error_of(message: Message) -> SpaceError:
+    """The error a message describes, of its own class if this program knows it."""
+    found = getattr(_errors, str(message.get("kind")), None)
+    kind = found if isinstance(found, type) and issubclass(found, SpaceError) else SpaceError
+    text, hint = str(message.get("message")), str(message.get("hint", ""))
+    if issubclass(kind, CorruptionError):
+        place = {key: message[key] for key in ("segment", "offset", "position") if key in message}
+        return kind(text, hint=hint, **place)
+    status = str(message.get("status"))
+    known = status in _errors.Status.__members__
+    return kind(text, hint=hint, status=_errors.Status[status] if known else None)
+
+
+@contextlib.contextmanager
+def _address(path: Path) -> Iterator[str]:
+    """A short address for the socket at ``path``."""
+    try:
+        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    except OSError as error:
+        raise UnavailableError(f"no control socket at {path}: {error.strerror}") from None
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
+
+
+def _peer_is_ours(stream: socket.socket) -> bool:
+    credentials = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return _CREDENTIALS.unpack(credentials)[1] in (0, os.geteuid())
+
+
+# --- server ----------------------------------------------------------------------------------------
+
+
+class _RemoteCaller(Caller):
+    """The client of one connection."""
+
+    def __init__(self, stream: socket.socket) -> None:
+        self._stream = stream
+        self._told = 0.0
+
+    def send(self, message: Message) -> None:
+        try:
+            self._stream.sendall(_pack(message, ANSWER_BYTES_MAX))
+        except OSError:
+            raise _gone() from None
+
+    def progress(self, done: Message) -> None:
+        now = time.monotonic()
+        if now - self._told >= PROGRESS_SECONDS:
+            self._told = now
+            self.send({"progress": done})
+
+    def wait(self, descriptor: int, *, writing: bool) -> int:
+        if statmod.S_ISREG(os.fstat(descriptor).st_mode):
+            return CHUNK_BYTES
+        ready = self._poll(descriptor, select.POLLOUT if writing else select.POLLIN, None)
+        while not ready:
+            ready = self._poll(descriptor, select.POLLOUT if writing else select.POLLIN, None)
+        return PIPE_BYTES if writing else CHUNK_BYTES
+
+    def ended(self) -> None:
+        self.send({"ended": True})
+        try:
+            confirmed = self._stream.recv(1)
+        except OSError:
+            confirmed = b""
+        if not confirmed:
+            raise _gone()
+
+    def idle(self, seconds: float) -> None:
+        self._poll(None, 0, seconds)
+
+    def _poll(self, descriptor: int | None, events: int, seconds: float | None) -> bool:
+        """Whether ``descriptor`` is ready; raises as soon as the client hangs up."""
+        poll = select.poll()
+        # a client says nothing after its request: whatever comes is its end
+        poll.register(self._stream, select.POLLIN | select.POLLRDHUP)
+        if descriptor is not None:
+            poll.register(descriptor, events)
+        ready = dict(poll.poll(None if seconds is None else seconds * 1000))
+        if self._stream.fileno() in ready:
+            raise _gone()
+        return descriptor in ready
+
+
+def _gone() -> SpaceError:
+    return UnavailableError("the caller has gone")
+
+
+class ControlServer:
+    """Answers on the control socket of a store this process has open, one thread a connection."""
+
+    def __init__(self, store: Store) -> None:
+        """Begins to listen.
+
+        Raises:
+            StorageError: the socket cannot be made.
+        """
+        self._store = store
+        self._path = store.path / SOCKET
+        self._open: set[socket.socket] = set()
+        self._threads: set[threading.Thread] = set()
+        self._lock = threading.Lock()
+        self._closing = False
+        self._listener = self._listen()
+        self._accepting = threading.Thread(target=self._accept, name="space-control", daemon=True)
+        self._accepting.start()
+
+    def _listen(self) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            with _address(self._path) as address:
+                # the directory is locked by this process, so a socket that is there has no owner any more
+                self._path.unlink(missing_ok=True)
+                listener.bind(address)
+                self._path.chmod(0o600)
+            listener.listen(CONNECTIONS_MAX)
+        except OSError as error:
+            listener.close()
+            raise StorageError(f"cannot listen on {self._path}: {error.strerror or error}") from None
+        return listener
+
+    def _accept(self) -> None:
+        while not self._closing:
+            try:
+                stream, _ = self._listener.accept()
+            except OSError:
+                if self._closing:
+                    return
+                time.sleep(PROGRESS_SECONDS)  # out of descriptors: some will come back
+                continue
+            thread = threading.Thread(target=self._serve, args=(stream,), name="space-call", daemon=True)
+            with self._lock:
+                busy = len(self._open) >= CONNECTIONS_MAX
+                if not busy:
+                    self._open.add(stream)
+                    self._threads.add(thread)
+            if busy:
+                _refuse(stream)
+            else:
+                thread.start()
+
+    def _serve(self, stream: socket.socket) -> None:
+        descriptors: list[int] = []
+        try:
+            with stream, contextlib.suppress(OSError, _ProtocolError):
+                stream.settimeout(REQUEST_SECONDS)
+                if _peer_is_ours(stream):
+                    head, descriptors, _, _ = socket.recv_fds(
+                        stream, _LENGTH.size, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
+                    )
+                    request = _unpack(stream, head, REQUEST_BYTES_MAX) if head else None
+                    if request is not None:
+                        stream.settimeout(ANSWER_SECONDS)
+                        self._answer(stream, request, descriptors)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            with self._lock:
+                self._open.discard(stream)
+                self._threads.discard(threading.current_thread())
+
+    def _answer(self, stream: socket.socket, request: Message, descriptors: list[int]) -> None:
+        caller = _RemoteCaller(stream)
+        try:
+            result = self._call(caller, request, descriptors)
+            if isinstance(result, Iterator):
+                for item in result:
+                    caller.send({"item": item})
+                result = None
+            caller.send({"result": result})
+        except SpaceError as error:
+            caller.send({"error": _error_message(error)})
+        except BrokenPipeError:
+            caller.send({"error": {"kind": "BrokenPipeError"}})
+        except OSError as error:
+            caller.send({"error": _error_message(StorageError(str(error)))})
+        except Exception as error:  # noqa: BLE001 - one call may fail, its process has a store to keep open
+            caller.send({"error": _error_message(SpaceError(f"{type(error).__name__}: {error}"))})
+
+    def _call(self, caller: _RemoteCaller, request: Message, descriptors: list[int]) -> Any:
+        from space._node.service import Service, methods
+
+        method = methods().get(str(request.get("method")))
+        arguments = request.get("arguments")
+        if method is None or not isinstance(arguments, dict):
+            raise UsageError(f"no such operation: {request.get('method')!r}", hint="is that node older?")
+        if descriptors:
+            arguments["descriptor"] = descriptors[0]
+        elif "descriptor" in arguments:
+            raise UsageError("a descriptor travels beside the request")
+        check_arguments(method, arguments)
+        return method(Service(self._store, caller), **arguments)
+
+    def close(self) -> None:
+        """Hangs up on everybody and removes the socket; what was running ends before this returns."""
+        self._closing = True
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._accepting.join()
+        with self._lock:
+            streams, threads = list(self._open), list(self._threads)
+        for stream in streams:
+            with contextlib.suppress(OSError):
+                stream.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()
+
+    def __enter__(self) -> ControlServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _refuse(stream: socket.socket) -> None:
+    with stream, contextlib.suppress(OSError):
+        stream.settimeout(PROGRESS_SECONDS)
+        busy = UnavailableError(f"{CONNECTIONS_MAX} calls are being answered already", hint="try again")
+        stream.sendall(_pack({"error": _error_message(busy)}, ANSWER_BYTES_MAX))
+
+
+def check_arguments(method: Callable[..., Any], arguments: Message) -> None:
+    """Refuses arguments a method does not have, lacks, or of other types than it is annotated with.
+
+    Raises:
+        UsageError: naming the argument.
+    """
+    hints = _hints(method)
+    needed = set(hints) - set(method.__kwdefaults__ or ())
+    for name in needed - set(arguments):
+        raise UsageError(f"{method.__name__} needs the argument {name}")
+    for name, value in arguments.items():
+        if name not in hints:
+            raise UsageError(f"{method.__name__} has no argument {name!r}", hint="is that node older?")
+        if not isinstance(value, hints[name]) or (isinstance(value, bool) and bool not in hints[name]):
+            raise UsageError(f"argument {name} of {method.__name__} cannot be {value!r:.80}")
+
+
+def _hints(method: Callable[..., Any]) -> dict[str, tuple[type, ...]]:
+    """Types each argument of a method may have."""
+    found = typing.get_type_hints(method)
+    found.pop("return", None)
+    return {name: tuple(_plain(hint)) for name, hint in found.items()}
+
+
+def _plain(hint: Any) -> Iterator[type]:
+    if isinstance(hint, types.UnionType):
+        for part in typing.get_args(hint):
+            yield from _plain(part)
+    else:
+        yield typing.get_origin(hint) or hint
+
+
+# --- client ----------------------------------------------------------------------------------------
+
+
+class RemoteService:
+    """The methods of :class:`space._node.service.Service`, answered by the process at the other end of a socket."""
+
+    def __init__(self, path: str | Path, *, caller: Caller | None = None) -> None:
+        """Remembers where to ask; ``caller`` is told of progress.
+
+        Raises:
+            UnavailableError: nothing answers there.
+        """
+        self._path = Path(path)
+        self._caller = caller or Caller()
+        self._connect().close()
+
+    def _connect(self) -> socket.socket:
+        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            with _address(self._path) as address:
+                stream.connect(address)
+            if not (_peer_is_ours(stream) or os.geteuid() == 0):
+                raise UnavailableError(f"the process behind {self._path} is another user's")
+        except OSError as error:
+            stream.close()
+            raise UnavailableError(f"nothing answers at {self._path}: {error.strerror or error}") from None
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        if method.startswith("_"):
+            raise AttributeError(method)
+        return lambda **arguments: self._call(method, arguments)
+
+    def _call(self, method: str, arguments: Message) -> Any:
+        descriptor = arguments.pop("descriptor", None)
+        request = _pack({"method": method, "arguments": arguments}, REQUEST_BYTES_MAX)
+        answers = self._answers(request, descriptor)
+        first = next(answers)
+        if "item" in first:
+            return self._items(first, answers)
+        return iter(()) if first["result"] is None else first["result"]
+
+    def _items(self, first: Message, answers: Iterator[Message]) -> Iterator[Any]:
+        yield first["item"]
+        for message in answers:
+            if "item" in message:
+                yield message["item"]
+
+    def _answers(self, request: bytes, descriptor: int | None) -> Iterator[Message]:
+        """Items and the result, as they come."""
+        with self._connect() as stream:
+            self._send(stream, request, descriptor)
+            while True:
+                message = self._receive(stream)
+                if "progress" in message:
+                    self._caller.progress(message["progress"])
+                elif "ended" in message:
+                    stream.sendall(b"\1")
+                elif "error" in message:
+                    if message["error"].get("kind") == "BrokenPipeError":
+                        raise BrokenPipeError
+                    raise _error_of(message["error"])
+                else:
+                    yield message
+                    if "result" in message:
+                        return
+
+    def _send(self, stream: socket.socket, request: bytes, descriptor: int | None) -> None:
+        # a server that has no room answers and hangs up before it reads
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            descriptors = [] if descriptor is None else [descriptor]
+            sent = socket.send_fds(stream, [request], descriptors)
+            stream.sendall(request[sent:])
+
+    def _receive(self, stream: socket.socket) -> Message:
+        try:
+            return _unpack(stream, b"", ANSWER_BYTES_MAX)
+        except (OSError, _ProtocolError):
+            raise UnavailableError(
+                f"the process that answered at {self._path} has ended", hint="the store keeps what was acknowledged"
+            ) from None
+
+
+def connect(path: str | Path, *, caller: Caller | None = None) -> Service:
+    """The operations of the store whose owner listens at ``path``.
+
+    Raises:
+        UnavailableError: nothing answers there.
+    """
+    return cast("Service", RemoteService(path, caller=caller))
