@@ -61,6 +61,7 @@ class Past(Reading):
         """
         found = parse_moment(moment, now_ns=store._clock()) if isinstance(moment, str) else moment
         self.target = history.locate(store.wal, found)
+        self.path = store.path
         self._scratch = store.path / history.SCRATCH / f"past-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         tables = history.build(store.path, store.wal, store.views, self._scratch, self.target)
         super().__init__(tables, store._content)
