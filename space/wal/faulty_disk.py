@@ -30,7 +30,7 @@ from space.wal.disk import Buffer
 SECTOR_BYTES: Final = 512
 _BLOCK_BYTES: Final = 4096
 
-_Change = tuple[int, bytes] | int
+_Change = tuple[int, bytes | bytearray] | int
 """Bytes at an offset, or a new size: a change to a file that is not durable yet."""
 
 
@@ -353,11 +353,13 @@ class FaultyDisk:
             self.life += 1
 
     def flip(self, path: str, offset: int, bit: int) -> None:
-        """Turn one bit of a file over, on the disk and in the cache."""
+        """Turn one bit of a file over, in what is seen and in what a sync or a crash leaves of it."""
         inode = self._inode(path)
-        for image in (inode.seen, inode.durable):
-            if offset < len(image):
-                image[offset] ^= 1 << bit
+        inode.seen[offset] ^= 1 << bit
+        if offset < len(inode.durable):
+            inode.durable[offset] ^= 1 << bit
+        if inode.pending:
+            inode.pending.append((offset, inode.seen[offset : offset + 1]))
 
     def begin(self, operation: str, path: str) -> None:
         """Count an operation, and fail it if it is its turn."""

@@ -292,16 +292,15 @@ class _Recovery:
         seal: RecordHeader | None = None
         for first in firsts:
             with contextlib.closing(self._disk.open(self._path(segment_name(first)))) as file:
+                if first in firsts[-2:]:
+                    self._settle(file, mark)
                 size = file.size()
                 header = parse_segment_header(file.pread(SEGMENT_HEADER_BYTES, 0))
                 problem = self._header_problem(header, first) or _link_problem(segments, seal, header)
+                if first == firsts[-1] and (segments or problem) and _is_unborn(file, size, first, mark):
+                    self._dropped.append(first)
+                    return segments or self._start_again()
                 if problem is not None:
-                    # Records only follow once this block and the seal before it are durable: without any,
-                    # a rotation was interrupted and nothing is lost by starting it again.
-                    blank = last_nonzero(file.pread, SEGMENT_HEADER_BYTES, size) == SEGMENT_HEADER_BYTES
-                    if first == firsts[-1] and blank and (mark is None or mark.segment != first):
-                        self._dropped.append(first)
-                        return segments or self._start_again()
                     corrupt(*problem)
                 assert header is not None  # its absence is a problem
                 segments.append(Segment(header, size))
@@ -310,6 +309,16 @@ class _Recovery:
         if seal is not None and not self._cutting:
             corrupt(Damage.MISSING, segment_name(seal.batch_index + 1), -1, seal.batch_index + 1)
         return segments
+
+    def _settle(self, file: File, mark: Watermark | None) -> None:
+        """After an unclean stop, make what can be seen of a segment the same as what the disk has.
+
+        A killed writer's bytes may be in the cache only; after a failed fdatasync the cache may show
+        bytes that the disk never got.  A rotation under way concerns the last two segments.
+        """
+        if not self._read_only and not _is_clean(mark):
+            file.fdatasync()
+            file.drop_cache()
 
     def _header_problem(self, header: SegmentHeader | None, first: int) -> _Problem | None:
         if header is None:
@@ -338,11 +347,7 @@ class _Recovery:
     ) -> Recovered:
         segment = segments[-1]
         file = self._open(segment)
-        clean = mark is not None and WatermarkFlag.CLEAN in mark.flags
-        if not clean and not self._read_only:
-            # After a failed fdatasync the cache may show bytes that the disk does not have.
-            file.fdatasync()
-            file.drop_cache()
+        clean = _is_clean(mark)
         here = mark if mark and mark.segment == segment.first_index else None
         found = (self._read_sidecar(file, segment, here) if clean and here else None) or _ActiveScan(
             file, segment, here, cutting=self._cutting
@@ -401,6 +406,22 @@ class _Recovery:
             watermark.write(tail.index, segment.first_index, tail.end, tail.chain)
             watermark.sync()
         return watermark
+
+
+def _is_unborn(file: File, size: int, first: int, mark: Watermark | None) -> bool:
+    """Whether the rotation that made this last segment may not have been finished.
+
+    Only a finished one moves the watermark here, and only after it records follow.  Without either, the
+    segment before need not be whole, even if its seal is: it is the last one still, and nothing is lost
+    by making this one again.
+    """
+    if mark is not None and mark.segment == first:
+        return False
+    return last_nonzero(file.pread, SEGMENT_HEADER_BYTES, size) == SEGMENT_HEADER_BYTES
+
+
+def _is_clean(mark: Watermark | None) -> bool:
+    return mark is not None and WatermarkFlag.CLEAN in mark.flags
 
 
 _Problem = tuple[str, str, int, int]
