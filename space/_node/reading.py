@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final, Self
 
 import attrs
@@ -127,7 +128,12 @@ def split_path(path: str | bytes) -> list[bytes]:
 
 
 class Reading:
-    """Everything that can be read at one moment.  Safe to use from several threads."""
+    """Everything that can be read at one moment.  Safe to use from several threads.
+
+    ``path`` is the data directory it comes from.
+    """
+
+    path: Path
 
     def __init__(self, tables: Store, content: ContentReader, root: CapsuleId = ROOT) -> None:
         self._tables = tables
@@ -284,6 +290,21 @@ class Reading:
             for key, value in txn.scan(ENTRY, directory, start):
                 row = EntryRow.decode(value)
                 found.append(Entry(key[ID_BYTES:], CapsuleId(row.capsule), row.ino, Kind(row.kind)))
+                if limit and len(found) >= limit:
+                    break
+        return found
+
+    def entries_stat(
+        self, directory: CapsuleId, *, after: bytes = b"", limit: int = 0
+    ) -> list[tuple[bytes, Stat]]:
+        """Like :meth:`entries`, with the attributes of each in the same snapshot."""
+        found = []
+        with self._read() as txn:
+            if self._row(txn, directory).kind != Kind.DIRECTORY:
+                raise ConflictError(f"not a directory: {directory}", status=Status.NOT_DIRECTORY)
+            start = directory + after + b"\0" if after else b""
+            for key, value in txn.scan(ENTRY, directory, start):
+                found.append((key[ID_BYTES:], self._stat(txn, CapsuleId(value[:ID_BYTES]))))
                 if limit and len(found) >= limit:
                     break
         return found
