@@ -70,7 +70,7 @@ from space.wal.segment_reader import (
     scan,
     sum_payload,
 )
-from space.wal.segment_writer import encode_record, encode_seal, measure, record_length
+from space.wal.segment_writer import encode_record, encode_seal, gather, measure, record_length
 from space.wal.sidecar import encode_index
 from space.wal.watermark import WatermarkFile, WatermarkFlag
 
@@ -292,7 +292,7 @@ class Log:
 
         Args:
             metadata: at most 64 MiB.
-            payload: buffers of bytes, stored one after the other without being copied; at most 256 MiB.
+            payload: buffers of bytes, stored one after the other; at most 256 MiB.
             time_ns: at least the time of the last record.
             term: Raft term.
             kind: records other than batches take no index.
@@ -313,6 +313,7 @@ class Log:
             raise UsageError("seals are written by the log itself")
         if time_ns > _TIME_MAX or not 0 <= term <= _TERM_MAX:
             raise UsageError(f"time {time_ns} or term {term} is out of range")
+        payload = gather(payload)
         payload_length, payload_crc = measure(payload)
         if len(metadata) > METADATA_BYTES_MAX or payload_length > PAYLOAD_BYTES_MAX:
             raise UsageError(
