@@ -34,6 +34,7 @@ from space._node.caller import Caller, Document
 
 if TYPE_CHECKING:
     from space._node.service import Service
+    from space._node.store import Store
 
 DATA_ENVIRONMENT: Final = "SPACE_DATA"
 NODE_ENVIRONMENT: Final = "SPACE_NODE"
@@ -757,6 +758,235 @@ def policy_set(
         _print(_json(result))
 
 
+# --- views -------------------------------------------------------------------------------------------
+
+VIEWS: Final = ("fuse",)
+VIEWS_LATER: Final = ("nvme", "nfs", "csi")
+
+PathOption = Annotated[str | None, typer.Option("--path", metavar="PATH", help="A tree or file.")]
+Target = Annotated[str | None, typer.Option("--target", metavar="DIR", help="Where to mount it.")]
+ReadOnly = Annotated[bool, typer.Option("--read-only", help="Refuse changes.")]
+Background = Annotated[bool, typer.Option("--background", help="Return as soon as it is ready.")]
+
+
+@project_app.callback(invoke_without_command=True)
+def project(
+    context: typer.Context,
+    view: Annotated[str | None, typer.Option("--view", metavar="NAME", help="What to serve: fuse.")] = None,
+    id: Annotated[list[str] | None, typer.Option("--id", metavar="C", help="A capsule.")] = None,  # noqa: A002
+    path: PathOption = None,
+    target: Target = None,
+    read_only: ReadOnly = False,
+    background: Background = False,
+    at: At = None,
+) -> None:
+    """Serve a view in the foreground until interrupted."""
+    if context.invoked_subcommand is not None:
+        return
+    if view is None:
+        raise UsageError("say which view: --view fuse, or one of: mount, ls, stop", hint="space project --help")
+    if view in VIEWS_LATER:
+        raise UsageError(f"view {view} is not built yet", hint=f"there is: {', '.join(VIEWS)}")
+    if view not in VIEWS:
+        raise UsageError(f"no view {view!r}", hint=f"there is: {', '.join(VIEWS)}")
+    if id is not None and len(id) > 1:
+        raise UsageError("a fuse view shows one capsule or tree", hint="give one --id, or --path of a directory")
+    mount(context, id[0] if id else None, path, target, read_only, background, at)
+
+
+@project_app.command()
+def mount(
+    context: typer.Context,
+    id: Annotated[str | None, typer.Option("--id", metavar="C", help="A capsule.")] = None,  # noqa: A002
+    path: PathOption = None,
+    target: Target = None,
+    read_only: ReadOnly = False,
+    background: Background = False,
+    at: At = None,
+) -> None:
+    """Mount a tree, or one capsule as DIR/content, through the kernel (FUSE)."""
+    session: Session = context.obj
+    if (id is None) == (path is None):
+        raise UsageError("say what to mount: --id C or --path PATH")
+    if target is None:
+        raise UsageError("say where to mount it: --target DIR")
+    if session.node:
+        raise UsageError("a mount is made where the store is", hint="leave --node out, and say --data DIR")
+    begun = time.monotonic()
+    source, place = id or path or "/", os.path.abspath(target)
+
+    def serve(announce: Callable[[Document], None]) -> int:
+        _serve_mount(session.data, source, place, at=at, read_only=read_only, begun=begun, announce=announce)
+        return 0
+
+    if not background:
+        serve(_announced)
+        return
+    from space.projections.fuse.mount import daemonize
+
+    _announced(daemonize(serve, log_file=session.data.absolute() / "mount.log"))
+
+
+def _announced(ready: Document) -> None:
+    for notice in ready.pop("notices"):
+        _note(notice)
+    _print(_json(ready))
+    sys.stdout.flush()
+    _note(f"{ready['source']} is at {ready['target']}; end it with: space project stop {ready['target']}")
+
+
+def _note(text: str) -> None:
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"space: {_clean(text)}\n")
+        sys.stderr.flush()
+
+
+def _serve_mount(
+    data: Path,
+    source: str,
+    target: str,
+    *,
+    at: str | None,
+    read_only: bool,
+    begun: float,
+    announce: Callable[[Document], None],
+) -> None:
+    """Opens the store, mounts, and serves mount and control socket until it is told to end."""
+    from space._node import views
+    from space._node.local_vfs import LocalFileSystem
+    from space.control import ControlServer
+    from space.projections.fuse import mount as fuse
+
+    fuse.check_available()
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(_owned(data, create=source == "/" and at is None))
+        reading = store if at is None else stack.enter_context(store.at(at))
+        files = LocalFileSystem(reading, reading.resolve(source), read_only=read_only)
+        stack.enter_context(ControlServer(store))
+
+        def ready(found: fuse.Ready) -> None:
+            view = {
+                "view": "fuse",
+                "name": f"fuse-{os.getpid()}",
+                "source": source,
+                "at": at,
+                "read_only": files.read_only,
+                "target": found.target,
+                "address": found.target,
+                "pid": os.getpid(),
+                "started_ns": time.time_ns(),
+            }
+            stack.enter_context(views.registered(data, view))
+            ready_ms = round((time.monotonic() - begun) * 1000, 1)
+            announce({**view, "ready_ms": ready_ms, "notices": list(found.notices)})
+
+        fuse.serve(files, target, fsname=f"space:{source}", on_ready=ready)
+
+
+def _owned(data: Path, *, create: bool) -> Store:
+    """The store, opened by this process and no other.
+
+    Raises:
+        UnavailableError: another process keeps it; the message says which, and what it serves.
+    """
+    from space._node import views
+    from space._node.store import Store
+
+    deadline = time.monotonic() + IN_USE_SECONDS
+    while True:
+        try:
+            return Store(data, create=create)
+        except UnavailableError as error:
+            if _ask(data, Caller()) is None and time.monotonic() < deadline:
+                time.sleep(IN_USE_POLL_SECONDS)
+                continue
+            serving = [f"{view['view']} at {view['target']}" for view in views.listed(data) if view["state"] == "running"]
+            if not serving:
+                raise
+            raise UnavailableError(
+                f"{Exception.__str__(error)}, which serves {', '.join(serving)}",
+                hint=f"one process mounts one view of a store: space project stop {serving[0].partition(' at ')[2]}",
+            ) from None
+
+
+@project_app.command("ls")
+def project_ls(context: typer.Context) -> None:
+    """List views that are being served, and dead ones that were not ended."""
+    from space._node import views
+
+    session: Session = context.obj
+    session.show_list(views.listed(_home(session)), _view_line)
+
+
+def _view_line(each: Document) -> str:
+    mode = "read-only" if each.get("read_only") else "read-write"
+    when = f" {each['at']}" if each.get("at") else ""
+    return _clean(f"{each['name']} {each['state']} {mode} {each.get('source')}{when} {each['target']}")
+
+
+@project_app.command("stop")
+def project_stop(
+    context: typer.Context,
+    wanted: Annotated[str, typer.Argument(metavar="NAME|TARGET", help="What project ls shows.")],
+) -> None:
+    """End a view and wait until it is gone."""
+    from space._node import views
+
+    session: Session = context.obj
+    ended = views.stop(_home(session), wanted)
+    session.show(ended, f"ended {_clean(ended['name'])} at {_clean(ended['target'])}")
+
+
+def _home(session: Session) -> Path:
+    """The data directory, also of a node named by its socket."""
+    return Path(_node(session.node, Caller()).owner()["data"]) if session.node else session.data
+
+
+# --- this machine ------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(context: typer.Context) -> None:
+    """Say what this machine can do, and how to mend what it cannot."""
+    from space._node.doctor import examine
+
+    session: Session = context.obj
+    checks = examine(session.data)
+    session.show(checks, "\n".join(map(_check_line, checks)))
+    lacking = [check["name"] for check in checks if check["needed"] and not check["ok"]]
+    if lacking:
+        raise SpaceError(f"a store needs what is missing here: {', '.join(lacking)}")
+
+
+def _check_line(check: Document) -> str:
+    mark = "ok" if check["ok"] else "MISSING" if check["needed"] else "without"
+    hint = f" ({check['hint']})" if check["hint"] and not check["ok"] else ""
+    return _clean(f"{mark:<8} {check['name']:<14} {check['value']}{hint}")
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]…", help="Which; all if none.")] = None,
+) -> None:
+    """Run the benchmarks of a checkout, side by side with their baselines."""
+    import subprocess
+
+    session: Session = context.obj
+    directory = Path(__file__).resolve().parents[1] / "bench"
+    known = {path.stem: path for path in sorted(directory.glob("[!_]*.py"))}
+    unknown = [name for name in names or () if name not in known]
+    if not known:
+        raise UsageError("the benchmarks are not installed", hint="run space bench in a checkout")
+    if unknown:
+        raise UsageError(f"no benchmark {unknown[0]!r}", hint=f"there are: {', '.join(known)}")
+    flags = ["--json"] if session.json else []
+    for name in names or known:
+        done = subprocess.run([sys.executable, str(known[name]), *flags], cwd=directory.parent, check=False)
+        if done.returncode:
+            raise SpaceError(f"benchmark {name} ended with status {done.returncode}")
+
+
 # --- the program -------------------------------------------------------------------------------------
 
 
@@ -776,12 +1006,6 @@ def _hoisted(arguments: Sequence[str]) -> list[str]:
     return front + rest
 
 
-def _complain(text: str) -> None:
-    with contextlib.suppress(OSError):
-        sys.stderr.write(f"space: {_clean(text)}\n")
-        sys.stderr.flush()
-
-
 def _stopped(signal_number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signal_number)
 
@@ -795,7 +1019,7 @@ def run(arguments: Sequence[str]) -> int:
     except SpaceError as error:
         if debug:
             raise
-        _complain(_sentence(error))
+        _note(str(error))
         return error.kind.exit_status
     except BrokenPipeError:
         return 1
@@ -804,28 +1028,28 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if debug:
             raise
-        _complain(str(error))
+        _note(str(error))
         return 1
     except typer.Abort:
         return INTERRUPTED
     except Exception as error:
-        if debug or not hasattr(error, "format_message"):
-            if debug:
-                raise
-            _complain(f"{type(error).__name__}: {error} (a defect: please report it with --debug)")
-            return 1
-        _complain(f"{error.format_message()} (see: {_usage(error)} --help)")
-        return 2
+        if (message := getattr(error, "format_message", None)) is not None:
+            return _misused(message(), getattr(error, "ctx", None))
+        if debug:
+            raise
+        _note(f"{type(error).__name__}: {error} (a defect: please report it, with --debug)")
+        return 1
     return status if isinstance(status, int) else 0
 
 
-def _usage(error: Any) -> str:
-    context = getattr(error, "ctx", None)
-    return context.command_path if context is not None else "space"
-
-
-def _sentence(error: SpaceError) -> str:
-    return str(error)
+def _misused(message: str, context: typer.Context | None) -> int:
+    """What typer says about wrong arguments, on one line; all of the help where there were none."""
+    path = context.command_path if context is not None else "space"
+    if context is not None and message == context.get_help():
+        sys.stderr.write(f"{message}\n")
+    else:
+        _note(f"{message} (see: {path} --help)")
+    return UsageError.kind.exit_status
 
 
 def main() -> NoReturn:
