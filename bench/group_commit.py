@@ -1,8 +1,8 @@
 """Group commit in front of a log: what callers queue while a sync is under way becomes one record.
 
-Two fronts for the same thing, to be measured against each other: tasks of an event loop and threads.  In both,
-one worker thread appends everything queued as one record and syncs it, and each caller goes on when the
-record that carries its bytes is durable.
+Two fronts for the same thing, to be measured against each other: for tasks of an event loop and for threads.
+In both, all that is queued becomes one record, and each caller goes on when the record that carries its bytes
+is durable.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def append(log: Log, pieces: Sequence[bytes]) -> int:
 
 
 class TaskGroupCommit:
-    """For tasks of one event loop."""
+    """For tasks of one event loop; while one batch is synced in a thread, the next is appended."""
 
     def __init__(self, log: Log, *, in_flight: int = 2) -> None:
         self._log = log
@@ -78,6 +78,7 @@ class TaskGroupCommit:
             self._loop.call_soon(self._start)
 
     def close(self) -> None:
+        """Ends the threads that sync."""
         self._pool.shutdown()
 
 

@@ -1,8 +1,8 @@
 """What all benchmarks share: result rows, the scale of a run, rounds in turn, work in a fresh process.
 
-Ours and its peers run in turn (A B C, A B C, …) in the same minutes on the same disk, and the median round
-of each counts.  Only ratios mean anything: the same machine is several times slower when its cores or its disk
-are taken by somebody else.
+Ours and its peers run in turn (A B C, A B C, …) in the same minutes on the same disk, and the median round of
+each counts.  Only ratios mean anything: the same machine is several times slower when somebody else has its
+cores or its disk.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def in_turn(cases: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> d
 
 @attrs.frozen
 class Child:
-    """What a function did in a fresh interpreter: its result, its time, and the peak memory of the process."""
+    """What a function did in a fresh interpreter: result, time, and peak memory of the process."""
 
     result: Any
     seconds: float

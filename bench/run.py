@@ -1,4 +1,4 @@
-"""Runs benchmarks and prints ours, the peer and the ratio: ``python -m bench.run [NAME…] [--json] [--quick]``.
+"""Runs benchmarks and prints ours, the peer and the ratio: ``python -m bench.run [NAME…] [--json]``.
 
 It works from a checkout, where this directory is; the installed package does not carry it.
 """
@@ -122,7 +122,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description="Benchmarks against baselines.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which ones: {', '.join(NAMES)}")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
-    parser.add_argument("--quick", action="store_true", help="smoke sizes: shows that it works, measures nothing")
+    parser.add_argument("--quick", action="store_true", help="smoke sizes: shows that it works, no more")
     parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="multiply full sizes")
     parser.add_argument("--directory", metavar="DIR", help=f"where data goes (default: {DATA})")
     return parser.parse_args()
