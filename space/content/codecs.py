@@ -55,7 +55,7 @@ _DEFAULT_LEVELS: Final = {Compression.LZ4: 0, Compression.ZSTD: 3, Compression.B
 _SLOW_FROM: Final = {
     Compression.LZ4: 1,
     Compression.ZSTD: 4,
-    Compression.BROTLI: 0,
+    Compression.BROTLI: 2,
 }  # levels a trial pays for
 _CODES: Final = {
     Compression.LZ4: CompressionCode.LZ4,

@@ -118,6 +118,24 @@ def test_garbage_is_damage(code: CompressionCode, body: bytes) -> None:
         codecs.decompress(code, body, 4096)
 
 
+@pytest.mark.parametrize("code", CODES)
+def test_any_part_of_a_body_is_damage(code: CompressionCode) -> None:
+    """A body cut anywhere is damage, even where all its content came out before the cut."""
+    body = bomb(code, 5000)
+    for kept in range(len(body)):
+        with pytest.raises(CorruptionError):
+            codecs.decompress(code, body[:kept], 5000)
+
+
+def test_unfinished_brotli_is_damage() -> None:
+    """A brotli stream flushed but never finished holds all its content, and is still not what was written."""
+    stream = brotli.Compressor()
+    flushed = stream.process(prose(5000)) + stream.flush()
+    assert codecs.decompress(CompressionCode.BROTLI, flushed + stream.finish(), 5000) == prose(5000)
+    with pytest.raises(CorruptionError, match="does not end"):
+        codecs.decompress(CompressionCode.BROTLI, flushed, 5000)
+
+
 @pytest.mark.parametrize("code", [CompressionCode.ZSTD, CompressionCode.BROTLI])
 def test_bytes_after_the_stream_are_damage(code: CompressionCode) -> None:
     """A body with something behind its stream is not what was written."""

@@ -143,6 +143,7 @@ BAD = [
     ("transform:\n- ok\n- ../x", 3, "transform.1: '../x' is not a name"),
     ("transform: [" + "a," * 65 + "]", 1, "holds 65 names; 64 at most"),
     ("rpo: 30", 1, "rpo: '30' has no unit"),
+    ("history:\n  30", 1, "history: '30' has no unit"),
     ("rpo: 30 parsecs", 1, "rpo: '30 parsecs' is not a duration"),
     ("rpo: 1:30", 1, "rpo: '1:30' is not a duration"),
     ("rpo: 30s", 1, "rpo: means nothing without federation.targets"),
