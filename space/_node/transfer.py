@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 import attrs
 from blake3 import blake3
 
-from space._errors import ConflictError, SpaceError, Status, StorageError, UsageError
+from space._errors import ConflictError, NotFoundError, SpaceError, Status, StorageError, UsageError
 from space._node.reading import Reading, Stat, split_path
 from space.events import commands as cmd
 from space.events.commands import Buffer, Command, Durability, Receipt, Request
@@ -126,10 +126,11 @@ def _place(store: Store, name: str | bytes) -> tuple[CapsuleId, bytes]:
         raise UsageError(f"not a name for a capsule: {name!r}")
     check_names(names)
     parent = make_directories(store, names[:-1])
-    with contextlib.suppress(SpaceError):
+    try:
         store.lookup(parent, names[-1])
-        raise ConflictError(f"exists already: {name!r}") from None
-    return parent, names[-1]
+    except NotFoundError:
+        return parent, names[-1]
+    raise ConflictError(f"exists already: {os.fsdecode(name)}")
 
 
 def check_names(names: list[bytes]) -> None:
