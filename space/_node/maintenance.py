@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -23,7 +23,7 @@ from space.events.types import Kind
 from space.projections import content_map
 from space.projections.contract import View
 from space.projections.feed import Progress, fold
-from space.statemachine.apply import manifest_nodes
+from space.statemachine.apply import clone_id, manifest_nodes
 from space.wal.segment_reader import Damage
 from space.statemachine.store import STATE_VIEW, Applied, ReadTransaction
 from space.statemachine.tables import (
@@ -364,14 +364,30 @@ def _verify_events(
                 report.events += 1
                 if link != chain_link(links.get(event.capsule, NO_LINK), encode_event(event)):
                     report.add(f"chain of capsule {CapsuleId(event.capsule)} is broken", position=record.index)
-                links[event.capsule] = link
-                if isinstance(event, ev.CapsuleCloned):
-                    links[event.capsule] = link
+                _follow_links(links, link, event)
                 if isinstance(event, ev.ExtentWritten) and record.index in damaged:
                     _verify_frames(store, report, damaged, record.index, event, reclaimed, crc32c)
         progress.position, progress.events = record.index, report.events
         if on_progress is not None and record.index % 256 == 0:
             on_progress(progress)
+
+
+def _follow_links(links: dict[bytes, bytes], link: bytes, event: ev.Event) -> None:
+    """Heads of the capsules' chains after an event."""
+    if isinstance(event, ev.CapsuleCloned):
+        members: Iterable[bytes] = (node.capsule for node, _ in manifest_nodes(event.manifest))
+        if not event.manifest:
+            members = _ids(event.members)
+        for member in members:
+            links[clone_id(event.capsule, event.source, member)] = chain_link(link, member)
+    elif isinstance(event, ev.CapsulesPurged):
+        for capsule in _ids(event.purged):
+            links.pop(capsule, None)
+    links[event.capsule] = link
+
+
+def _ids(packed: bytes) -> Iterator[bytes]:
+    return (packed[at : at + ID_BYTES] for at in range(0, len(packed), ID_BYTES))
 
 
 def _verify_frames(

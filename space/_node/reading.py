@@ -120,7 +120,8 @@ def split_path(path: str | bytes) -> list[bytes]:
     Raises:
         UsageError: a name in it cannot exist.
     """
-    raw = path.encode(errors="surrogateescape") if isinstance(path, str) else path
+    # A lone surrogate comes out as bytes that are no UTF-8, and so no name can be.
+    raw = path.encode(errors="surrogatepass") if isinstance(path, str) else path
     names = [name for name in raw.split(b"/") if name and name != b"."]
     if len(raw) > 1 << 16:
         raise UsageError(f"a path of {len(raw)} bytes", status=Status.NAME_TOO_LONG)

@@ -32,7 +32,6 @@ _LIMITS: Final = {
     "use_list": True,
     "max_ext_len": 0,
     "max_map_len": 0,
-    "max_array_len": EVENTS_MAX,
     "max_str_len": 4 << 20,
     "max_bin_len": METADATA_BYTES_MAX,
 }
@@ -169,8 +168,7 @@ def _linked(link: bytes, event: Event) -> list[Any]:
 
 
 def _fields(event: Event) -> list[Any]:
-    schema = BY_CLASS[type(event)]
-    return [schema.number, schema.version, *(getattr(event, field) for field in schema.fields)]
+    return BY_CLASS[type(event)].write(event)
 
 
 def _event(row: Any) -> Event:
@@ -193,7 +191,8 @@ def _unpack(data: bytes) -> Any:
     if len(data) > METADATA_BYTES_MAX:
         raise EventDecodeError(f"{len(data)} bytes of events; the limit is {METADATA_BYTES_MAX}")
     try:
-        return msgpack.unpackb(data, **_LIMITS)
+        # An array cannot have more items than there are bytes: without this, nested lies about lengths cost memory.
+        return msgpack.unpackb(data, max_array_len=min(EVENTS_MAX, len(data)), **_LIMITS)
     except Exception as error:  # noqa: BLE001 - msgpack raises a dozen classes, RecursionError included
         raise EventDecodeError(f"not msgpack: {type(error).__name__}") from None
 

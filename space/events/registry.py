@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 
 import attrs
 
-from space._errors import EventDecodeError
+from space._errors import EventDecodeError, UsageError
 
 U32_MAX: Final = 2**32 - 1
 U63_MAX: Final = 2**63 - 1
@@ -93,6 +93,7 @@ class Schema:
         number: stable number on disk.
         version: schema version written today.
         fields: field names in wire order.
+        write: event → row ``[number, version, field…]`` to be stored; raises UsageError when a field is out of range.
         make: fields in wire order → event; raises EventDecodeError.
         read: stored row ``[number, version, link, field…]`` of the current version → ``(link, event)``;
             None for a row of another version; raises EventDecodeError.
@@ -103,6 +104,7 @@ class Schema:
     version: int
     cls: type[Any]
     fields: tuple[str, ...]
+    write: Callable[[Any], list[Any]]
     make: Callable[[list[Any]], Any]
     read: Callable[[list[Any]], tuple[bytes, Any] | None]
     upcasters: dict[int, Upcaster] = attrs.field(factory=dict)
@@ -120,7 +122,7 @@ def event(number: int, *, version: int = 1) -> Callable[[type[E]], type[E]]:
         if number in BY_NUMBER:
             raise ValueError(f"event number {number} is taken by {BY_NUMBER[number].cls.__name__}")
         fields = tuple(field.name for field in attrs.fields(frozen))
-        schema = Schema(number, version, frozen, fields, *_constructors(frozen, version))
+        schema = Schema(number, version, frozen, fields, *_codecs(number, version, frozen))
         BY_NUMBER[number] = BY_CLASS[frozen] = schema
         return frozen
 
@@ -156,10 +158,14 @@ def upcast(schema: Schema, version: int, fields: list[Any]) -> list[Any]:
     return fields
 
 
-def _constructors(cls: type[Any], version: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+def _codecs(number: int, version: int, cls: type[Any]) -> tuple[Callable[[Any], Any], ...]:
     fields = attrs.fields(cls)
     names = [field.name for field in fields]
-    checks = " and ".join(field.metadata[_KIND].format(field.name) for field in fields)
+    templates = [(field.metadata[_KIND], field.name) for field in fields]
+    checks = " and ".join(template.format(name) for template, name in templates)
+    # Ids in memory are of a subclass of bytes; decoded ones are plain bytes, where the exact type is quicker to check.
+    loose = [(template.replace("type({0}) is bytes", "isinstance({0}, bytes)"), name) for template, name in templates]
+    fit = " and ".join(template.format(name) for template, name in loose)
     twin = type(f"_{cls.__name__}", (), {"__slots__": tuple(names)})
     build = [
         "  raise wrong(cls, row)",
@@ -168,6 +174,11 @@ def _constructors(cls: type[Any], version: int) -> tuple[Callable[[Any], Any], C
         " event.__class__ = cls",
     ]
     lines = [
+        "def write(event):",
+        *(f" {field} = event.{field}" for field in names),
+        f" if not ({fit}):",
+        "  raise unfit(event)",
+        f" return [{number}, {version}, {', '.join(names)}]",
         "def make(row):",
         " try:",
         f"  {', '.join(names)}, = row",
@@ -186,11 +197,19 @@ def _constructors(cls: type[Any], version: int) -> tuple[Callable[[Any], Any], C
         *build,
         " return link, event",
     ]
-    scope: dict[str, Any] = {"new": object.__new__, "twin": twin, "cls": cls, "wrong": _wrong}
+    scope: dict[str, Any] = {"new": object.__new__, "twin": twin, "cls": cls, "wrong": _wrong, "unfit": _unfit}
     exec("\n".join(lines), scope)  # noqa: S102 - generated from field declarations above, as attrs does
-    return scope["make"], scope["read"]
+    return scope["write"], scope["make"], scope["read"]
 
 
 def _wrong(cls: type[Any], values: object) -> EventDecodeError:
-    shown = repr(values)
-    return EventDecodeError(f"not a {cls.__name__}: {shown[:120]}{'…' if len(shown) > 120 else ''}")
+    return EventDecodeError(f"not a {cls.__name__}: {_shortened(values)}")
+
+
+def _unfit(event: object) -> UsageError:
+    return UsageError(f"a value is out of its range: {_shortened(event)}")
+
+
+def _shortened(value: object) -> str:
+    shown = repr(value)
+    return f"{shown[:120]}…" if len(shown) > 120 else shown

@@ -232,8 +232,8 @@ class SnapshotDropped:
 class CapsuleCloned:
     """``capsule`` is a copy of ``source`` (a file or a whole tree), sharing its bytes, linked at ``parent``/``name``.
 
-    An empty ``manifest`` copies the source as it is now, and ``members`` are the ids (16 bytes each) of the
-    files in it; otherwise the manifest (docs/formats/events.md) is the source as it was at batch ``at``.
+    An empty ``manifest`` copies the source as it is now, and ``members`` are the ids (16 bytes each) of
+    all that is in it; otherwise the manifest (docs/formats/events.md) is the source as it was at batch ``at``.
     """
 
     capsule: bytes = identifier()

@@ -389,14 +389,28 @@ def _reclaimed(state: Overlay, context: Context, link: bytes, event: ev.PayloadR
 def _purged(state: Overlay, context: Context, link: bytes, event: ev.CapsulesPurged) -> None:
     state.edit(event.capsule).link = link
     gone = {event.purged[at : at + ID_BYTES] for at in range(0, len(event.purged), ID_BYTES)}
-    for capsule in gone:
-        for table in (ENTRY, XATTR):
-            for key, _ in list(state.scan(table, capsule)):
-                state.delete(table, key)
+    for capsule in sorted(gone):
+        for key, value in list(state.scan(ENTRY, capsule)):
+            state.delete(ENTRY, key)
+            _lose_name(state, context, EntryRow.decode(value).capsule)
+        for key, _ in list(state.scan(XATTR, capsule)):
+            state.delete(XATTR, key)
         state.delete_capsule(capsule)
     for key, value in list(state.scan(ORPHAN, b"")):
         if value in gone:
             state.delete(ORPHAN, key)
+
+
+def _lose_name(state: Overlay, context: Context, capsule: bytes) -> None:
+    """A directory that led to ``capsule`` is purged; without any name left it is an orphan itself."""
+    row = state.capsule(capsule)
+    if row is None or row.kind == _DIRECTORY:
+        return
+    row = state.edit(capsule)
+    row.nlink -= 1
+    if row.nlink == 0 and not row.deleted:
+        row.deleted = context.position
+        state.put(ORPHAN, NIL + capsule + U64.pack(context.position), capsule)
 
 
 HANDLERS: Final[dict[type[Any], Handler]] = {

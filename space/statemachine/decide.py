@@ -47,6 +47,7 @@ SIZE_MAX: Final = U63_MAX
 _DIRECTORY: Final = ev.Kind.DIRECTORY
 _FRAME_PLACE: Final = struct.Struct("<IQ")  # payload_offset, source_position inside a frame record
 _FRAME_PLACE_AT: Final = 20
+_FRAME_LENGTHS: Final = struct.Struct("<II")  # plain_length, stored_length at its start
 _FRAME_BYTES: Final = 48
 
 
@@ -242,6 +243,8 @@ def _created_policy(state: Overlay, command: cmd.CreateCapsule) -> tuple[int, bo
 
 
 def _key_taken(state: Overlay, key: cmd.NewKey | None) -> Rejected | None:
+    if key is not None and not (0 < key.key <= U32_MAX and 0 < key.version <= U32_MAX):
+        return Rejected(Status.INVALID, f"not a key: {key.key}, version {key.version}")
     if key is not None and state.get(KEY, U32.pack(key.key) + U32.pack(key.version)) is not None:
         return Rejected(Status.STALE, f"key {key.key} exists already: draw another")
     return None
@@ -377,11 +380,11 @@ def _write(state: Overlay, command: cmd.WriteExtent, payload: PayloadPlacer) -> 
         return Rejected(Status.TOO_LARGE, f"offset {command.offset} is beyond the largest size")
     if row.block_size and command.offset + command.length > row.size:
         return Rejected(Status.NO_SPACE, f"beyond the end of a block capsule of {row.size} bytes")
+    if not _covers(command):
+        return Rejected(Status.INVALID, "the frames do not hold the bytes of the extent")
     records = []
     placed: dict[int, int] = {}  # equal frames of one extent share their stored bytes, and those are placed once
     for frame in command.frames:
-        if len(frame.record) != _FRAME_BYTES:
-            return Rejected(Status.INVALID, "malformed frame record")
         if frame.stored is not None:
             piece = id(frame.stored)
             if piece not in placed:
@@ -393,6 +396,19 @@ def _write(state: Overlay, command: cmd.WriteExtent, payload: PayloadPlacer) -> 
         else:
             records.append(frame.record)
     return [ev.ExtentWritten(command.capsule, command.offset, command.length, b"".join(records))]
+
+
+def _covers(command: cmd.WriteExtent) -> bool:
+    """Whether frames hold as many bytes as the extent is long, and as many stored bytes as they say."""
+    plain = 0
+    for frame in command.frames:
+        if len(frame.record) != _FRAME_BYTES:
+            return False
+        length, stored = _FRAME_LENGTHS.unpack_from(frame.record)
+        if frame.stored is not None and len(frame.stored) != stored:
+            return False
+        plain += length
+    return plain == command.length or not command.frames
 
 
 def _gone(state: Overlay, record: bytes) -> bool:
@@ -502,23 +518,30 @@ def _set_policy(state: Overlay, command: cmd.SetPolicy, payload: PayloadPlacer) 
     return [*events, ev.PolicyChanged(command.capsule, policy)]
 
 
+def _snapshot_key(name: str) -> bytes:
+    """A snapshot's name in bytes; lone surrogates come out as no UTF-8, which no name may be."""
+    return name.encode(errors="surrogatepass")
+
+
 def _take_snapshot(state: Overlay, command: cmd.TakeSnapshot, payload: PayloadPlacer) -> Decision:
     row = _live(state, command.capsule)
     if isinstance(row, Rejected):
         return row
     if row.deleted:
         return _missing(command.capsule)
-    if refused := check_name(command.snapshot.encode(errors="surrogateescape")):
+    name = _snapshot_key(command.snapshot)
+    if refused := check_name(name):
         return refused
-    if state.get(SNAPSHOT, command.snapshot.encode()) is not None:
+    if state.get(SNAPSHOT, name) is not None:
         return Rejected(Status.EXISTS, f"snapshot exists already: {command.snapshot}")
     return [ev.SnapshotTaken(command.capsule, command.snapshot)]
 
 
 def _drop_snapshot(state: Overlay, command: cmd.DropSnapshot, payload: PayloadPlacer) -> Decision:
-    data = state.get(SNAPSHOT, command.snapshot.encode(errors="surrogateescape"))
+    name = _snapshot_key(command.snapshot)
+    data = None if check_name(name) else state.get(SNAPSHOT, name)
     if data is None:
-        return Rejected(Status.NOT_FOUND, f"no snapshot {command.snapshot}")
+        return Rejected(Status.NOT_FOUND, f"no snapshot {_shown(name[:NAME_BYTES_MAX])}")
     capsule = SnapshotRow.decode(data).capsule
     if state.capsule(capsule) is None:
         capsule = bytes(ROOT)  # its capsule was purged meanwhile
@@ -544,9 +567,9 @@ def _clone(state: Overlay, command: cmd.Clone, payload: PayloadPlacer) -> Decisi
         if row.kind == _DIRECTORY and _inside(state, command.parent, command.source):
             return Rejected(Status.INVALID, "a tree cannot be cloned into itself")
         nodes = tree_nodes(state, command.source)
-        members = b"".join(node.capsule for node in nodes if node.row.kind == ev.Kind.FILE)
+        members = b"".join(node.capsule for node in nodes)
         if len(members) > MANIFEST_BYTES_MAX:
-            return Rejected(Status.TOO_LARGE, "a tree of too many files for one clone; clone its parts")
+            return Rejected(Status.TOO_LARGE, "a tree of too many capsules for one clone; clone its parts")
     return [
         ev.CapsuleCloned(
             command.capsule,
@@ -566,8 +589,11 @@ def _undelete(state: Overlay, command: cmd.Undelete, payload: PayloadPlacer) -> 
         return row
     if not row.deleted:
         return Rejected(Status.EXISTS, f"capsule {_text(command.capsule)} is not deleted")
-    refused = _free_name(state, command.parent, command.name)
-    return refused or [ev.CapsuleUndeleted(command.capsule, command.parent, command.name)]
+    if refused := _free_name(state, command.parent, command.name):
+        return refused
+    if row.kind == _DIRECTORY and _inside(state, command.parent, command.capsule):
+        return Rejected(Status.INVALID, "a directory cannot come back inside itself")
+    return [ev.CapsuleUndeleted(command.capsule, command.parent, command.name)]
 
 
 def _reclaim(state: Overlay, command: cmd.ReclaimPayload, payload: PayloadPlacer) -> Decision:

@@ -15,9 +15,20 @@ from typing import Final
 
 import attrs
 
-from space._errors import SpaceError, rejection
-from space.events.codec import EVENTS_MAX, NO_LINK, Entry, chain_link, encode_batch, encode_event
+from space._errors import SpaceError, UsageError, rejection
+from space.events.codec import (
+    ACTOR_CHARACTERS_MAX,
+    EVENTS_MAX,
+    METADATA_BYTES_MAX,
+    NO_LINK,
+    Entry,
+    chain_link,
+    encode_batch,
+    encode_event,
+)
 from space.events.commands import REPLIES_KEPT_PER_CLIENT, Buffer, Receipt, Request
+from space.events.ids import ID_BYTES
+from space.events.registry import U63_MAX
 from space.events.types import Event
 from space.statemachine.apply import Context, apply
 from space.statemachine.decide import PayloadPlacer, Rejected, decide
@@ -25,6 +36,9 @@ from space.statemachine.tables import REPLY, U64, Overlay, Reader
 
 COMMANDS_MAX: Final = 4096
 PAYLOAD_BYTES_MAX: Final = 32 << 20
+_ENTRY_BYTES: Final = 4 * ACTOR_CHARACTERS_MAX + 64
+_EVENT_BYTES: Final = 64
+"""More than an entry or an event takes beside the event's own bytes."""
 
 
 @attrs.define
@@ -47,6 +61,7 @@ class Prepared:
     overlay: Overlay
     taken: int
     events: int = 0
+    bytes: int = 0
 
     def metadata(self) -> bytes:
         return encode_batch(self.entries)
@@ -73,34 +88,59 @@ def prepare(state: Reader | Overlay, requests: Sequence[Request], *, position: i
     for request in requests[:COMMANDS_MAX]:
         if batch.taken and (payload.length >= PAYLOAD_BYTES_MAX or batch.events >= EVENTS_MAX // 2):
             break
-        batch.outcomes.append(_one(batch, request, payload))
+        mark = payload.mark()
+        outcome = _one(batch, request, payload)
+        if outcome is None:
+            payload.rewind(mark)
+            break
+        if isinstance(outcome, SpaceError):
+            payload.rewind(mark)
+        batch.outcomes.append(outcome)
         batch.taken += 1
     return batch
 
 
-def _one(batch: Prepared, request: Request, payload: PayloadPlacer) -> Receipt | SpaceError:
+def _one(batch: Prepared, request: Request, payload: PayloadPlacer) -> Receipt | SpaceError | None:
+    """What becomes of a command; None if its events do not fit into the batch any more."""
     overlay = batch.overlay
+    if (problem := _unusable(request)) is not None:
+        return problem
     reply_key = request.client + U64.pack(request.sequence) if request.client else b""
     if reply_key and (answered := overlay.get(REPLY, reply_key)) is not None:
         return Receipt(U64.unpack(answered)[0], repeated=True)
-    mark = payload.mark()
     events = decide(overlay, request.command, payload)
     if isinstance(events, Rejected):
-        payload.rewind(mark)
         return rejection(events.status, events.message)
+    try:
+        encoded = [encode_event(event) for event in events]
+    except UsageError as error:
+        return error
+    size = _ENTRY_BYTES + sum(len(each) + _EVENT_BYTES for each in encoded)
+    if batch.bytes + size > METADATA_BYTES_MAX:
+        return None if batch.entries else UsageError(f"one command of {size} bytes of events")
+    batch.bytes += size
     linked = []
-    for event in events:
+    for event, raw in zip(events, encoded, strict=True):
         row = overlay.capsule(event.capsule)
-        link = chain_link(row.link if row else NO_LINK, encode_event(event))
+        link = chain_link(row.link if row else NO_LINK, raw)
         apply(overlay, Context(batch.position, batch.events, batch.time_ns), link, event)
         linked.append((link, event))
         batch.events += 1
     if linked:
         record_reply(overlay, request.client, request.sequence, batch.position)
-        entry = Entry(request.client, request.sequence, batch.time_ns, request.actor[:255], tuple(linked))
+        entry = Entry(request.client, request.sequence, batch.time_ns, request.actor[:ACTOR_CHARACTERS_MAX], tuple(linked))
         batch.entries.append(entry)
         return Receipt(batch.position)
     return Receipt(batch.position - 1)  # nothing to change: true as of the batch before
+
+
+def _unusable(request: Request) -> UsageError | None:
+    """Why a request cannot be logged whatever it asks for, or None."""
+    if len(request.client) not in (0, ID_BYTES) or not 0 <= request.sequence <= U63_MAX:
+        return UsageError(f"not a client id of {ID_BYTES} bytes and a number: {request.client!r}, {request.sequence}")
+    if not request.actor.isascii() and any("\ud800" <= character <= "\udfff" for character in request.actor):
+        return UsageError(f"not an actor: {request.actor!r}")
+    return None
 
 
 def record_reply(overlay: Overlay, client: bytes, sequence: int, position: int) -> None:

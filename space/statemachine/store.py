@@ -92,7 +92,10 @@ class ReadTransaction:
         self.get_raw = txn.get
 
     def get(self, table: int, key: bytes) -> bytes | None:
-        value: bytes | None = self._txn.get(key, db=self._handles[table])
+        try:
+            value: bytes | None = self._txn.get(key, db=self._handles[table])
+        except lmdb.BadValsizeError:
+            return None  # empty or longer than any key: bad input asks for such
         return value
 
     def scan(self, table: int, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
