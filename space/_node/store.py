@@ -58,7 +58,7 @@ from space.projections import dedup
 from space.projections.contract import View, registered_views
 from space.projections.feed import Progress
 from space.statemachine.sequencer import Prepared, prepare
-from space.statemachine.store import Applied, ReadTransaction, WriteTransaction
+from space.statemachine.store import Applied, ReadTransaction, WriteTransaction, peek_seal
 from space.statemachine.tables import KEY, RECLAIMED, U32, U64
 from space.wal.disk import Disk, RealDisk
 from space.wal.log import Log
@@ -392,10 +392,10 @@ class Store(Reading):
         offset: int,
         data: Buffer,
         *,
-        durability: Durability = Durability.DURABLE,
+        durability: Durability | None = None,
         actor: str | None = None,
     ) -> Receipt:
-        """Writes bytes at an offset of a file.
+        """Writes bytes at an offset of a file, as durable as asked, or as its policy says.
 
         Raises:
             SpaceError: it does not exist, is no file, or the disk refuses.
@@ -405,6 +405,7 @@ class Store(Reading):
             policy = self._policy(txn, row.policy)
         if not len(data):
             return Receipt(self.position)
+        durability = durability or Durability(policy.durability.value)
         for attempt in range(STALE_RETRIES):
             commands = self.encode_extents(capsule, offset, data, policy, row.key)
             requests = [Request(command, self.actor if actor is None else actor) for command in commands]
@@ -717,13 +718,8 @@ class Store(Reading):
         self._checkpointed = self._newest_checkpoint_events()
 
     def _newest_checkpoint_events(self) -> int:
-        newest = history.checkpoints(self.path)
-        if not newest:
-            return 0
-        try:
-            return int((newest[0] / "events").read_text())
-        except (OSError, ValueError):
-            return 0
+        sealed = [peek_seal(path) for path in history.checkpoints(self.path)[:1]]
+        return sealed[0].events if sealed and sealed[0] else 0
 
     def _maybe_checkpoint(self) -> None:
         if self._applied.events - self._checkpointed < CHECKPOINT_EVENTS or self._checkpointing is not None:

@@ -108,7 +108,8 @@ def put(
         size, digest = _stream_in(store, capsule, stream, on_progress)
         if parent is not None:
             receipt = store.execute(cmd.Link(capsule, parent, last), durability=Durability.BUFFERED)
-        store.sync()
+        if store.policy(capsule).durability.value == Durability.DURABLE.value:
+            store.sync()
     except BaseException:
         with contextlib.suppress(SpaceError):
             store.execute(cmd.DeleteCapsule(capsule), durability=Durability.BUFFERED)

@@ -40,6 +40,7 @@ MAP_BYTES: Final = 1 << 40  # address space only; the file grows as needed
 MAX_DATABASES: Final = 256
 MAX_READERS: Final = 1024
 _CHUNK: Final = 4 << 20
+_SEAL_BYTES_MAX: Final = 1 << 16
 
 STATE_VERSION: Final = 1
 """Raised when the state's rows change: an older environment is then rebuilt from the log."""
@@ -318,18 +319,38 @@ def read_seal(path: Path, layout: Layout) -> Applied | None:
 
     It may not when a byte of it changed, or when a view it was folded for is new or has other rows by now.
     """
+    found = _parse_seal(path)
+    if found is None or found.versions != dict(layout.versions):
+        return None
+    try:
+        with (path / DATA).open("rb") as file:
+            return found.applied if _checksum(file) == (found.size, found.crc) else None
+    except OSError:
+        return None
+
+
+def peek_seal(path: Path) -> Applied | None:
+    """Where the environment at ``path`` claims to stand; its data is not looked at."""
+    found = _parse_seal(path)
+    return None if found is None else found.applied
+
+
+@attrs.frozen
+class _Seal:
+    size: int
+    crc: int
+    applied: Applied
+    versions: dict[str, int]
+
+
+def _parse_seal(path: Path) -> _Seal | None:
     try:
         raw = (path / SEAL).read_bytes()
         body, crc = raw[:-4], raw[-4:]
-        if len(raw) > 4096 or crc32c.crc32c(body).to_bytes(4, "little") != crc:
+        if len(raw) > _SEAL_BYTES_MAX or crc32c.crc32c(body).to_bytes(4, "little") != crc:
             return None
         seal_format, size, expected, applied, versions = msgpack.unpackb(body)
-        if seal_format != SEAL_FORMAT or versions != dict(layout.versions):
-            return None
-        with (path / DATA).open("rb") as file:
-            if _checksum(file) != (size, expected):
-                return None
-        return Applied.decode(applied)
+        return _Seal(size, expected, Applied.decode(applied), versions) if seal_format == SEAL_FORMAT else None
     except (OSError, ValueError, TypeError, msgpack.UnpackException, CorruptionError):
         return None
 
