@@ -61,7 +61,7 @@ class Prepared:
     overlay: Overlay
     taken: int
     events: int = 0
-    bytes: int = 0
+    metadata_bytes: int = 0
 
     def metadata(self) -> bytes:
         return encode_batch(self.entries)
@@ -116,9 +116,9 @@ def _one(batch: Prepared, request: Request, payload: PayloadPlacer) -> Receipt |
     except UsageError as error:
         return error
     size = _ENTRY_BYTES + sum(len(each) + _EVENT_BYTES for each in encoded)
-    if batch.bytes + size > METADATA_BYTES_MAX:
+    if batch.metadata_bytes + size > METADATA_BYTES_MAX:
         return None if batch.entries else UsageError(f"one command of {size} bytes of events")
-    batch.bytes += size
+    batch.metadata_bytes += size
     linked = []
     for event, raw in zip(events, encoded, strict=True):
         row = overlay.capsule(event.capsule)
