@@ -197,4 +197,12 @@ def _unpack(data: bytes) -> Any:
         raise EventDecodeError(f"not msgpack: {type(error).__name__}") from None
 
 
-_READERS: Final = {number: schema.read for number, schema in BY_NUMBER.items()}
+class _Readers(dict[Any, Any]):
+    """Event number → its reader; a dictionary, because the lookup is in the hottest loop there is."""
+
+    def __missing__(self, number: Any) -> Any:
+        reader = self[number] = BY_NUMBER[number].read
+        return reader
+
+
+_READERS: Final = _Readers()

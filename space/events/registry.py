@@ -14,6 +14,7 @@ costs half of a frozen ``__init__``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Final, TypeVar
 
 import attrs
@@ -93,10 +94,6 @@ class Schema:
         number: stable number on disk.
         version: schema version written today.
         fields: field names in wire order.
-        write: event → row ``[number, version, field…]`` to be stored; raises UsageError when a field is out of range.
-        make: fields in wire order → event; raises EventDecodeError.
-        read: stored row ``[number, version, link, field…]`` of the current version → ``(link, event)``;
-            None for a row of another version; raises EventDecodeError.
         upcasters: version → function from that version's fields to the next one's.
     """
 
@@ -104,10 +101,30 @@ class Schema:
     version: int
     cls: type[Any]
     fields: tuple[str, ...]
-    write: Callable[[Any], list[Any]]
-    make: Callable[[list[Any]], Any]
-    read: Callable[[list[Any]], tuple[bytes, Any] | None]
     upcasters: dict[int, Upcaster] = attrs.field(factory=dict)
+
+    @cached_property
+    def write(self) -> Callable[[Any], list[Any]]:
+        """Event → row ``[number, version, field…]`` to be stored; raises UsageError when a field is out of range."""
+        return self._codecs[0]
+
+    @cached_property
+    def make(self) -> Callable[[list[Any]], Any]:
+        """Fields in wire order → event; raises EventDecodeError."""
+        return self._codecs[1]
+
+    @cached_property
+    def read(self) -> Callable[[list[Any]], tuple[bytes, Any] | None]:
+        """Stored row ``[number, version, link, field…]`` of the current version → ``(link, event)``.
+
+        None for a row of another version; raises EventDecodeError.
+        """
+        return self._codecs[2]
+
+    @cached_property
+    def _codecs(self) -> tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], Any]]:
+        # Compiled when first needed: a command that reads no events should not wait for it.
+        return _codecs(self.number, self.version, self.cls)
 
 
 BY_NUMBER: Final[dict[int, Schema]] = {}
@@ -122,7 +139,7 @@ def event(number: int, *, version: int = 1) -> Callable[[type[E]], type[E]]:
         if number in BY_NUMBER:
             raise ValueError(f"event number {number} is taken by {BY_NUMBER[number].cls.__name__}")
         fields = tuple(field.name for field in attrs.fields(frozen))
-        schema = Schema(number, version, frozen, fields, *_codecs(number, version, frozen))
+        schema = Schema(number, version, frozen, fields)
         BY_NUMBER[number] = BY_CLASS[frozen] = schema
         return frozen
 
@@ -158,7 +175,9 @@ def upcast(schema: Schema, version: int, fields: list[Any]) -> list[Any]:
     return fields
 
 
-def _codecs(number: int, version: int, cls: type[Any]) -> tuple[Callable[[Any], Any], ...]:
+def _codecs(
+    number: int, version: int, cls: type[Any]
+) -> tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], Any]]:
     fields = attrs.fields(cls)
     names = [field.name for field in fields]
     templates = [(field.metadata[_KIND], field.name) for field in fields]
