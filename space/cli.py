@@ -1,7 +1,7 @@
 """The command line: arguments in, a :class:`space._node.service.Service` call, words or JSON out.
 
 Names, flags, JSON shapes and exit statuses are an interface (``docs/cli.md``).  Nothing is decided here about
-storage.  Imports wait until a command needs them, because a command is often over in less time than they take.
+storage.  Imports wait until a command needs them, as a command is often over in less time than they take.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 import typer
 
 from space._errors import (
-    ConflictError,
     CorruptionError,
     DiskFullError,
     NotFoundError,
-    RefusedError,
     SpaceError,
     StorageError,
     UnavailableError,
@@ -59,6 +57,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 policy_app = typer.Typer(no_args_is_help=True, help="Check, show and set policies.")
 project_app = typer.Typer(no_args_is_help=False, help="Views of capsules and trees: mount, list, stop.")
@@ -126,41 +125,25 @@ class Session:
 
     @contextlib.contextmanager
     def service(self, *, create: bool = False) -> Iterator[Service]:
-        """The store's operations: of the node that was named, else of the process that has it open, else our own.
+        """The store's operations: of the node named, else of the process that has it open, else our own.
 
         Raises:
             UnavailableError: another process has it open and does not answer.
         """
         caller = _Progress()
         try:
-            if self.node:
-                yield _node(self.node, caller)
-            else:
-                with self._own_or_ask(caller, create) as service:
-                    yield service
+            store, asked = (
+                (None, _node(self.node, caller)) if self.node else _open(self.data, caller, create=create)
+            )
+            if asked is not None:
+                yield asked
+            elif store is not None:
+                from space._node.service import Service
+
+                with store:
+                    yield Service(store, caller)
         finally:
             caller.clear()
-
-    @contextlib.contextmanager
-    def _own_or_ask(self, caller: Caller, create: bool) -> Iterator[Service]:
-        deadline = time.monotonic() + IN_USE_SECONDS
-        while True:
-            if (asked := _ask(self.data, caller)) is not None:
-                yield asked
-                return
-            from space._node.service import Service
-            from space._node.store import Store
-
-            try:
-                store = Store(self.data, create=create)
-            except UnavailableError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(IN_USE_POLL_SECONDS)
-            else:
-                break
-        with store:
-            yield Service(store, caller)
 
     def show(self, document: Any, text: str) -> None:
         """One JSON document, or words."""
@@ -177,6 +160,26 @@ class Session:
             _print(separator + _json(item), end="")
             separator = ",\n"
         _print("]" if separator != "[" else "[]")
+
+
+def _open(data: Path, caller: Caller, *, create: bool) -> tuple[Store | None, Service | None]:
+    """The store, opened here; or the process that has it open, if it answers.
+
+    Raises:
+        UnavailableError: another process has it open, and neither answers nor ends soon.
+    """
+    deadline = time.monotonic() + IN_USE_SECONDS
+    while True:
+        if (asked := _ask(data, caller)) is not None:
+            return None, asked
+        from space._node.store import Store
+
+        try:
+            return Store(data, create=create), None
+        except UnavailableError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(IN_USE_POLL_SECONDS)
 
 
 def _ask(data: Path, caller: Caller) -> Service | None:
@@ -198,7 +201,8 @@ def _node(address: str, caller: Caller) -> Service:
         raise UsageError(f"not the address of a node: {address!r}", hint="write unix:///PATH/control.sock")
     if scheme != "unix":
         raise UnavailableError(
-            f"cannot reach {address}: nodes are reached over unix sockets only", hint="use unix:///PATH/control.sock"
+            f"cannot reach {address}: nodes are reached over unix sockets only",
+            hint="use unix:///PATH/control.sock",
         )
     from space.control import connect
 
@@ -215,7 +219,9 @@ def _print(text: str, end: str = "\n") -> None:
 
 def _clean(text: str) -> str:
     """Text that cannot move a terminal's cursor or break a line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
 
 
 def _size(text: str | None, what: str) -> int | None:
@@ -341,9 +347,9 @@ def get(
 ) -> None:
     """Write a capsule's bytes to standard output or a file."""
     session: Session = context.obj
-    wanted = {
+    wanted: Document = {
         "capsule": capsule,
-        "offset": _size(offset, "--offset") or 0,
+        "offset": _size(offset, "--offset"),
         "length": _size(length, "--length"),
         "at": at,
     }
@@ -384,13 +390,13 @@ def import_(
     """Copy a directory tree into the store."""
     session: Session = context.obj
     policy = _policy_document(policy_file)
-    source = os.path.abspath(directory)
+    source = Path(directory).absolute()
     if not os.path.lexists(source):
         raise NotFoundError(f"{directory}: no such file or directory")
-    if not os.path.isdir(source):
+    if not source.is_dir():
         raise UsageError(f"{directory} is not a directory", hint="space put takes files")
     with session.service(create=True) as service:
-        result = service.import_tree(source=source, path=path, policy=policy)
+        result = service.import_tree(source=str(source), path=path, policy=policy)
     session.show(result, _transferred("imported", result))
 
 
@@ -404,7 +410,7 @@ def export_(
     """Copy a tree out of the store."""
     session: Session = context.obj
     with session.service() as service:
-        result = service.export_tree(path=path, target=os.path.abspath(directory), at=at)
+        result = service.export_tree(path=path, target=str(Path(directory).absolute()), at=at)
     session.show(result, _transferred("exported", result))
 
 
@@ -495,7 +501,9 @@ def _fields(document: Document, indent: str = "") -> Iterator[str]:
 def rm(
     context: typer.Context,
     capsules: Annotated[list[str], typer.Argument(metavar="CAPSULE…", help="UUIDs or paths.")],
-    recursive: Annotated[bool, typer.Option("-r", "--recursive", help="Directories and what is in them.")] = False,
+    recursive: Annotated[
+        bool, typer.Option("-r", "--recursive", help="Directories and what is in them.")
+    ] = False,
 ) -> None:
     """Remove capsules; undelete brings them back until gc."""
     session: Session = context.obj
@@ -588,7 +596,9 @@ def clone(
 @app.command()
 def undelete(
     context: typer.Context,
-    capsule: Annotated[str | None, typer.Argument(metavar="[CAPSULE|PATH]", help="What to bring back.")] = None,
+    capsule: Annotated[
+        str | None, typer.Argument(metavar="[CAPSULE|PATH]", help="What to bring back.")
+    ] = None,
     to: Annotated[str | None, typer.Option("--to", metavar="PATH", help="Bring it back there.")] = None,
 ) -> None:
     """Bring back what was removed; without arguments, list what can be."""
@@ -623,7 +633,9 @@ def digest(context: typer.Context, at: At = None) -> None:
 def log(
     context: typer.Context,
     capsule: Annotated[str | None, typer.Option("--capsule", metavar="C", help="Of this one only.")] = None,
-    start: Annotated[str | None, typer.Option("--from", metavar="P", help="First position, or a moment.")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="P", help="First position, or a moment.")
+    ] = None,
     stop: Annotated[str | None, typer.Option("--to", metavar="P", help="Last position, or a moment.")] = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Wait for more.")] = False,
 ) -> None:
@@ -784,13 +796,17 @@ def project(
     if context.invoked_subcommand is not None:
         return
     if view is None:
-        raise UsageError("say which view: --view fuse, or one of: mount, ls, stop", hint="space project --help")
+        raise UsageError(
+            "say which view: --view fuse, or one of: mount, ls, stop", hint="space project --help"
+        )
     if view in VIEWS_LATER:
         raise UsageError(f"view {view} is not built yet", hint=f"there is: {', '.join(VIEWS)}")
     if view not in VIEWS:
         raise UsageError(f"no view {view!r}", hint=f"there is: {', '.join(VIEWS)}")
     if id is not None and len(id) > 1:
-        raise UsageError("a fuse view shows one capsule or tree", hint="give one --id, or --path of a directory")
+        raise UsageError(
+            "a fuse view shows one capsule or tree", hint="give one --id, or --path of a directory"
+        )
     mount(context, id[0] if id else None, path, target, read_only, background, at)
 
 
@@ -813,7 +829,7 @@ def mount(
     if session.node:
         raise UsageError("a mount is made where the store is", hint="leave --node out, and say --data DIR")
     begun = time.monotonic()
-    source, place = id or path or "/", os.path.abspath(target)
+    source, place = id or path or "/", str(Path(target).absolute())
 
     def serve(announce: Callable[[Document], None]) -> int:
         _serve_mount(session.data, source, place, at=at, read_only=read_only, begun=begun, announce=announce)
@@ -889,24 +905,19 @@ def _owned(data: Path, *, create: bool) -> Store:
     Raises:
         UnavailableError: another process keeps it; the message says which, and what it serves.
     """
+    store, asked = _open(data, Caller(), create=create)
+    if store is not None:
+        return store
+    assert asked is not None
     from space._node import views
-    from space._node.store import Store
 
-    deadline = time.monotonic() + IN_USE_SECONDS
-    while True:
-        try:
-            return Store(data, create=create)
-        except UnavailableError as error:
-            if _ask(data, Caller()) is None and time.monotonic() < deadline:
-                time.sleep(IN_USE_POLL_SECONDS)
-                continue
-            serving = [f"{view['view']} at {view['target']}" for view in views.listed(data) if view["state"] == "running"]
-            if not serving:
-                raise
-            raise UnavailableError(
-                f"{Exception.__str__(error)}, which serves {', '.join(serving)}",
-                hint=f"one process mounts one view of a store: space project stop {serving[0].partition(' at ')[2]}",
-            ) from None
+    pid = asked.owner()["pid"]
+    serving = [view for view in views.listed(data) if view["pid"] == pid]
+    what = f", which serves {serving[0]['view']} at {serving[0]['target']}" if serving else ""
+    how = f"space project stop {serving[0]['target']}" if serving else f"wait for it, or: kill {pid}"
+    raise UnavailableError(
+        f"store {data} is in use by process {pid}{what}", hint=f"a store has one mount at a time; {how}"
+    )
 
 
 @project_app.command("ls")
@@ -968,23 +979,18 @@ def _check_line(check: Document) -> str:
 def bench(
     context: typer.Context,
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]…", help="Which; all if none.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, to see that they run.")] = False,
 ) -> None:
     """Run the benchmarks of a checkout, side by side with their baselines."""
-    import subprocess
+    import importlib
 
     session: Session = context.obj
-    directory = Path(__file__).resolve().parents[1] / "bench"
-    known = {path.stem: path for path in sorted(directory.glob("[!_]*.py"))}
-    unknown = [name for name in names or () if name not in known]
-    if not known:
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "bench" / "run.py").is_file():
         raise UsageError("the benchmarks are not installed", hint="run space bench in a checkout")
-    if unknown:
-        raise UsageError(f"no benchmark {unknown[0]!r}", hint=f"there are: {', '.join(known)}")
-    flags = ["--json"] if session.json else []
-    for name in names or known:
-        done = subprocess.run([sys.executable, str(known[name]), *flags], cwd=directory.parent, check=False)
-        if done.returncode:
-            raise SpaceError(f"benchmark {name} ended with status {done.returncode}")
+    sys.path.insert(0, str(checkout))
+    status = importlib.import_module("bench.run").main(names or (), json=session.json, quick=quick)
+    raise typer.Exit(status)
 
 
 # --- the program -------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ The owner of a data directory listens on ``control.sock`` in it (mode 0600; only
 heard).  One connection carries one call:
 
     request   {"method": name, "arguments": {…}}, with at most one file descriptor beside it
-    answers   any number of {"progress": {…}}, {"item": {…}} and {"ended": true}, then {"result": {…}} or {"error": {…}}
+    answers   any number of {"progress": {…}}, {"item": {…}} and {"ended": true},
+              then {"result": {…}} or {"error": {…}}
 
 After ``ended`` (the source of a put has) the client sends one byte: a program killed together with the one
 whose output it was storing must not leave half of it under a name.
@@ -31,7 +32,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 import msgpack
 
@@ -71,9 +72,9 @@ def _pack(message: Message, limit: int) -> bytes:
     try:
         body: bytes = msgpack.packb(message, unicode_errors="surrogateescape")
     except (OverflowError, ValueError, TypeError) as error:
-        raise UsageError(f"cannot be sent to the process that has the store open: {error}") from None
+        raise UsageError(f"cannot be sent to the owner of the store: {error}") from None
     if len(body) > limit:
-        raise UsageError(f"too much to send to or from the process that has the store open: {len(body)} bytes")
+        raise UsageError(f"a message of {len(body)} bytes to or from the owner of the store; at most {limit}")
     return _LENGTH.pack(len(body)) + body
 
 
@@ -103,7 +104,7 @@ def _unpack(stream: socket.socket, head: bytes, limit: int) -> Message:
 
 
 def _error_message(error: SpaceError) -> Message:
-    message = {
+    message: Message = {
         "kind": type(error).__name__,
         "message": Exception.__str__(error),
         "hint": error.hint,
@@ -218,7 +219,7 @@ class ControlServer:
         self._open: set[socket.socket] = set()
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
-        self._closing = False
+        self._closing = threading.Event()
         self._listener = self._listen()
         self._accepting = threading.Thread(target=self._accept, name="space-control", daemon=True)
         self._accepting.start()
@@ -238,13 +239,11 @@ class ControlServer:
         return listener
 
     def _accept(self) -> None:
-        while not self._closing:
+        while not self._closing.is_set():
             try:
                 stream, _ = self._listener.accept()
             except OSError:
-                if self._closing:
-                    return
-                time.sleep(PROGRESS_SECONDS)  # out of descriptors: some will come back
+                self._closing.wait(PROGRESS_SECONDS)  # out of descriptors: some will come back
                 continue
             thread = threading.Thread(target=self._serve, args=(stream,), name="space-call", daemon=True)
             with self._lock:
@@ -311,7 +310,7 @@ class ControlServer:
 
     def close(self) -> None:
         """Hangs up on everybody and removes the socket; what was running ends before this returns."""
-        self._closing = True
+        self._closing.set()
         with contextlib.suppress(OSError):
             self._path.unlink()
         with contextlib.suppress(OSError):
@@ -326,7 +325,7 @@ class ControlServer:
         for thread in threads:
             thread.join()
 
-    def __enter__(self) -> ControlServer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -376,7 +375,7 @@ def _plain(hint: Any) -> Iterator[type]:
 
 
 class RemoteService:
-    """The methods of :class:`space._node.service.Service`, answered by the process at the other end of a socket."""
+    """The methods of :class:`space._node.service.Service`, answered by the process behind a socket."""
 
     def __init__(self, path: str | Path, *, caller: Caller | None = None) -> None:
         """Remembers where to ask; ``caller`` is told of progress.
@@ -393,14 +392,14 @@ class RemoteService:
         try:
             with _address(self._path) as address:
                 stream.connect(address)
-            if not (_peer_is_ours(stream) or os.geteuid() == 0):
-                raise UnavailableError(f"the process behind {self._path} is another user's")
-        except OSError as error:
+            ours = os.geteuid() == 0 or _peer_is_ours(stream)
+        except (OSError, UnavailableError) as error:
             stream.close()
-            raise UnavailableError(f"nothing answers at {self._path}: {error.strerror or error}") from None
-        except BaseException:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise UnavailableError(f"nothing answers at {self._path}: {reason}") from None
+        if not ours:
             stream.close()
-            raise
+            raise UnavailableError(f"the process behind {self._path} is another user's")
         return stream
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
@@ -454,7 +453,7 @@ class RemoteService:
             return _unpack(stream, b"", ANSWER_BYTES_MAX)
         except (OSError, _ProtocolError):
             raise UnavailableError(
-                f"the process that answered at {self._path} has ended", hint="the store keeps what was acknowledged"
+                f"the process that answered at {self._path} has ended", hint="what was acknowledged is kept"
             ) from None
 
 

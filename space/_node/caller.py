@@ -12,7 +12,7 @@ CHUNK_BYTES: Final = 1 << 20
 
 
 class Caller:
-    """Told how far an operation is, and asked whether it still waits.  This one looks at nothing and always waits."""
+    """Told how far an operation is, and asked whether it still waits.  This one always waits."""
 
     def progress(self, done: Document) -> None:
         """Takes note of how far a long operation is."""

@@ -97,14 +97,16 @@ def _data(data: Path, directory: Path) -> Check:
     usage = shutil.disk_usage(directory)
     value = f"{data}: {_file_system(directory)}, {format_size(usage.free)} free of {format_size(usage.total)}"
     if not os.access(directory, os.W_OK):
-        return Check("data", False, f"{value}, not writable", hint=f"make {directory} writable, or use --data")
+        return Check(
+            "data", False, f"{value}, not writable", hint=f"make {directory} writable, or use --data"
+        )
     return Check("data", usage.free >= FREE_BYTES_MIN, value, hint="free some space")
 
 
 def _file_system(directory: Path) -> str:
     """Type of the file system a directory is on: its longest mount point's (proc(5), mountinfo)."""
     best, kind = "", "unknown"
-    with open("/proc/self/mountinfo", errors="surrogateescape") as lines:
+    with Path("/proc/self/mountinfo").open(errors="surrogateescape") as lines:
         for line in lines:
             fields, _, rest = line.partition(" - ")
             point = fields.split(" ")[4]
@@ -128,7 +130,9 @@ def _sync(descriptor: int) -> Check:
         started = time.perf_counter()
         os.fdatasync(descriptor)
         times.append((time.perf_counter() - started) * 1000)
-    return Check("fdatasync", True, f"{statistics.median(times):.2f} ms, worst of {SYNCS} {max(times):.2f} ms")
+    return Check(
+        "fdatasync", True, f"{statistics.median(times):.2f} ms; slowest of {SYNCS}: {max(times):.2f} ms"
+    )
 
 
 def _holes(descriptor: int) -> Check:
@@ -137,7 +141,7 @@ def _holes(descriptor: int) -> Check:
     if libc.fallocate(ctypes.c_int(descriptor), *arguments) == 0:
         return Check("hole punching", True, "works", needed=False)
     reason = errno.errorcode.get(ctypes.get_errno(), "fails")
-    return Check("hole punching", False, reason, needed=False, hint="space gc gives nothing back on this file system")
+    return Check("hole punching", False, reason, needed=False, hint="space gc gives nothing back here")
 
 
 def _file_limit() -> Check:

@@ -82,14 +82,16 @@ class Service:
         at: str | None = None,
         sparse: bool = False,
     ) -> Document:
-        """Writes the bytes of a capsule to ``descriptor``; with ``sparse``, to an empty file, leaving holes."""
+        """Writes the bytes of a capsule to ``descriptor``; with ``sparse``, to an empty file, with holes."""
         _check_range(offset, length)
         size = 0
         with self._reading(at) as reading:
             found = reading.resolve(capsule)
             if reading.stat(found).kind == Kind.DIRECTORY:
                 raise ConflictError(
-                    f"a directory: {capsule}", status=Status.IS_DIRECTORY, hint="space export takes directories"
+                    f"a directory: {capsule}",
+                    status=Status.IS_DIRECTORY,
+                    hint="space export takes directories",
                 )
             sink = _Sink(descriptor, self._caller, sparse=sparse)
             for piece in reading.stream(found, offset, length):
@@ -284,7 +286,9 @@ class Service:
 
     def replay(self, *, view: str | None = None, to: str | None = None, verify: bool = False) -> Document:
         """Drops views and rebuilds them from the log."""
-        return attrs.asdict(self.store.replay(view=view, to=to, verify=verify, on_progress=self._log_progress))
+        return attrs.asdict(
+            self.store.replay(view=view, to=to, verify=verify, on_progress=self._log_progress)
+        )
 
     def _log_progress(self, progress: Any) -> None:
         done = {"events": progress.events, "position": progress.position, "last": self.store.wal.last_index}
@@ -406,7 +410,7 @@ class _Source:
 
 
 class _Sink:
-    """Writes a borrowed descriptor, an empty file with its holes, as long as somebody waits for the result."""
+    """Writes a borrowed descriptor, an empty file with its holes, as long as somebody waits."""
 
     def __init__(self, descriptor: int, caller: Caller, *, sparse: bool) -> None:
         self._descriptor = descriptor

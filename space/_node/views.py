@@ -1,4 +1,4 @@
-"""Which processes serve views of a store: one small file each in ``DIR/views``, true as long as its process lives.
+"""Which processes serve views of a store: one small file each in ``DIR/views``, while its process lives.
 
 The files are notes for ``space project ls`` and ``stop``, and nothing depends on them: one that is damaged,
 or left by a killed process, is shown as dead or not at all.
@@ -25,7 +25,10 @@ NOTE_BYTES_MAX: Final = 1 << 16
 
 
 def start_time(pid: int) -> int:
-    """When a process started, in clock ticks since boot (proc(5)); 0 if there is none: tells reused ids apart."""
+    """When a process started, in clock ticks since boot (proc(5)); 0 if there is none.
+
+    It tells a process from a later one with the same id.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
@@ -114,7 +117,8 @@ def _end(note: Document) -> None:
     while start_time(pid) == note["process_start"]:
         if time.monotonic() > deadline:
             raise UnavailableError(
-                f"process {pid} that serves {note['target']} has not ended yet", hint="programs may be using it"
+                f"process {pid} that serves {note['target']} has not ended yet",
+                hint="programs may be using it",
             )
         time.sleep(STOP_POLL_SECONDS)
 
