@@ -659,8 +659,10 @@ class Log:
             if start > segment.first_index:
                 offset, index, known = self._offset(span, start), start - 1, None
             file = self._file(segment)
+            record = None
             for record in scan(file.pread, offset, span.end, seed=segment.seed, index=index, chain=known):
                 yield record
+            if record is not None:
                 offset, index, chain = record.end, record.info.index, record.info.chain
             if (offset, index, chain) != (span.end, span.last_index, span.chain):
                 raise BadRecord(Damage.CHAIN, offset, index + 1)

@@ -254,7 +254,7 @@ class _Recovery:
             self._cutting = True
             self._dropped = [first for first in firsts if first > mark.segment]
             firsts = [first for first in firsts if first <= mark.segment]
-        segments = self._check_segments(firsts, mark)
+        segments = self._check_segments(firsts, mark) or self._start_again()
         if mark and mark.segment not in {segment.first_index for segment in segments}:
             corrupt(Damage.MISSING, segment_name(mark.segment), -1, mark.segment)
         return self._recover_active(segments, watermark, mark)
@@ -285,7 +285,10 @@ class _Recovery:
         create_segment(self._disk, self._directory, header, self._segment_bytes).close()
 
     def _check_segments(self, firsts: list[int], mark: Watermark | None) -> list[Segment]:
-        """All segments from the first, each proved present and linked to the next."""
+        """All segments from the first, each proved present and linked to the next.
+
+        None at all if the first was never finished.
+        """
         if firsts[0] != 1:
             corrupt(Damage.MISSING, segment_name(1), -1, 1)
         segments: list[Segment] = []
@@ -299,7 +302,7 @@ class _Recovery:
                 problem = self._header_problem(header, first) or _link_problem(segments, seal, header)
                 if first == firsts[-1] and (segments or problem) and _is_unborn(file, size, first, mark):
                     self._dropped.append(first)
-                    return segments or self._start_again()
+                    return segments
                 if problem is not None:
                     corrupt(*problem)
                 assert header is not None  # its absence is a problem
@@ -340,7 +343,10 @@ class _Recovery:
             remove_segments(self._disk, self._directory, self._dropped)
         self._dropped = []
         self._create_first()
-        return self._check_segments([1], None)
+        segments = self._check_segments([1], None)
+        if not segments:  # the disk does not keep what it is given
+            corrupt(Damage.SEGMENT_HEADER, segment_name(1), 0, 1)
+        return segments
 
     def _recover_active(
         self, segments: list[Segment], watermark: WatermarkFile | None, mark: Watermark | None

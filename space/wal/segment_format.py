@@ -127,6 +127,7 @@ class SegmentHeader:
     previous_chain: bytes
 
 
+@functools.lru_cache(maxsize=256)
 def record_seed(store_id: bytes, first_index: int) -> int:
     """Start value of the header CRC of every record in one segment."""
     return crc32c(first_index.to_bytes(8, "little"), crc32c(store_id))

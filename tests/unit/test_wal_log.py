@@ -624,3 +624,10 @@ def test_a_closed_log_takes_nothing() -> None:
     log.close()
     with pytest.raises(RefusedError):
         log.append(b"", time_ns=100)
+
+
+def test_a_disk_that_keeps_nothing_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where written bytes do not come back no log can be made; that is said, not tried for ever."""
+    monkeypatch.setattr("space.wal.faulty_disk.FaultyFile.pwritev", lambda *_arguments: None)
+    with pytest.raises(CorruptionError):
+        open_log(FaultyDisk())
