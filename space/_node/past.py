@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgpack
 
-from space._errors import Status, UsageError
+from space._errors import CorruptionError, Status, UsageError
 from space._node import history
 from space._node.reading import Reading
 from space.events.ids import CapsuleId, Moment, parse_moment
@@ -59,12 +59,16 @@ class Past(Reading):
             NotFoundError: the log does not reach the moment.
             UsageError: not a moment.
         """
+        self._store = store
         found = parse_moment(moment, now_ns=store._clock()) if isinstance(moment, str) else moment
         self.target = history.locate(store.wal, found)
         self.path = store.path
         self._scratch = store.path / history.SCRATCH / f"past-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         tables = history.build(store.path, store.wal, store.views, self._scratch, self.target)
         super().__init__(tables, store._content)
+
+    def _located(self, error: CorruptionError) -> CorruptionError:
+        return self._store._located(error)
 
     def close(self) -> None:
         """Removes the tables; closing twice does nothing."""

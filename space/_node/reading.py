@@ -475,11 +475,18 @@ class Reading:
         for extent in content_map.extents(txn, capsule, start, end - start):
             if extent.offset > at:
                 pieces.append(bytes(extent.offset - at))
-            pieces.append(self._content.read(extent.frames, extent.position, extent.skip, extent.length))
+            try:
+                pieces.append(self._content.read(extent.frames, extent.position, extent.skip, extent.length))
+            except CorruptionError as error:
+                raise self._located(error) from None
             at = extent.end
         if at < end:
             pieces.append(bytes(end - at))
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _located(self, error: CorruptionError) -> CorruptionError:
+        """Damaged content, known by batch and payload offset, with the segment and the offset in it."""
+        return error
 
     def close(self) -> None:
         """Gives back what the reading holds."""

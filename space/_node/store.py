@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from typing import Any, BinaryIO, Final, Protocol, TextIO
 import attrs
 import msgpack
 from blake3 import blake3
+from crc32c import crc32c
 
 from space._errors import (
     CorruptionError,
@@ -67,6 +69,9 @@ from space.wal.segment_reader import parse_segment_header
 
 FORMAT: Final = 1
 FORMAT_FILE: Final = "format.json"
+FORMAT_NEW: Final = "format.json.new"
+"""Its name until the log holds the first batch: a store with a format file but no log has lost its log."""
+
 LOCK_FILE: Final = "lock"
 WAL: Final = "wal"
 MASTER_KEY_FILE: Final = "master.key"
@@ -154,28 +159,26 @@ class Store(Reading):
         self, disk: Disk, segment_bytes: int, on_progress: Callable[[Progress], None] | None
     ) -> None:
         shutil.rmtree(self.path / history.SCRATCH, ignore_errors=True)
-        store_id = _read_format(self.path)
         wal = self.path / WAL
-        if store_id is None:
-            if (self.path / history.LIVE).exists() or (wal.is_dir() and os.listdir(wal)):
-                store_id = _store_of_log(disk, wal)
-            else:
-                store_id = self._random_bytes(16)
-                _write_format(self.path, store_id)
-        elif not wal.is_dir() and (self.path / history.LIVE).exists():
-            raise CorruptionError(
-                f"{wal} is gone", segment=WAL, position=1, hint="the log is the store: restore it from a backup"
-            )
-        self.id = store_id
-        wal.mkdir(exist_ok=True)
+        self.id, is_new = _identify(self.path, disk, self._random_bytes)
         self._disk = disk
-        self.wal = Log.open(disk, str(wal), store_id=store_id, segment_bytes=segment_bytes)
+        self.wal = Log.open(disk, str(wal), store_id=self.id, segment_bytes=segment_bytes)
         try:
             tables = history.open_live(self.path, self.wal, self.views, on_progress=on_progress)
         except BaseException:
             self.wal.close(clean=False)
             raise
-        self._store_key = blake3(store_id, derive_key_context="space store key v1").digest()
+        try:
+            self._begin(tables)
+        except BaseException:
+            self._close(clean=False)
+            raise
+        if is_new:
+            (self.path / FORMAT_NEW).rename(self.path / FORMAT_FILE)
+
+    def _begin(self, tables: Tables) -> None:
+        """What needs the log and the tables; makes the root directory of a new store."""
+        self._store_key = blake3(self.id, derive_key_context="space store key v1").digest()
         self._open_keyring()
         self._hash_key = self._keyring.hash_key()
         self._cache = FrameCache(CACHE_BYTES)
@@ -184,7 +187,7 @@ class Store(Reading):
         self._applied = tables.applied
         self._checkpointed = self._newest_checkpoint_events()
         if self.wal.last_index == 0:
-            root = cmd.InitialiseStore(store_id, 0o755, os.getuid(), os.getgid())
+            root = cmd.InitialiseStore(self.id, 0o755, os.getuid(), os.getgid())
             self.execute(root, durability=Durability.DURABLE)
         self._maybe_checkpoint()
 
@@ -217,6 +220,21 @@ class Store(Reading):
                 f"bytes of position {position} were reclaimed", hint="they are past the history their policy keeps"
             )
         return data
+
+    def _located(self, error: CorruptionError) -> CorruptionError:
+        if error.segment or error.position < 1:
+            return error
+        info = next(each for each in self.wal.segments() if each.first_index <= error.position <= each.last_index)
+        offset = -1
+        with contextlib.suppress(io.UnsupportedOperation):  # a disk in memory
+            offset = self.wal.payload_location(error.position)[1] + max(error.offset, 0)
+        return CorruptionError(
+            f"log segment {info.name}, offset {offset}: {error}",
+            segment=info.name,
+            offset=offset,
+            position=error.position,
+            hint="`space verify` lists all damage; restore the file from a backup or a replica",
+        )
 
     def _is_reclaimed(self, position: int, offset: int) -> bool:
         with self._tables.read() as txn:
@@ -745,16 +763,21 @@ class Store(Reading):
             checkpointing = self._checkpointing
             if checkpointing is not None:
                 checkpointing.join()
-            self._closed = True
-            self._writer.close()
-            clean = False
             try:
-                self.wal.close(clean=True)
-                clean = True
+                self._close(clean=True)
             finally:
-                with contextlib.suppress(SpaceError, OSError):
-                    self._tables.close(seal=clean and not self._behind)
                 self._lock_file.close()
+
+    def _close(self, *, clean: bool) -> None:
+        self._closed = True
+        self._writer.close()
+        sealed = False
+        try:
+            self.wal.close(clean=clean)
+            sealed = clean and not self._behind
+        finally:
+            with contextlib.suppress(SpaceError, OSError):
+                self._tables.close(seal=sealed)
 
 
 class _NothingToLogError(Exception):
@@ -783,9 +806,9 @@ def _lock_directory(path: Path, create: bool) -> TextIO:
     try:
         if create:
             path.mkdir(parents=True, exist_ok=True)
-        elif not (path / FORMAT_FILE).exists() and not (path / WAL).exists():
+        elif not any((path / name).exists() for name in (FORMAT_FILE, FORMAT_NEW, WAL)):
             raise NotFoundError(f"no store at {path}", hint="space put or space import makes one")
-        file = open(path / LOCK_FILE, "a+")  # noqa: SIM115 - held until close
+        file = open(path / LOCK_FILE, "a+", errors="replace")  # noqa: SIM115 - held until close
     except OSError as error:
         raise StorageError(f"cannot open {path}: {error.strerror}") from None
     try:
@@ -804,42 +827,61 @@ def _lock_directory(path: Path, create: bool) -> TextIO:
     return file
 
 
+def _identify(path: Path, disk: Disk, random_bytes: Callable[[int], bytes]) -> tuple[bytes, bool]:
+    """The store's id, and whether the store is still being made.
+
+    Raises:
+        CorruptionError: the log is gone, or neither it nor the format file says whose it is.
+    """
+    wal = str(path / WAL)
+    has_log = disk.exists(wal) and any(name.endswith(".seg") for name in disk.listdir(wal))
+    known = _read_format(path / FORMAT_FILE)
+    if known is None and (fresh := _read_format(path / FORMAT_NEW)) is not None:
+        return fresh, True
+    if has_log:
+        store = known or _read_store_id(disk, path / WAL)
+        if store is None:
+            raise _lost(FORMAT_FILE, f"{path / FORMAT_FILE} and the log's first blocks are damaged")
+        if known is None:
+            _write_format(path / FORMAT_NEW, store)
+            (path / FORMAT_NEW).rename(path / FORMAT_FILE)
+        return store, False
+    if known is not None or any((path / name).exists() for name in (history.LIVE, history.CHECKPOINTS)):
+        raise _lost(WAL, f"the log in {wal} is gone")
+    store = random_bytes(16)
+    _write_format(path / FORMAT_NEW, store)
+    return store, True
+
+
+def _lost(file: str, message: str) -> CorruptionError:
+    hint = "the log is the store: restore it from a backup"
+    return CorruptionError(message, segment=file, offset=0, position=1, hint=hint)
+
+
 def _read_format(path: Path) -> bytes | None:
+    """The store's id, or None if the file is missing or damaged."""
     try:
-        document = json.loads((path / FORMAT_FILE).read_text())
-        store = uuid.UUID(document["store"]).bytes
-        version = document["format"]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        document = json.loads(path.read_bytes())
+        version, store, crc = document["format"], document["store"], document["crc32c"]
+        if crc != _format_crc(version, store):
+            return None
+        if version != FORMAT:
+            raise UsageError(f"{path} has format {version}; this program knows {FORMAT}", hint="upgrade space")
+        return uuid.UUID(store).bytes
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # the log knows it too
-    if version != FORMAT:
-        raise UsageError(f"store {path} has format {version}; this program knows {FORMAT}", hint="upgrade space")
-    return store
+
+
+def _format_crc(version: object, store: object) -> str:
+    return f"{crc32c(f'{version} {store}'.encode(errors='replace')):08x}"
 
 
 def _write_format(path: Path, store: bytes) -> None:
-    temporary = path / (FORMAT_FILE + ".new")
-    with temporary.open("w") as file:
-        file.write(json.dumps({"format": FORMAT, "store": str(uuid.UUID(bytes=store))}) + "\n")
+    text = str(uuid.UUID(bytes=store))
+    with path.open("w") as file:
+        file.write(json.dumps({"format": FORMAT, "store": text, "crc32c": _format_crc(FORMAT, text)}) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    temporary.rename(path / FORMAT_FILE)
-
-
-def _store_of_log(disk: Disk, wal: Path) -> bytes:
-    """The store id in the log's own headers, when the format file is damaged or gone."""
-    store = _read_store_id(disk, wal)
-    if store is None:
-        raise CorruptionError(
-            f"{wal.parent / FORMAT_FILE} and the log are gone or damaged",
-            segment=FORMAT_FILE,
-            offset=0,
-            position=1,
-            hint="the log is the store: restore it from a backup",
-        )
-    _write_format(wal.parent, store)
-    return store
 
 
 def _read_store_id(disk: Disk, wal: Path) -> bytes | None:

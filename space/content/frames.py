@@ -204,6 +204,7 @@ def damaged(frame: FrameRef, position: int, what: str) -> CorruptionError:
     """The error that says which frame is damaged, and how."""
     return CorruptionError(
         f"content frame at position {position}, payload offset {frame.payload_offset}: {what}",
+        offset=frame.payload_offset,
         position=position,
     )
 

@@ -141,7 +141,7 @@ def test_verify_follows_chains_into_a_clone(tmp_path: Path, past: bool) -> None:
 
 
 def test_purging_a_directory_takes_its_names_from_files_that_stay(tmp_path: Path) -> None:
-    """Hard links count names that exist: a file loses those in a purged directory and lives on with the rest."""
+    """Hard links count names that exist: a file loses those of a purged directory and keeps the rest."""
     with space.open(tmp_path) as store:
         directory = store.mkdir("/d")
         store.set_policy("/d", KEPT_NOT_AT_ALL)
