@@ -82,7 +82,7 @@ _TIME_MAX: Final = 2**63 - 1
 _TERM_MAX: Final = 2**64 - 1
 _PLACES_MAX: Final = 4096  # payload places remembered for random reads
 _ZERO_AHEAD: Final = bytes(512 * 2**10)  # see docs/adr/0002-wal-record.md
-_SMALL_SYNC_BYTES: Final = 64 * 2**10
+_SMALL_SYNC_BYTES: Final = 128 * 2**10
 
 _T = TypeVar("_T")
 

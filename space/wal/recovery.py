@@ -56,7 +56,7 @@ from space.wal.sidecar import decode_index
 from space.wal.watermark import WATERMARK_NAME, Watermark, WatermarkFile, WatermarkFlag
 
 _SEGMENT_NAME: Final = re.compile(r"\d{20}\.seg")
-_HINT: Final = "`space verify` lists all damage; restore the file from a backup or a replica"
+_HINT: Final = "nothing was changed; restore the file from a backup or a replica, then run `space verify`"
 
 
 @attrs.frozen
