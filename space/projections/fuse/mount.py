@@ -19,7 +19,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Coroutine, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from space.projections.vfs import FileSystem
 
 SYNC_SECONDS: Final = 1.0
-"""How often all that was acknowledged is made durable unasked: the most a power failure can take."""
+"""How often all that was acknowledged is made durable unasked: what a power failure can take."""
 
 DEVICE: Final = "/dev/fuse"
 REPORT_BYTES_MAX: Final = 1 << 16
@@ -54,7 +56,7 @@ Report = dict[str, Any]
 
 @attrs.frozen
 class Ready:
-    """The mount answers, ``ready_ms`` after :func:`serve` was called; ``notices`` say what was done for it."""
+    """The mount answers, ``ready_ms`` after :func:`serve` was called; ``notices`` say what was done."""
 
     target: str
     ready_ms: float
@@ -70,7 +72,7 @@ def check_available() -> None:
     Raises:
         UnavailableError: naming what is missing and how to get it.
     """
-    if importlib.util.find_spec("pyfuse3") is None:
+    if find_spec("pyfuse3") is None:
         raise UnavailableError(
             "the Python package pyfuse3 is not installed",
             hint="apt install fuse3 libfuse3-dev pkg-config gcc python3-dev; pip install 'space-store[fuse]'",
@@ -87,7 +89,7 @@ def _load_pyfuse3() -> Any:
     It imports trio, which it does not use on asyncio and which takes most of the time of its import: where
     trio is not loaded yet, the import system's own lazy loader stands in, and never has to load it.
     """
-    spec = None if "trio" in sys.modules else importlib.util.find_spec("trio")
+    spec = None if "trio" in sys.modules else find_spec("trio")
     if spec is not None and spec.loader is not None:
         spec.loader = loader = importlib.util.LazyLoader(spec.loader)
         sys.modules["trio"] = module = importlib.util.module_from_spec(spec)
@@ -95,8 +97,46 @@ def _load_pyfuse3() -> Any:
     import pyfuse3
     import pyfuse3.asyncio
 
-    pyfuse3.asyncio.enable()
+    device = _Device()
+    shim = types.SimpleNamespace(**vars(pyfuse3.asyncio))
+    shim.lowlevel = types.SimpleNamespace(**vars(pyfuse3.asyncio))
+    shim.lowlevel.wait_readable = device.wait_readable
+    shim.lowlevel.notify_closing = device.notify_closing
+    vars(pyfuse3)["trio"] = shim  # what pyfuse3.asyncio.enable() does, with a better way to wait
     return pyfuse3
+
+
+class _Device:
+    """Waits for requests of the kernel.
+
+    pyfuse3's own way adds a reader to the loop and takes it away for every request, and under load the reader
+    is called once more in between, on a future that is done.  Here it stays while there is work to do.
+    """
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def wait_readable(self, descriptor: int) -> None:
+        loop = asyncio.get_running_loop()
+        self._waiter = waiter = loop.create_future()
+        # In place of the reader before, which is thereby cancelled: no call of it can come late.
+        loop.add_reader(descriptor, self._readable, loop, descriptor, waiter)
+        await waiter
+
+    def _readable(
+        self, loop: asyncio.AbstractEventLoop, descriptor: int, waiter: asyncio.Future[None]
+    ) -> None:
+        if waiter.done():
+            loop.remove_reader(descriptor)  # all are at work: the next to wait adds it again
+        else:
+            waiter.set_result(None)
+
+    def notify_closing(self, descriptor: int) -> None:
+        import pyfuse3.asyncio
+
+        asyncio.get_running_loop().remove_reader(descriptor)
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_exception(pyfuse3.asyncio.ClosedResourceError())
 
 
 # --- the target directory ----------------------------------------------------------------------------
@@ -123,7 +163,7 @@ def _unescaped(text: str) -> str:
 def is_dead(target: str) -> bool:
     """Whether the directory is a mount whose server is gone ("Transport endpoint is not connected")."""
     try:
-        Path(target).stat()
+        os.statvfs(target)  # not stat, which the kernel may still answer from its cache
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False
@@ -254,7 +294,7 @@ def _mounted(pyfuse3: Any, operations: Any, path: str, options: set[str]) -> Ite
         pyfuse3.close(unmount=True)
 
 
-def _run(main: Any) -> None:
+def _run(main: Coroutine[Any, Any, None]) -> None:
     """Runs the loop: uvloop's where it is installed."""
     try:
         import uvloop
@@ -267,7 +307,7 @@ def _run(main: Any) -> None:
 async def _serve(pyfuse3: Any, files: FileSystem, begun: asyncio.Event, ready: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _terminate, pyfuse3)
+        loop.add_signal_handler(number, pyfuse3.terminate)
     serving = asyncio.create_task(pyfuse3.main())
     syncing = asyncio.create_task(_sync_now_and_then(files))
     announcing = asyncio.create_task(_announce(begun, ready, pyfuse3))
@@ -283,18 +323,12 @@ async def _serve(pyfuse3: Any, files: FileSystem, begun: asyncio.Event, ready: C
             raise result
 
 
-def _terminate(pyfuse3: Any) -> None:
-    # A waiter that has just become readable cannot be told to close as well: it sees the exit flag instead.
-    with contextlib.suppress(asyncio.InvalidStateError):
-        pyfuse3.terminate()
-
-
 async def _announce(begun: asyncio.Event, ready: Callable[[], None], pyfuse3: Any) -> None:
     await begun.wait()
     try:
         ready()
     except BaseException:
-        _terminate(pyfuse3)
+        pyfuse3.terminate()
         raise
 
 

@@ -434,7 +434,7 @@ class Operations(pyfuse3.Operations):
         await self._files.commit(self._handle(fh).node)
 
     @_handler
-    async def fsync(self, fh: int, datasync: bool) -> None:  # noqa: FBT001 - pyfuse3's signature
+    async def fsync(self, fh: int, datasync: bool) -> None:
         await self._files.commit(self._handle(fh).node)
         await self._files.sync()
 
@@ -481,7 +481,7 @@ class Operations(pyfuse3.Operations):
         )
 
     @_handler
-    async def fsyncdir(self, fh: int, datasync: bool) -> None:  # noqa: FBT001 - pyfuse3's signature
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
         self._handle(fh)
         await self._files.sync()
 
