@@ -1,5 +1,3 @@
-# ruff: noqa: PTH102, PTH104, PTH108, PTH208
-# pathlib would hide the calls that this layer is about.
 """The whole disk, behind two small Protocols: the only place that opens, writes, syncs or renames.
 
 :class:`RealDisk` is the machine's; :class:`~space.wal.faulty_disk.FaultyDisk` keeps files in memory and

@@ -188,6 +188,7 @@ class Log:
         self._leading = False
         self._cache = threading.Lock()
         self._files: dict[int, File] = {}
+        self._lent: dict[int, File] = {}
         self._maps: dict[int, array[int]] = {}
         self._places: dict[int, _Place] = {}
 
@@ -479,13 +480,16 @@ class Log:
             tail, old = self._tail, self._active
             # The payload's alignment may take one block more in the new place.
             need = SEGMENT_HEADER_BYTES + record_bytes + BLOCK_BYTES + SEAL_BYTES
-            size = max(self._segment_bytes, align(need, BLOCK_BYTES))
+            least = align(need, BLOCK_BYTES)
+            size = max(self._segment_bytes, least)
             if tail.index < old.segment.first_index:
                 self._enlarge(tail.end + size)
                 return
             header = SegmentHeader(self._store_id, tail.index + 1, tail.time_ns, tail.chain)
             with storage_errors("cannot start a new log segment"):
                 self._remove_stray()
+                if least <= self._disk.free_bytes(self._directory) < size:
+                    size = least  # the last room of a full disk is for what makes room
                 self._stray = header.first_index
                 file = create_segment(self._disk, self._directory, header, size)
                 sealed = self._seal(old, tail)
@@ -759,7 +763,7 @@ class Log:
         """Descriptor, file offset and length of a payload, for ``sendfile``.
 
         The descriptor belongs to the log.  Use it at once: it stays open until the log is closed or
-        more than a hundred other segments have been read.
+        payloads in more than a hundred other segments have been located.
 
         Raises:
             io.UnsupportedOperation: the disk has no descriptors.
@@ -767,7 +771,10 @@ class Log:
         """
         segment, place = self._place(index)
         with self._reading(segment):
-            return self._file(segment).fileno(), place.offset, place.length
+            file = self._file(segment)
+            # Held apart from the files that scans open and forget: a number that is reused reads another file.
+            self._remember(self._lent, segment.first_index, file, _FILES_MAX)
+            return file.fileno(), place.offset, place.length
 
     def check_payload(self, index: int) -> bool:
         """Whether a payload's bytes have the CRC they were written with; reclaimed ones have not."""
@@ -869,9 +876,9 @@ class Log:
         self._segments = (*kept[:-1], last)
         self._garbage_end = self._zeroed_end = 0
         with self._cache:
-            for cache in (self._files, self._maps):
-                for first_index in (*gone, keep.segment):
-                    cache.pop(first_index, None)
+            for first_index in (*gone, keep.segment):
+                self._files.pop(first_index, None)
+                self._maps.pop(first_index, None)
             self._places.clear()
 
     def close(self, *, clean: bool = True) -> None:
@@ -893,7 +900,7 @@ class Log:
                     self._publish_durable(self._durable, WatermarkFlag.CLEAN, sync=1)
         finally:
             self._closed = True
-            for file in (self._active.file, *self._files.values()):
+            for file in (self._active.file, *self._files.values(), *self._lent.values()):
                 file.close()
             if self._watermark is not None:
                 self._watermark.close()

@@ -270,7 +270,6 @@ class _Recovery:
             if self._read_only:
                 raise NotFoundError(f"there is no log in {self._directory}")
             self._disk.mkdir(self._directory)
-            self._disk.sync_dir(posixpath.dirname(self._directory) or ".")
         names = self._disk.listdir(self._directory)
         return sorted(int(name[:20]) for name in names if _SEGMENT_NAME.fullmatch(name))
 
@@ -281,6 +280,8 @@ class _Recovery:
     def _create_first(self) -> None:
         if self._read_only:
             raise NotFoundError(f"there is no log in {self._directory}")
+        # Here and not after mkdir: an earlier attempt may have made the directory and failed to sync it.
+        self._disk.sync_dir(posixpath.dirname(self._directory) or ".")
         header = SegmentHeader(self._store_id, 1, 0, GENESIS)
         create_segment(self._disk, self._directory, header, self._segment_bytes).close()
 
