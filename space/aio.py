@@ -42,7 +42,9 @@ class AsyncReading:
     async def _run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         return await asyncio.to_thread(function, *args, **kwargs)
 
-    async def get(self, capsule: str | bytes | CapsuleId, offset: int = 0, length: int | None = None) -> bytes:
+    async def get(
+        self, capsule: str | bytes | CapsuleId, offset: int = 0, length: int | None = None
+    ) -> bytes:
         """See :meth:`space._node.reading.Reading.get`."""
         return await self._run(self._reading.get, capsule, offset, length)
 
@@ -118,14 +120,11 @@ class AsyncStore(AsyncReading):
 
     async def _durable(self, position: int) -> None:
         while self._store.wal.durable_index < position:
-            if self._syncing is None:
+            syncing = self._syncing
+            if syncing is None or syncing.done():
                 loop = asyncio.get_running_loop()
-                self._syncing = loop.run_in_executor(self._sync_thread, self._store.sync)
-            try:
-                await asyncio.shield(self._syncing)
-            finally:
-                if self._syncing is not None and self._syncing.done():
-                    self._syncing = None
+                syncing = self._syncing = loop.run_in_executor(self._sync_thread, self._store.sync)
+            await asyncio.shield(syncing)
 
     async def execute(self, command: Command, *, durability: Durability = Durability.DURABLE) -> Receipt:
         """Carries out one command as this store's actor."""

@@ -16,7 +16,7 @@ from typing import Final
 import attrs
 
 from space._errors import CorruptionError, NotFoundError
-from space.events.ids import AtPosition, AtTime, Moment
+from space.events.ids import AtTime, Moment
 from space.projections.contract import View
 from space.projections.feed import Progress, fold
 from space.statemachine.store import (
@@ -168,7 +168,8 @@ def catch_up(
         applied = fold(tables, views, records, start=applied, stop_event=target.event)
     if applied.position != target.position:
         raise CorruptionError(
-            f"the log ends at position {applied.position} instead of {target.position}", position=applied.position
+            f"the log ends at position {applied.position} instead of {target.position}",
+            position=applied.position,
         )
     return applied
 

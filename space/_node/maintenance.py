@@ -24,8 +24,7 @@ from space.projections import content_map
 from space.projections.contract import View
 from space.projections.feed import Progress, fold
 from space.statemachine.apply import clone_id, manifest_nodes
-from space.wal.segment_reader import Damage
-from space.statemachine.store import STATE_VIEW, Applied, ReadTransaction
+from space.statemachine.store import STATE_VIEW, Applied, ReadTransaction, read_seal
 from space.statemachine.tables import (
     CAPSULE,
     ENTRY,
@@ -38,6 +37,7 @@ from space.statemachine.tables import (
     format_digest,
     table_digest,
 )
+from space.wal.segment_reader import Damage
 
 if TYPE_CHECKING:
     from space._node.store import Store
@@ -48,7 +48,9 @@ PURGE_MAX: Final = 50_000
 BLOCK: Final = 4096
 _EVER: Final = 1 << 62
 
-SERVED_FROM: Final = {name: (STATE_VIEW, "content") for name in ("fuse", "vfs", "tree", "nfs", "nvme", "csi", "block")}
+SERVED_FROM: Final = dict.fromkeys(
+    ("fuse", "vfs", "tree", "nfs", "nvme", "csi", "block"), (STATE_VIEW, "content")
+)
 """Protocol views have no rows of their own: they are served from these."""
 
 OnProgress = Callable[[Progress], None]
@@ -281,19 +283,31 @@ def _replay_to(
     target = history.locate(store.wal, parse_moment(to, now_ns=store._clock()))
     scratch = store.path / history.SCRATCH
     tables = history.build(
-        store.path, store.wal, store.views, scratch / "replay", target, use_checkpoints=False, on_progress=on_progress
+        store.path,
+        store.wal,
+        store.views,
+        scratch / "replay",
+        target,
+        use_checkpoints=False,
+        on_progress=on_progress,
     )
     seconds = time.perf_counter() - started
     digests: dict[str, dict[str, str]] = {}
     try:
         applied = tables.applied
         if verify:
-            with tables.read() as txn, store.at(AtPosition(target.position, target.event)) as past, past._read() as other:
+            with (
+                tables.read() as txn,
+                store.at(AtPosition(target.position, target.event)) as past,
+                past._read() as other,
+            ):
                 after, before = _digests(store, txn, names), _digests(store, other, names)
             digests = {name: {"before": before[name], "after": after[name]} for name in names}
             if before != after:
                 raise CorruptionError(
-                    f"tables at {to} differ from what the log says", segment=history.CHECKPOINTS, position=target.position
+                    f"tables at {to} differ from what the log says",
+                    segment=history.CHECKPOINTS,
+                    position=target.position,
                 )
     finally:
         tables.close(seal=False)
@@ -329,7 +343,9 @@ def verify(store: Store, *, repair: bool = False, on_progress: OnProgress | None
         if finding.what is Damage.PAYLOAD:
             damaged_payload[finding.index] = finding
         else:
-            report.add(finding.what.value, segment=finding.segment, offset=finding.offset, position=finding.index)
+            report.add(
+                finding.what.value, segment=finding.segment, offset=finding.offset, position=finding.index
+            )
     try:
         _verify_events(store, report, damaged_payload, reclaimed, on_progress)
     except CorruptionError as error:
@@ -363,7 +379,9 @@ def _verify_events(
             for link, event in entry.events:
                 report.events += 1
                 if link != chain_link(links.get(event.capsule, NO_LINK), encode_event(event)):
-                    report.add(f"chain of capsule {CapsuleId(event.capsule)} is broken", position=record.index)
+                    report.add(
+                        f"chain of capsule {CapsuleId(event.capsule)} is broken", position=record.index
+                    )
                 _follow_links(links, link, event)
                 if isinstance(event, ev.ExtentWritten) and record.index in damaged:
                     _verify_frames(store, report, damaged, record.index, event, reclaimed, crc32c)
@@ -419,13 +437,19 @@ def _verify_tables(store: Store, report: VerifyReport, repair: bool) -> None:
         applied = txn.applied
         digest = sum(table_digest(txn, table) for table in TABLES) % (1 << 256)
         if digest != applied.digest:
-            report.add("state rows do not add up to the state digest", segment=history.LIVE, position=applied.position)
+            report.add(
+                "state rows do not add up to the state digest",
+                segment=history.LIVE,
+                position=applied.position,
+            )
         for extent in content_map.all_extents(txn):
             _verify_extent(store, report, extent, applied.position)
     for path in history.checkpoints(store.path):
-        found = history.read_seal(path, store._tables.layout)
+        found = read_seal(path, store._tables.layout)
         if found is None or not history.fits(store.wal, found):
-            report.add("checkpoint is damaged", segment=f"{history.CHECKPOINTS}/{path.name}", position=int(path.name))
+            report.add(
+                "checkpoint is damaged", segment=f"{history.CHECKPOINTS}/{path.name}", position=int(path.name)
+            )
             if repair:
                 import shutil
 
@@ -441,7 +465,9 @@ def _verify_extent(store: Store, report: VerifyReport, extent: content_map.Exten
     for source, offset, length in stored_ranges(extent.frames):
         position = source or extent.position
         if not 0 < position <= last:
-            report.add(f"the content map points to position {position}", segment=history.LIVE, position=position)
+            report.add(
+                f"the content map points to position {position}", segment=history.LIVE, position=position
+            )
             continue
         try:
             store.wal.read_payload(position, offset + length, 0)  # looks up the place, reads nothing
@@ -488,7 +514,9 @@ def gc(store: Store, *, dry_run: bool = False, on_progress: OnProgress | None = 
         for at in range(0, len(purge), PURGE_MAX):
             store.execute(cmd.PurgeCapsules(purge[at : at + PURGE_MAX]), durability=Durability.BUFFERED)
         for at in range(0, len(ranges), RECLAIM_RANGES_MAX):
-            store.execute(cmd.ReclaimPayload(ranges[at : at + RECLAIM_RANGES_MAX]), durability=Durability.BUFFERED)
+            store.execute(
+                cmd.ReclaimPayload(ranges[at : at + RECLAIM_RANGES_MAX]), durability=Durability.BUFFERED
+            )
         store.sync()
         store._cache.clear()
         before = store.wal.bytes_on_disk()
@@ -536,7 +564,11 @@ class _Horizons:
         """Deleted capsules past their horizon, subtrees only as a whole."""
         store, purge = self._store, []
         with store._read() as txn:
-            deleted = [(key, row) for key, value in txn.scan(CAPSULE, b"") if (row := CapsuleRow.decode(value)).deleted]
+            deleted = [
+                (key, row)
+                for key, value in txn.scan(CAPSULE, b"")
+                if (row := CapsuleRow.decode(value)).deleted
+            ]
             for key, row in deleted:
                 members = _subtree(txn, key)
                 if all(row.deleted <= self.of(member) and member not in store.pinned for member in members):
@@ -553,7 +585,7 @@ def _subtree(txn: ReadTransaction, root: bytes) -> list[bytes]:
         for _, value in txn.scan(ENTRY, capsule):
             row = EntryRow.decode(value)
             child = txn.get(CAPSULE, row.capsule)
-            if child is not None and CapsuleRow.decode(child).nlink <= 1 or row.kind == Kind.DIRECTORY:
+            if row.kind == Kind.DIRECTORY or (child is not None and CapsuleRow.decode(child).nlink <= 1):
                 found.append(row.capsule)
     return found
 
@@ -567,7 +599,9 @@ def _kept(store: Store, horizons: _Horizons, purge: set[bytes]) -> set[int]:
             if capsule not in purge:
                 _keep_capsule(keep, txn, capsule)
     _keep_events(store, horizons, purge, keep)
-    moments = [(horizon, None, None) for horizon in horizons.distinct()]
+    moments: list[tuple[int, int | None, CapsuleId | None]] = [
+        (horizon, None, None) for horizon in horizons.distinct()
+    ]
     moments += [(each.position, each.event, each.id) for each in store.snapshots()]
     for position, event, snapshot in moments:
         with store.at(AtPosition(position, event)) as past, past._read() as txn:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import attrs
 import msgpack
@@ -215,7 +215,9 @@ class Reading:
         data = txn.get(ENTRY, parent + name) if len(name) <= 255 else None
         if data is None:
             if self._row(txn, parent).kind != Kind.DIRECTORY:
-                raise ConflictError(f"not a directory on the way to {_show(shown)}", status=Status.NOT_DIRECTORY)
+                raise ConflictError(
+                    f"not a directory on the way to {_show(shown)}", status=Status.NOT_DIRECTORY
+                )
             raise NotFoundError(f"no such file or directory: {_show(shown)}")
         return EntryRow.decode(data)
 
@@ -494,7 +496,7 @@ class Reading:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -17,9 +17,9 @@ import contextlib
 import fcntl
 import io
 import json
+import logging
 import os
 import shutil
-import sys
 import threading
 import time
 import uuid
@@ -61,11 +61,14 @@ from space.projections.contract import View, registered_views
 from space.projections.feed import Progress
 from space.statemachine.sequencer import Prepared, prepare
 from space.statemachine.store import Applied, ReadTransaction, WriteTransaction, peek_seal
+from space.statemachine.store import Store as LmdbStore
 from space.statemachine.tables import KEY, RECLAIMED, U32, U64
 from space.wal.disk import Disk, RealDisk
 from space.wal.log import Log
 from space.wal.segment_format import SEGMENT_HEADER_BYTES
 from space.wal.segment_reader import parse_segment_header
+
+logger = logging.getLogger("space")
 
 FORMAT: Final = 1
 FORMAT_FILE: Final = "format.json"
@@ -155,9 +158,7 @@ class Store(Reading):
             self._lock_file.close()
             raise
 
-    def _open(
-        self, disk: Disk, segment_bytes: int, on_progress: Callable[[Progress], None] | None
-    ) -> None:
+    def _open(self, disk: Disk, segment_bytes: int, on_progress: Callable[[Progress], None] | None) -> None:
         shutil.rmtree(self.path / history.SCRATCH, ignore_errors=True)
         wal = self.path / WAL
         self.id, is_new = _identify(self.path, disk, self._random_bytes)
@@ -176,7 +177,7 @@ class Store(Reading):
         if is_new:
             (self.path / FORMAT_NEW).rename(self.path / FORMAT_FILE)
 
-    def _begin(self, tables: Tables) -> None:
+    def _begin(self, tables: LmdbStore) -> None:
         """What needs the log and the tables; makes the root directory of a new store."""
         self._store_key = blake3(self.id, derive_key_context="space store key v1").digest()
         self._open_keyring()
@@ -210,21 +211,27 @@ class Store(Reading):
 
     def _new_writer(self) -> ContentWriter:
         return ContentWriter(
-            keyring=self._keyring, hash_key=self._hash_key, find=self._find_frame, random_bytes=self._random_bytes
+            keyring=self._keyring,
+            hash_key=self._hash_key,
+            find=self._find_frame,
+            random_bytes=self._random_bytes,
         )
 
     def _fetch(self, position: int, offset: int, length: int) -> bytes:
         data = self.wal.read_payload(position, offset, length)
         if not any(data[:64]) and self._is_reclaimed(position, offset):
             raise RefusedError(
-                f"bytes of position {position} were reclaimed", hint="they are past the history their policy keeps"
+                f"bytes of position {position} were reclaimed",
+                hint="they are past the history their policy keeps",
             )
         return data
 
     def _located(self, error: CorruptionError) -> CorruptionError:
         if error.segment or error.position < 1:
             return error
-        info = next(each for each in self.wal.segments() if each.first_index <= error.position <= each.last_index)
+        info = next(
+            each for each in self.wal.segments() if each.first_index <= error.position <= each.last_index
+        )
         offset = -1
         with contextlib.suppress(io.UnsupportedOperation):  # a disk in memory
             offset = self.wal.payload_location(error.position)[1] + max(error.offset, 0)
@@ -241,7 +248,7 @@ class Store(Reading):
             row = txn.last_at_or_before(RECLAIMED, U64.pack(position) + U32.pack(offset))
         if row is None or row[0][:8] != U64.pack(position):
             return False
-        return offset < U32.unpack(row[0][8:])[0] + U32.unpack(row[1])[0]
+        return bool(offset < U32.unpack(row[0][8:])[0] + U32.unpack(row[1])[0])
 
     def _wrapped_key(self, key: int, version: int) -> bytes | None:
         with self._tables.read() as txn:
@@ -332,23 +339,21 @@ class Store(Reading):
         self._follow()
         self._check_space()
         now = max(self._clock(), self.wal.last_time_ns)
-        logged = None
+        logged: Prepared | None = None
         try:
             with self._tables.write() as txn:
                 batch = prepare(txn, requests, position=self.wal.last_index + 1, time_ns=now)
-                if not batch.entries:
-                    raise _NothingToLogError
-                self.wal.append(batch.metadata(), batch.payload, time_ns=now)
-                logged = batch
-                self._apply(txn, batch)
-        except _NothingToLogError:
-            return batch.outcomes
+                if batch.entries:
+                    self.wal.append(batch.metadata(), batch.payload, time_ns=now)
+                    logged = batch
+                    self._apply(txn, batch)
         except BaseException as error:
             if logged is None:
                 raise
             self._behind = True  # the log has it, the rows do not: they follow before the next look
             if not isinstance(error, StorageError):
                 raise
+            return logged.outcomes
         self._maybe_checkpoint()
         return batch.outcomes
 
@@ -382,7 +387,8 @@ class Store(Reading):
     def _check_space(self) -> None:
         if self._disk.free_bytes(str(self.path)) < FREE_BYTES_MIN:
             raise DiskFullError(
-                f"less than {FREE_BYTES_MIN >> 20} MiB free at {self.path}", hint="nothing was changed; free some space"
+                f"less than {FREE_BYTES_MIN >> 20} MiB free at {self.path}",
+                hint="nothing was changed; free some space",
             )
 
     def sync(self) -> None:
@@ -391,7 +397,9 @@ class Store(Reading):
 
     # --- content ---------------------------------------------------------------------------------
 
-    def encode_extents(self, capsule: CapsuleId, offset: int, data: Buffer, policy: Policy, key: int) -> list[Command]:
+    def encode_extents(
+        self, capsule: CapsuleId, offset: int, data: Buffer, policy: Policy, key: int
+    ) -> list[Command]:
         """Write commands for ``data``, encoded by the capsule's policy, at most an extent long each."""
         view = memoryview(data).cast("B")
         if len(view) < DEDUPE_BYTES_MIN and policy.dedupe:
@@ -463,10 +471,12 @@ class Store(Reading):
             file.write(generate_master_key(self._random_bytes).hex().encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        print(
-            f"space: made a master key in {path}: keep a copy elsewhere, or move it and set "
-            f"{MASTER_KEY_ENVIRONMENT}; without it encrypted content is lost",
-            file=sys.stderr,
+        # The last-resort handler of logging shows it on stderr unless the program configured something else.
+        logger.warning(
+            "space: made a master key in %s: keep a copy elsewhere, or move it and set %s; "
+            "without it encrypted content is lost",
+            path,
+            MASTER_KEY_ENVIRONMENT,
         )
         self._open_keyring()
         self._writer = self._new_writer()
@@ -593,7 +603,9 @@ class Store(Reading):
             NotFoundError: there is none.
             ConflictError: a directory that is not empty, without ``recursive``.
         """
-        if isinstance(capsule, bytes) and not isinstance(capsule, CapsuleId) or str(capsule).startswith("/"):
+        if (isinstance(capsule, bytes) and not isinstance(capsule, CapsuleId)) or str(capsule).startswith(
+            "/"
+        ):
             parent, name = self._parent_of(capsule)
             return self.execute(cmd.Unlink(parent, name, directory=None, recursive=recursive))
         found = self.resolve(capsule)
@@ -690,7 +702,9 @@ class Store(Reading):
             parent, name = self._parent_of(capsule)
             found = [each for each in deleted if each.parent == parent and each.name == name]
         if not found:
-            raise NotFoundError(f"nothing deleted that is {capsule}", hint="space undelete lists what there is")
+            raise NotFoundError(
+                f"nothing deleted that is {capsule}", hint="space undelete lists what there is"
+            )
         return max(found, key=lambda each: each.position)
 
     def log(self, **options: Any) -> Iterator[maintenance.LogEvent]:
@@ -780,10 +794,6 @@ class Store(Reading):
                 self._tables.close(seal=sealed)
 
 
-class _NothingToLogError(Exception):
-    """Leaves a transaction without committing it."""
-
-
 _POLICIES: dict[Policy, Policy] = {}
 
 
@@ -866,7 +876,9 @@ def _read_format(path: Path) -> bytes | None:
         if crc != _format_crc(version, store):
             return None
         if version != FORMAT:
-            raise UsageError(f"{path} has format {version}; this program knows {FORMAT}", hint="upgrade space")
+            raise UsageError(
+                f"{path} has format {version}; this program knows {FORMAT}", hint="upgrade space"
+            )
         return uuid.UUID(store).bytes
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # the log knows it too
@@ -885,7 +897,9 @@ def _write_format(path: Path, store: bytes) -> None:
 
 
 def _read_store_id(disk: Disk, wal: Path) -> bytes | None:
-    names = [name for name in disk.listdir(str(wal)) if name.endswith(".seg")] if disk.exists(str(wal)) else []
+    names = (
+        [name for name in disk.listdir(str(wal)) if name.endswith(".seg")] if disk.exists(str(wal)) else []
+    )
     for name in sorted(names):
         with contextlib.closing(disk.open(str(wal / name))) as file:
             header = parse_segment_header(file.pread(SEGMENT_HEADER_BYTES, 0))

@@ -92,7 +92,7 @@ def put(
         SpaceError: the name is unusable, or the disk refuses; then no name leads to the capsule.
     """
     parent, last = (None, b"") if name is None else _place(store, name)
-    stream: BinaryIO = source if hasattr(source, "read") else io.BytesIO(source)  # type: ignore[assignment,arg-type]
+    stream: BinaryIO = source if hasattr(source, "read") else io.BytesIO(source)  # type: ignore[assignment]
     effective = policy or (store.policy(parent) if parent is not None else None)
     create = store.create_command(Kind.FILE, id=id, parent=parent, policy=policy)
     if parent is not None and policy is None and effective is not None:
@@ -164,7 +164,9 @@ def make_directories(store: Store, names: list[bytes]) -> CapsuleId:
                 raise
             at = store.create(Kind.DIRECTORY, parent=at, name=name, durability=Durability.BUFFERED)
     if store.stat(at).kind != Kind.DIRECTORY:
-        raise ConflictError(f"not a directory: /{b'/'.join(names).decode(errors='replace')}", status=Status.NOT_DIRECTORY)
+        raise ConflictError(
+            f"not a directory: /{b'/'.join(names).decode(errors='replace')}", status=Status.NOT_DIRECTORY
+        )
     return at
 
 
@@ -195,7 +197,11 @@ def _pieces(stream: BinaryIO) -> Iterator[bytes]:
     while True:
         try:
             piece = stream.read(EXTENT_BYTES_MAX)
-            while piece and len(piece) < EXTENT_BYTES_MAX and (more := stream.read(EXTENT_BYTES_MAX - len(piece))):
+            while (
+                piece
+                and len(piece) < EXTENT_BYTES_MAX
+                and (more := stream.read(EXTENT_BYTES_MAX - len(piece)))
+            ):
                 piece += more
         except OSError as error:
             raise StorageError(f"cannot read the source: {error.strerror or error}") from None
@@ -210,7 +216,9 @@ def _log_writes(store: Store, commands: list[Command]) -> None:
 
 def run(store: Store, commands: list[Command], durability: Durability = Durability.BUFFERED) -> int:
     """Carries out commands in order and returns the last position; raises the first that was refused."""
-    outcomes = store.execute_all([Request(command, store.actor) for command in commands], durability=durability)
+    outcomes = store.execute_all(
+        [Request(command, store.actor) for command in commands], durability=durability
+    )
     position = 0
     for outcome in outcomes:
         if isinstance(outcome, SpaceError):
@@ -345,22 +353,23 @@ class _Importer:
             end = 0
             for start, stop in _data_ranges(file.fileno(), info):
                 file.seek(start)
-                while start < stop:
-                    data = file.read(min(EXTENT_BYTES_MAX, stop - start))
-                    if not data:
-                        break  # it shrank while it was read
-                    for command in self.store.encode_extents(capsule, start, data, self._policy, self._key):
-                        self._add(command, len(data))
-                    start += len(data)
-                    self.result.bytes += len(data)
                 end = start
+                # An empty read: it shrank while it was read.
+                while end < stop and (data := file.read(min(EXTENT_BYTES_MAX, stop - end))):
+                    for command in self.store.encode_extents(capsule, end, data, self._policy, self._key):
+                        self._add(command, len(data))
+                    end += len(data)
+                    self.result.bytes += len(data)
             if info.st_size > end:
                 self._add(cmd.Resize(capsule, info.st_size))
 
-    def _attributes(self, path: bytes, info: os.stat_result, capsule: CapsuleId, *, late: bool = False) -> None:
-        mode = statmod.S_IMODE(info.st_mode) if late else None
-        owner = (info.st_uid, info.st_gid) if late else (None, None)
-        command = cmd.SetAttributes(capsule, mode, *owner, info.st_atime_ns, info.st_mtime_ns)
+    def _attributes(
+        self, path: bytes, info: os.stat_result, capsule: CapsuleId, *, late: bool = False
+    ) -> None:
+        command = cmd.SetAttributes(capsule, atime=info.st_atime_ns, mtime=info.st_mtime_ns)
+        if late:
+            mode = statmod.S_IMODE(info.st_mode)
+            command = attrs.evolve(command, mode=mode, uid=info.st_uid, gid=info.st_gid)
         for name in _xattr_names(path):
             value = os.getxattr(path, name, follow_symlinks=False)
             self._add(cmd.SetXattr(capsule, os.fsencode(name), value))
@@ -485,7 +494,9 @@ class _Exporter:
         if self._owner:
             os.chown(path, stat.uid, stat.gid, follow_symlinks=False)
         for name, value in self._reading.xattrs(stat.id).items():
-            with contextlib.suppress(OSError):  # a target file system without them keeps the bytes all the same
+            with contextlib.suppress(
+                OSError
+            ):  # a target file system without them keeps the bytes all the same
                 os.setxattr(path, name, value, follow_symlinks=False)
         if stat.kind != Kind.SYMLINK:
             os.chmod(path, stat.mode)

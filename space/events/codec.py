@@ -8,7 +8,7 @@ verify what it holds.  Format: docs/formats/events.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Final
 
 import attrs

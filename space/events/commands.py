@@ -39,6 +39,8 @@ class Receipt:
 
 @attrs.frozen
 class InitialiseStore:
+    """Makes the root directory of a new store."""
+
     store: bytes
     mode: int
     uid: int
@@ -78,6 +80,8 @@ class CreateCapsule:
 
 @attrs.frozen
 class Link:
+    """Gives a capsule one more name."""
+
     capsule: bytes
     parent: bytes
     name: bytes
@@ -150,6 +154,8 @@ class Deallocate:
 
 @attrs.frozen
 class Resize:
+    """Sets the size of a file: cut off, or zeros added."""
+
     capsule: bytes
     size: int
 
@@ -180,6 +186,8 @@ class SetXattr:
 
 @attrs.frozen
 class RemoveXattr:
+    """Removes an extended attribute."""
+
     capsule: bytes
     name: bytes
 
@@ -195,12 +203,16 @@ class SetPolicy:
 
 @attrs.frozen
 class TakeSnapshot:
+    """Names the present moment of a capsule or tree."""
+
     capsule: bytes
     snapshot: str
 
 
 @attrs.frozen
 class DropSnapshot:
+    """Forgets the name of a moment."""
+
     snapshot: str
 
 
@@ -218,6 +230,8 @@ class Clone:
 
 @attrs.frozen
 class Undelete:
+    """Gives a deleted capsule or subtree a name again."""
+
     capsule: bytes
     parent: bytes
     name: bytes

@@ -9,7 +9,7 @@ import re
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Final, NewType
+from typing import Final, NewType, Self
 
 import attrs
 from blake3 import blake3
@@ -31,7 +31,7 @@ class CapsuleId(bytes):
 
     __slots__ = ()
 
-    def __new__(cls, raw: bytes) -> CapsuleId:
+    def __new__(cls, raw: bytes) -> Self:
         if len(raw) != ID_BYTES:
             raise UsageError(f"a capsule id has {ID_BYTES} bytes, not {len(raw)}")
         return super().__new__(cls, raw)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, dataclass_transform
 
 import attrs
 
@@ -131,6 +131,20 @@ BY_NUMBER: Final[dict[int, Schema]] = {}
 BY_CLASS: Final[dict[type[Any], Schema]] = {}
 
 
+@dataclass_transform(
+    frozen_default=True,
+    field_specifiers=(
+        identifier,
+        optional_identifier,
+        u32,
+        u63,
+        i64_or_none,
+        u32_or_none,
+        blob,
+        entry_name,
+        text,
+    ),
+)
 def event(number: int, *, version: int = 1) -> Callable[[type[E]], type[E]]:
     """Class decorator: a frozen event with its stable number and current schema version."""
 
@@ -183,7 +197,10 @@ def _codecs(
     templates = [(field.metadata[_KIND], field.name) for field in fields]
     checks = " and ".join(template.format(name) for template, name in templates)
     # Ids in memory are of a subclass of bytes; decoded ones are plain bytes, where the exact type is quicker to check.
-    loose = [(template.replace("type({0}) is bytes", "isinstance({0}, bytes)"), name) for template, name in templates]
+    loose = [
+        (template.replace("type({0}) is bytes", "isinstance({0}, bytes)"), name)
+        for template, name in templates
+    ]
     fit = " and ".join(template.format(name) for template, name in loose)
     twin = type(f"_{cls.__name__}", (), {"__slots__": tuple(names)})
     build = [
@@ -216,7 +233,13 @@ def _codecs(
         *build,
         " return link, event",
     ]
-    scope: dict[str, Any] = {"new": object.__new__, "twin": twin, "cls": cls, "wrong": _wrong, "unfit": _unfit}
+    scope: dict[str, Any] = {
+        "new": object.__new__,
+        "twin": twin,
+        "cls": cls,
+        "wrong": _wrong,
+        "unfit": _unfit,
+    }
     exec("\n".join(lines), scope)  # noqa: S102 - generated from field declarations above, as attrs does
     return scope["write"], scope["make"], scope["read"]
 

@@ -17,13 +17,14 @@ Rows:
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 import attrs
 
 from space.events import types as ev
 from space.events.ids import ID_BYTES
+from space.projections.contract import Handler
 from space.statemachine.apply import Context, clone_id, manifest_nodes
 from space.statemachine.tables import Reader, Writer
 
@@ -167,7 +168,7 @@ class ContentFolder:
         self._txn = txn
         self._maps: dict[bytes, list[int]] = {}
         self._pending: dict[bytes, bytes] = {}
-        self.handlers = {
+        self.handlers: Mapping[type[Any], Handler] = {
             ev.ExtentWritten: self._written,
             ev.RangeDeallocated: self._deallocated,
             ev.CapsuleResized: self._resized,
@@ -207,7 +208,9 @@ class ContentFolder:
         depth = 0
         if parent:
             grandparent, references, parent_depth = self._layer(parent)
-            self._txn.put(LAYER, parent.to_bytes(8, "big"), _LAYER.pack(grandparent, references + 1, parent_depth))
+            self._txn.put(
+                LAYER, parent.to_bytes(8, "big"), _LAYER.pack(grandparent, references + 1, parent_depth)
+            )
             depth = parent_depth + 1
         self._txn.put(LAYER, count.to_bytes(8, "big"), _LAYER.pack(parent, 1, depth))
         return count
@@ -237,8 +240,7 @@ class ContentFolder:
         if offset < row[1]:
             self._carve(row, offset, offset + length)
         self._pending[_KEY.pack(row[0], offset)] = _EXTENT.pack(context.position, length, 0) + event.frames
-        if offset + length > row[1]:
-            row[1] = offset + length
+        row[1] = max(row[1], offset + length)
         row[2] += length
         frames = event.frames
         row[3] += _U32.unpack_from(frames, 4)[0] if len(frames) == FRAME_BYTES else _stored(frames)

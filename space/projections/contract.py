@@ -29,8 +29,9 @@ Handler = Callable[[Context, Any], None]
 class Folder(Protocol):
     """One run of a view's fold within one transaction."""
 
-    handlers: Mapping[type[Any], Handler]
-    """Event class → what it does to the view; classes not named do nothing."""
+    @property
+    def handlers(self) -> Mapping[type[Any], Handler]:
+        """Event class → what it does to the view; classes not named do nothing."""
 
     def flush(self) -> None:
         """Writes everything still held back into the transaction; called once, at its end."""
@@ -45,9 +46,14 @@ class View(Protocol):
         tables: table number (unique over all views, 32 to 255) → table name.
     """
 
-    name: str
-    version: int
-    tables: Mapping[int, str]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def tables(self) -> Mapping[int, str]: ...
 
     def folder(self, txn: Writer) -> Folder:
         """A fold that continues from what ``txn`` holds."""
@@ -71,7 +77,9 @@ def registered_views() -> list[View]:
     for point in entry_points(group="space.views"):
         view: View = point.load()
         if any(not FIRST_OUTSIDE_TABLE <= table <= LAST_TABLE for table in view.tables):
-            raise UsageError(f"view {view.name} ({point.value}) uses tables outside {FIRST_OUTSIDE_TABLE}–{LAST_TABLE}")
+            raise UsageError(
+                f"view {view.name} ({point.value}) uses tables outside {FIRST_OUTSIDE_TABLE}–{LAST_TABLE}"
+            )
         views.append(view)
     names = [view.name for view in views]
     tables = [table for view in views for table in view.tables]

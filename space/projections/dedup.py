@@ -10,9 +10,11 @@ HASH_BY_PLACE: position u64, offset u32 (big-endian) → hash.
 from __future__ import annotations
 
 import struct
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from space.events import types as ev
+from space.projections.contract import Handler
 from space.statemachine.apply import RECLAIMED_RANGE, Context
 from space.statemachine.tables import Reader, Writer
 
@@ -49,7 +51,10 @@ class DedupFolder:
 
     def __init__(self, txn: Writer) -> None:
         self._txn = txn
-        self.handlers = {ev.ExtentWritten: self._written, ev.PayloadReclaimed: self._reclaimed}
+        self.handlers: Mapping[type[Any], Handler] = {
+            ev.ExtentWritten: self._written,
+            ev.PayloadReclaimed: self._reclaimed,
+        }
 
     def flush(self) -> None:
         """Nothing is held back."""

@@ -27,10 +27,17 @@ EVENTS_PER_TRANSACTION: Final = 50_000
 class Record(Protocol):
     """What the feed needs of a log record."""
 
-    index: int
-    time_ns: int
-    metadata: bytes
-    chain: bytes
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def time_ns(self) -> int: ...
+
+    @property
+    def metadata(self) -> bytes: ...
+
+    @property
+    def chain(self) -> bytes: ...
 
 
 @attrs.define

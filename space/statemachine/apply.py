@@ -197,7 +197,9 @@ def _exchanged(state: Overlay, context: Context, link: bytes, event: ev.NamesExc
     one, other = state.edit(event.capsule), state.edit(event.other)
     here, there = _modify(state, context, event.parent), _modify(state, context, event.other_parent)
     state.put(ENTRY, event.parent + event.name, EntryRow(event.other, other.ino, other.kind).encode())
-    state.put(ENTRY, event.other_parent + event.other_name, EntryRow(event.capsule, one.ino, one.kind).encode())
+    state.put(
+        ENTRY, event.other_parent + event.other_name, EntryRow(event.capsule, one.ino, one.kind).encode()
+    )
     one.parent, other.parent = event.other_parent, event.parent
     moved = (one.kind == _DIRECTORY) - (other.kind == _DIRECTORY)
     here.nlink -= moved
@@ -210,8 +212,7 @@ def _exchanged(state: Overlay, context: Context, link: bytes, event: ev.NamesExc
 def _written(state: Overlay, context: Context, link: bytes, event: ev.ExtentWritten) -> None:
     row = state.edit(event.capsule)
     end = event.offset + event.length
-    if end > row.size:
-        row.size = end
+    row.size = max(row.size, end)
     row.mtime = row.ctime = context.time_ns
     row.change = context.position
     row.link = link
@@ -311,7 +312,9 @@ def manifest_nodes(manifest: bytes) -> Iterator[tuple[Node, list[Any]]]:
     try:
         for capsule, row, entries, xattrs, extents in msgpack.unpackb(manifest, use_list=True):
             yield (
-                Node(capsule, CapsuleRow.decode(row), [(n, c) for n, c in entries], [(n, v) for n, v in xattrs]),
+                Node(
+                    capsule, CapsuleRow.decode(row), [(n, c) for n, c in entries], [(n, v) for n, v in xattrs]
+                ),
                 extents,
             )
     except (ValueError, TypeError, struct.error, msgpack.UnpackException):

@@ -202,11 +202,17 @@ def _create(state: Overlay, command: cmd.CreateCapsule, payload: PayloadPlacer) 
     if command.parent and (refused := _free_name(state, command.parent, command.name)):
         return refused
     if not 0 <= command.size <= SIZE_MAX or command.block_size not in (0, 512, 4096):
-        return Rejected(Status.TOO_LARGE, f"not a usable size: {command.size}, block size {command.block_size}")
+        return Rejected(
+            Status.TOO_LARGE, f"not a usable size: {command.size}, block size {command.block_size}"
+        )
     if command.block_size and command.size % command.block_size:
-        return Rejected(Status.INVALID, f"a size of {command.size} is not whole blocks of {command.block_size}")
+        return Rejected(
+            Status.INVALID, f"a size of {command.size} is not whole blocks of {command.block_size}"
+        )
     if (command.kind == ev.Kind.SYMLINK) != bool(command.target) or len(command.target) > PATH_BYTES_MAX:
-        return Rejected(Status.NAME_TOO_LONG if command.target else Status.INVALID, "not a usable link target")
+        return Rejected(
+            Status.NAME_TOO_LONG if command.target else Status.INVALID, "not a usable link target"
+        )
     if command.policy is not None and len(command.policy) > DOCUMENT_BYTES_MAX:
         return Rejected(Status.TOO_LARGE, "policy document too large")
     if refused := _key_taken(state, command.key):
@@ -268,7 +274,9 @@ def _link(state: Overlay, command: cmd.Link, payload: PayloadPlacer) -> Decision
     return refused or [ev.NameLinked(command.capsule, command.parent, command.name)]
 
 
-def _removable(state: Overlay, parent: bytes, name: bytes, directory: bool | None, recursive: bool) -> EntryRow | Rejected:
+def _removable(
+    state: Overlay, parent: bytes, name: bytes, directory: bool | None, recursive: bool
+) -> EntryRow | Rejected:
     row = _directory(state, parent)
     if isinstance(row, Rejected):
         return row
@@ -375,7 +383,9 @@ def _write(state: Overlay, command: cmd.WriteExtent, payload: PayloadPlacer) -> 
     if isinstance(row, Rejected):
         return row
     if not 0 < command.length <= ev.EXTENT_BYTES_MAX:
-        return Rejected(Status.INVALID, f"an extent has 1 to {ev.EXTENT_BYTES_MAX} bytes, not {command.length}")
+        return Rejected(
+            Status.INVALID, f"an extent has 1 to {ev.EXTENT_BYTES_MAX} bytes, not {command.length}"
+        )
     if command.offset < 0 or command.offset > SIZE_MAX - command.length:
         return Rejected(Status.TOO_LARGE, f"offset {command.offset} is beyond the largest size")
     if row.block_size and command.offset + command.length > row.size:
@@ -383,7 +393,9 @@ def _write(state: Overlay, command: cmd.WriteExtent, payload: PayloadPlacer) -> 
     if not _covers(command):
         return Rejected(Status.INVALID, "the frames do not hold the bytes of the extent")
     records = []
-    placed: dict[int, int] = {}  # equal frames of one extent share their stored bytes, and those are placed once
+    placed: dict[
+        int, int
+    ] = {}  # equal frames of one extent share their stored bytes, and those are placed once
     for frame in command.frames:
         if frame.stored is not None:
             piece = id(frame.stored)
@@ -477,7 +489,9 @@ def _set_xattr(state: Overlay, command: cmd.SetXattr, payload: PayloadPlacer) ->
     if refused := _xattr_name(command.name):
         return refused
     if len(command.value) > XATTR_BYTES_MAX:
-        return Rejected(Status.TOO_LARGE, f"an attribute of {len(command.value)} bytes; the limit is {XATTR_BYTES_MAX}")
+        return Rejected(
+            Status.TOO_LARGE, f"an attribute of {len(command.value)} bytes; the limit is {XATTR_BYTES_MAX}"
+        )
     exists = state.get(XATTR, command.capsule + command.name) is not None
     if command.create and exists:
         return Rejected(Status.EXISTS, f"attribute exists already: {_shown(command.name)}")
@@ -555,7 +569,8 @@ def _clone(state: Overlay, command: cmd.Clone, payload: PayloadPlacer) -> Decisi
         return refused
     if len(command.manifest) > MANIFEST_BYTES_MAX:
         return Rejected(
-            Status.TOO_LARGE, f"a past moment of {len(command.manifest)} bytes of metadata; clone a smaller part"
+            Status.TOO_LARGE,
+            f"a past moment of {len(command.manifest)} bytes of metadata; clone a smaller part",
         )
     members = b""
     if not command.manifest:

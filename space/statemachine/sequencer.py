@@ -128,7 +128,13 @@ def _one(batch: Prepared, request: Request, payload: PayloadPlacer) -> Receipt |
         batch.events += 1
     if linked:
         record_reply(overlay, request.client, request.sequence, batch.position)
-        entry = Entry(request.client, request.sequence, batch.time_ns, request.actor[:ACTOR_CHARACTERS_MAX], tuple(linked))
+        entry = Entry(
+            request.client,
+            request.sequence,
+            batch.time_ns,
+            request.actor[:ACTOR_CHARACTERS_MAX],
+            tuple(linked),
+        )
         batch.entries.append(entry)
         return Receipt(batch.position)
     return Receipt(batch.position - 1)  # nothing to change: true as of the batch before
@@ -137,7 +143,9 @@ def _one(batch: Prepared, request: Request, payload: PayloadPlacer) -> Receipt |
 def _unusable(request: Request) -> UsageError | None:
     """Why a request cannot be logged whatever it asks for, or None."""
     if len(request.client) not in (0, ID_BYTES) or not 0 <= request.sequence <= U63_MAX:
-        return UsageError(f"not a client id of {ID_BYTES} bytes and a number: {request.client!r}, {request.sequence}")
+        return UsageError(
+            f"not a client id of {ID_BYTES} bytes and a number: {request.client!r}, {request.sequence}"
+        )
     if not request.actor.isascii() and any("\ud800" <= character <= "\udfff" for character in request.actor):
         return UsageError(f"not an actor: {request.actor!r}")
     return None

@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import attrs
 import crc32c
@@ -90,21 +90,20 @@ class ReadTransaction:
     def __init__(self, txn: lmdb.Transaction, handles: Mapping[int, Any]) -> None:
         self._txn = txn
         self._handles = handles
-        self.get_raw = txn.get
 
     def get(self, table: int, key: bytes) -> bytes | None:
         try:
-            value: bytes | None = self._txn.get(key, db=self._handles[table])
+            # The stubs allow memoryviews too, which only a transaction opened with buffers=True returns.
+            return cast("bytes | None", self._txn.get(key, db=self._handles[table]))
         except lmdb.BadValsizeError:
             return None  # empty or longer than any key: bad input asks for such
-        return value
 
     def scan(self, table: int, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         with self._txn.cursor(db=self._handles[table]) as cursor:
             found = cursor.set_range(max(prefix, start)) if prefix or start else cursor.first()
             if not found:
                 return
-            for key, value in cursor.iternext():
+            for key, value in cast("Iterator[tuple[bytes, bytes]]", cursor.iternext()):
                 if not key.startswith(prefix):
                     return
                 yield key, value
@@ -113,9 +112,9 @@ class ReadTransaction:
         """The row with the greatest key not above ``key``."""
         with self._txn.cursor(db=self._handles[table]) as cursor:
             if not cursor.set_range(key):
-                return cursor.item() if cursor.last() else None
+                return cast("tuple[bytes, bytes]", cursor.item()) if cursor.last() else None
             if cursor.key() == key or cursor.prev():
-                return cursor.item()
+                return cast("tuple[bytes, bytes]", cursor.item())
             return None
 
     def count(self, table: int) -> int:
@@ -123,7 +122,7 @@ class ReadTransaction:
 
     @property
     def applied(self) -> Applied:
-        data = self._txn.get(b"applied", db=self._handles[0])
+        data = self.get(0, b"applied")
         return Applied() if data is None else Applied.decode(data)
 
 
@@ -350,7 +349,9 @@ def _parse_seal(path: Path) -> _Seal | None:
         if len(raw) > _SEAL_BYTES_MAX or crc32c.crc32c(body).to_bytes(4, "little") != crc:
             return None
         seal_format, size, expected, applied, versions = msgpack.unpackb(body)
-        return _Seal(size, expected, Applied.decode(applied), versions) if seal_format == SEAL_FORMAT else None
+        return (
+            _Seal(size, expected, Applied.decode(applied), versions) if seal_format == SEAL_FORMAT else None
+        )
     except (OSError, ValueError, TypeError, msgpack.UnpackException, CorruptionError):
         return None
 
@@ -376,5 +377,9 @@ def _checksum(file: Any) -> tuple[int, int]:
 def _storage(error: Exception, path: Path) -> StorageError:
     text = str(error)
     if isinstance(error, lmdb.DiskError | lmdb.MapFullError) or "No space left" in text:
-        return DiskFullError(f"no space for the state in {path}", hint="free some space; the log is untouched")
-    return StorageError(f"state in {path}: {text}", hint="close the store; the next start rebuilds it from the log")
+        return DiskFullError(
+            f"no space for the state in {path}", hint="free some space; the log is untouched"
+        )
+    return StorageError(
+        f"state in {path}: {text}", hint="close the store; the next start rebuilds it from the log"
+    )

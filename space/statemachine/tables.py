@@ -68,7 +68,6 @@ class Reader(Protocol):
         """The row with the greatest key not above ``key``, or None."""
 
 
-
 class Writer(Reader, Protocol):
     """A transaction: what it wrote, it reads."""
 
@@ -147,8 +146,13 @@ class CapsuleRow:
             fields = _CAPSULE.unpack_from(data)
             (deleted,) = U64.unpack_from(data, _CAPSULE.size)
         except struct.error:
-            raise CorruptionError("a capsule row of the state is malformed", hint="run: space replay") from None
-        return cls(*fields, deleted, data[_CAPSULE.size + U64.size :])
+            raise CorruptionError(
+                "a capsule row of the state is malformed", hint="run: space replay"
+            ) from None
+        row = cls(*fields)
+        row.deleted = deleted
+        row.target = data[_CAPSULE.size + U64.size :]
+        return row
 
     def copy(self) -> CapsuleRow:
         return CapsuleRow(
@@ -336,7 +340,7 @@ class Overlay:
 
     def _changed(self, table: int) -> dict[bytes, bytes | None]:
         if table == CAPSULE:
-            return {key: row and row.encode() for key, row in self._capsules.items()}
+            return {key: None if row is None else row.encode() for key, row in self._capsules.items()}
         return self._rows[table]
 
 
