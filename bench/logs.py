@@ -23,6 +23,9 @@ DIRECTORY_ENTRIES: Final = 1000
 BATCH_COMMANDS: Final = (64, 512)
 """Fewest and most commands a batch: what group commit makes of many writers."""
 
+Generator = Callable[[Store, int], Iterator[Command]]
+"""``(store, events)`` → commands that make about as many events."""
+
 
 class Ids:
     """Fresh capsule ids as the store draws them, from a seed."""
@@ -66,14 +69,25 @@ def creations(count: int, root: CapsuleId, ids: Callable[[], CapsuleId]) -> Iter
 
 
 def small_writes(store: Store, count: int) -> Iterator[Command]:
-    """Writes of 512 B at random places of many files (a hundredth as many as writes); one event a command."""
+    """512 B at the end of one of many files (a hundredth as many), as loggers do; one event a command."""
+    return _writes(store, count, lambda written, _: written)
+
+
+def random_writes(store: Store, count: int) -> Iterator[Command]:
+    """512 B anywhere in the first MiB of one of many files, as databases do; one event a command."""
+    return _writes(store, count, lambda _, chance: chance.randrange((1 << 20) // SMALL_WRITE_BYTES))
+
+
+def _writes(store: Store, count: int, block: Callable[[int, random.Random], int]) -> Iterator[Command]:
     made = list(creations(max(1, count // 100), store.root, Ids()))
     yield from made
     files = [each.capsule for each in made if each.kind is Kind.FILE]
+    written = dict.fromkeys(files, 0)
     chance = random.Random(SEED)
-    blocks = (1 << 20) // SMALL_WRITE_BYTES
     for _ in range(count - 2 * len(made)):
-        yield small_write(store, chance.choice(files), chance.randrange(blocks) * SMALL_WRITE_BYTES, chance)
+        capsule = chance.choice(files)
+        yield small_write(store, capsule, block(written[capsule], chance) * SMALL_WRITE_BYTES, chance)
+        written[capsule] += 1
 
 
 def small_write(store: Store, capsule: bytes, offset: int, chance: random.Random) -> Command:

@@ -27,6 +27,7 @@ DATA: Final = ".bench-data"
 ROUNDS: Final = 3
 ROOT: Final = Path(__file__).resolve().parent.parent
 _LINES_OF_ERROR: Final = 5
+_COMMAND_SECONDS_MAX: Final = 600  # a peer that hangs must not hold up the rest
 
 
 @attrs.frozen
@@ -154,9 +155,17 @@ def run_command(command: Sequence[str | Path], **environment: str) -> float:
         RuntimeError: it failed.
     """
     started = time.perf_counter()
-    done = subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_COMMAND_SECONDS_MAX,
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{command[0]} took more than {_COMMAND_SECONDS_MAX} s") from None
     if done.returncode:
         raise RuntimeError(f"{Path(command[0]).name} failed: {(done.stderr or done.stdout).strip()[-500:]}")
     return time.perf_counter() - started
