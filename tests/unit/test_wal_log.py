@@ -631,3 +631,56 @@ def test_a_disk_that_keeps_nothing_is_not_trusted(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("space.wal.faulty_disk.FaultyFile.pwritev", lambda *_arguments: None)
     with pytest.raises(CorruptionError):
         open_log(FaultyDisk())
+
+
+def refuse(disk: FaultyDisk, operations: set[str], name: str) -> None:
+    """From now on, let these operations on this file fail."""
+
+    def hook(operation: str, path: str) -> None:
+        if operation in operations and path.endswith(name):
+            raise OSError(errno.EIO, "test")
+
+    disk.hook = hook
+
+
+def test_leftovers_of_a_failed_append_are_zeroed_before_the_next() -> None:
+    """Even if zeroing them at once failed as well, nothing lies after the tail once an append succeeds."""
+    leftovers = 0
+    for seed in range(20):
+        disk = FaultyDisk(random.Random(seed))
+        log = open_log(disk)
+        fill(log, 3)
+        name = log.segments()[0].name
+        refuse(disk, {"pwritev", "zero_range"}, name)
+        with pytest.raises(StorageError):
+            log.append(b"refused", [b"r" * 3000], time_ns=99)
+        leftovers += any(disk.image()[f"/log/{name}"][log.segments()[0].size :])
+        disk.hook = None
+        log.append(b"short", time_ns=99)
+        assert not any(disk.image()[f"/log/{name}"][log.segments()[0].size :])
+    assert leftovers > 10
+
+
+def test_a_seal_proves_nothing_until_its_rotation_is_finished() -> None:
+    """When its fdatasync failed it may have reached the disk without the records before it: they are cut."""
+    kept = set()
+    for seed in range(60):
+        disk = FaultyDisk(random.Random(seed))
+        log = open_log(disk)
+        fill(log, 5)
+        log.sync()
+        refuse(disk, {"fdatasync"}, log.segments()[0].name)
+        with pytest.raises(StorageError):
+            fill(log, 20)
+        disk.hook = None
+        disk.kill()
+        log = open_log(disk)
+        kept.add(log.last_index)
+        assert log.last_index >= 5
+        assert [info.index for info in log.records(1)] == list(range(1, log.last_index + 1))
+        assert list(log.verify()) == []
+        fill(log, 20)
+        log.sync()
+        disk.crash()
+        assert open_log(disk).last_index == log.last_index
+    assert len(kept) > 3
