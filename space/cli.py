@@ -80,7 +80,7 @@ class _Progress(Caller):
     def __init__(self) -> None:
         self._begun = time.monotonic()
         self._shown = 0.0
-        self._terminal = sys.stderr.isatty()
+        self._terminal = _is_terminal()
 
     def progress(self, done: Document) -> None:
         now = time.monotonic()
@@ -90,7 +90,7 @@ class _Progress(Caller):
             and now - self._shown > PROGRESS_SECONDS
         ):
             self._shown = now
-            sys.stderr.write(f"\r\x1b[K{_progress_text(done, now - self._begun)}")
+            sys.stderr.write(f"\r\x1b[K{progress_text(done, now - self._begun)}")
             sys.stderr.flush()
 
     def clear(self) -> None:
@@ -100,7 +100,12 @@ class _Progress(Caller):
             sys.stderr.flush()
 
 
-def _progress_text(done: Document, seconds: float) -> str:
+def _is_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+def progress_text(done: Document, seconds: float) -> str:
+    """How far something is, and how fast, in words."""
     from space.policy.units import format_size
 
     parts = []
@@ -266,9 +271,12 @@ def _system_error(error: OSError, what: str) -> SpaceError:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        _print(f"space {version('space-store')}")
+        found = "(not installed)"
+        with contextlib.suppress(PackageNotFoundError):
+            found = version("space-store")
+        _print(f"space {found}")
         raise typer.Exit
 
 
@@ -364,14 +372,13 @@ def get(
 
 def _get_file(service: Service, output: str, wanted: Document) -> Document:
     """Writes a file that appears, or changes, only when there is something to write to it."""
-    service.stat(capsule=wanted["capsule"], at=wanted["at"])
     existed = os.path.lexists(output)
     try:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise _system_error(error, output) from None
     try:
-        return service.get(descriptor=descriptor, sparse=True, **wanted)
+        return service.get(descriptor=descriptor, replace=True, **wanted)
     except BaseException:
         if not existed:
             Path(output).unlink(missing_ok=True)
@@ -678,7 +685,7 @@ def replay(
 ) -> None:
     """Drop views and rebuild them from the log."""
     session: Session = context.obj
-    with session.service() as service, _answering(service):
+    with session.service() as service:
         result = service.replay(view=view, to=to, verify=verify)
     same = ", equal to what was there" if verify else ""
     session.show(
@@ -695,7 +702,7 @@ def verify(
 ) -> None:
     """Check every checksum, chain link and reference."""
     session: Session = context.obj
-    with session.service() as service, _answering(service):
+    with session.service() as service:
         report = service.verify(repair=repair)
     lines = [_finding(each) for each in report["findings"]]
     lines.append(
@@ -723,7 +730,7 @@ def gc(
 ) -> None:
     """Give back the space of what no kept moment can reach."""
     session: Session = context.obj
-    with session.service() as service, _answering(service):
+    with session.service() as service:
         report = service.gc(dry_run=dry_run)
     verb = "would give back" if dry_run else "gave back"
     session.show(

@@ -65,6 +65,10 @@ class _ProtocolError(Exception):
     """The other side does not speak this protocol."""
 
 
+class _CallerGoneError(UnavailableError):
+    """Nobody waits for the answer any more."""
+
+
 # --- messages --------------------------------------------------------------------------------------
 
 
@@ -160,7 +164,7 @@ class _RemoteCaller(Caller):
         try:
             self._stream.sendall(_pack(message, ANSWER_BYTES_MAX))
         except OSError:
-            raise _gone() from None
+            raise _CallerGoneError("the caller has gone") from None
 
     def progress(self, done: Message) -> None:
         now = time.monotonic()
@@ -183,7 +187,7 @@ class _RemoteCaller(Caller):
         except OSError:
             confirmed = b""
         if not confirmed:
-            raise _gone()
+            raise _CallerGoneError("the caller has gone")
 
     def idle(self, seconds: float) -> None:
         self._poll(None, 0, seconds)
@@ -197,12 +201,8 @@ class _RemoteCaller(Caller):
             poll.register(descriptor, events)
         ready = dict(poll.poll(None if seconds is None else seconds * 1000))
         if self._stream.fileno() in ready:
-            raise _gone()
+            raise _CallerGoneError("the caller has gone")
         return descriptor in ready
-
-
-def _gone() -> SpaceError:
-    return UnavailableError("the caller has gone")
 
 
 class ControlServer:
@@ -259,7 +259,7 @@ class ControlServer:
     def _serve(self, stream: socket.socket) -> None:
         descriptors: list[int] = []
         try:
-            with stream, contextlib.suppress(OSError, _ProtocolError):
+            with stream, contextlib.suppress(OSError, _ProtocolError, _CallerGoneError):
                 stream.settimeout(REQUEST_SECONDS)
                 if _peer_is_ours(stream):
                     head, descriptors, _, _ = socket.recv_fds(

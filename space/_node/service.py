@@ -80,9 +80,9 @@ class Service:
         offset: int = 0,
         length: int | None = None,
         at: str | None = None,
-        sparse: bool = False,
+        replace: bool = False,
     ) -> Document:
-        """Writes the bytes of a capsule to ``descriptor``; with ``sparse``, to an empty file, with holes."""
+        """Writes the bytes of a capsule to ``descriptor``; with ``replace``, to a file, instead of its own."""
         _check_range(offset, length)
         size = 0
         with self._reading(at) as reading:
@@ -93,7 +93,7 @@ class Service:
                     status=Status.IS_DIRECTORY,
                     hint="space export takes directories",
                 )
-            sink = _Sink(descriptor, self._caller, sparse=sparse)
+            sink = _Sink(descriptor, self._caller, replace=replace)
             for piece in reading.stream(found, offset, length):
                 sink.write(piece)
                 size += len(piece)
@@ -410,31 +410,40 @@ class _Source:
 
 
 class _Sink:
-    """Writes a borrowed descriptor, an empty file with its holes, as long as somebody waits."""
+    """Writes a borrowed descriptor as long as somebody waits for the result.
 
-    def __init__(self, descriptor: int, caller: Caller, *, sparse: bool) -> None:
+    With ``replace``, a regular file loses what it held when the first bytes come, and gets holes for zeros.
+    """
+
+    def __init__(self, descriptor: int, caller: Caller, *, replace: bool) -> None:
         self._descriptor = descriptor
         self._caller = caller
-        self._sparse = sparse and statmod.S_ISREG(os.fstat(descriptor).st_mode)
+        self._replace = replace and statmod.S_ISREG(os.fstat(descriptor).st_mode)
+        self._size = 0
 
     def write(self, data: bytes) -> None:
         try:
-            if self._sparse and data == (_ZEROS if len(data) == len(_ZEROS) else _ZEROS[: len(data)]):
+            if self._replace and self._size == 0:
+                os.ftruncate(self._descriptor, 0)
+            self._size += len(data)
+            if self._replace and data == (_ZEROS if len(data) == len(_ZEROS) else _ZEROS[: len(data)]):
                 os.lseek(self._descriptor, len(data), os.SEEK_CUR)
-                return
-            view = memoryview(data)
-            while view:
-                room = self._caller.wait(self._descriptor, writing=True)
-                view = view[os.write(self._descriptor, view[:room]) :]
+            else:
+                self._write_all(memoryview(data))
         except BrokenPipeError:
             raise
         except OSError as error:
             raise StorageError(f"cannot write the output: {error.strerror or error}") from None
 
+    def _write_all(self, view: memoryview) -> None:
+        while view:
+            room = self._caller.wait(self._descriptor, writing=True)
+            view = view[os.write(self._descriptor, view[:room]) :]
+
     def finish(self) -> None:
-        """Ends a file whose last part is a hole."""
-        if self._sparse:
-            os.ftruncate(self._descriptor, os.lseek(self._descriptor, 0, os.SEEK_CUR))
+        """Ends a file whose last part is a hole, or that is empty."""
+        if self._replace:
+            os.ftruncate(self._descriptor, self._size)
 
 
 def methods() -> dict[str, Callable[..., Any]]:
