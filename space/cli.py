@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 DATA_ENVIRONMENT: Final = "SPACE_DATA"
 NODE_ENVIRONMENT: Final = "SPACE_NODE"
 
-IN_USE_SECONDS: Final = 2.0
-"""How long a command waits for another short one to let go of the directory."""
+IN_USE_SECONDS: Final = 3.0
+"""How long a command waits for another to let go of the directory; anew for each that had it."""
 
 IN_USE_POLL_SECONDS: Final = 0.02
 PROGRESS_AFTER_SECONDS: Final = 1.0
@@ -173,15 +173,19 @@ def _open(data: Path, caller: Caller, *, create: bool) -> tuple[Store | None, Se
     Raises:
         UnavailableError: another process has it open, and neither answers nor ends soon.
     """
-    deadline = time.monotonic() + IN_USE_SECONDS
+    owner, deadline = "", 0.0
     while True:
         if (asked := _ask(data, caller)) is not None:
             return None, asked
+        # before the store is opened: others wait for it
+        from space._node import service  # noqa: F401
         from space._node.store import Store
 
         try:
             return Store(data, create=create), None
-        except UnavailableError:
+        except UnavailableError as error:
+            if str(error) != owner:
+                owner, deadline = str(error), time.monotonic() + IN_USE_SECONDS
             if time.monotonic() > deadline:
                 raise
         time.sleep(IN_USE_POLL_SECONDS)
