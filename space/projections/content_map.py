@@ -167,7 +167,7 @@ class ContentFolder:
     def __init__(self, txn: Writer) -> None:
         self._txn = txn
         self._maps: dict[bytes, list[int]] = {}
-        self._pending: dict[bytes, bytes] = {}
+        self._pending: dict[int, dict[bytes, bytes]] = {}  # layer → its rows
         self.handlers: Mapping[type[Any], Handler] = {
             ev.ExtentWritten: self._written,
             ev.RangeDeallocated: self._deallocated,
@@ -183,8 +183,14 @@ class ContentFolder:
 
     def _flush_extents(self) -> None:
         if self._pending:
-            self._txn.put_sorted(EXTENT, sorted(self._pending.items()))
+            rows = [row for layer in sorted(self._pending) for row in sorted(self._pending[layer].items())]
+            self._txn.put_sorted(EXTENT, rows)
             self._pending.clear()
+
+    def _flush_layer(self, layer: int) -> None:
+        rows = self._pending.pop(layer, None)
+        if rows:
+            self._txn.put_sorted(EXTENT, sorted(rows.items()))
 
     # --- rows ------------------------------------------------------------------------------------
 
@@ -237,9 +243,15 @@ class ContentFolder:
     def _written(self, context: Context, event: ev.ExtentWritten) -> None:
         row = self._maps.get(event.capsule) or self._map(event.capsule)
         offset, length = event.offset, event.length
+        key = _KEY.pack(row[0], offset)
+        value = _EXTENT.pack(context.position, length, 0) + event.frames
         if offset < row[1]:
             self._carve(row, offset, offset + length)
-        self._pending[_KEY.pack(row[0], offset)] = _EXTENT.pack(context.position, length, 0) + event.frames
+            self._txn.put(EXTENT, key, value)
+        elif (pending := self._pending.get(row[0])) is None:
+            self._pending[row[0]] = {key: value}
+        else:
+            pending[key] = value
         row[1] = max(row[1], offset + length)
         row[2] += length
         frames = event.frames
@@ -247,8 +259,11 @@ class ContentFolder:
 
     def _carve(self, row: list[int], start: int, end: int) -> None:
         """Makes room: extents of the layer in [start, end) go, those that stick out are cut."""
-        self._flush_extents()
         txn, layer = self._txn, row[0]
+        self._flush_layer(layer)
+        last = txn.last_at_or_before(EXTENT, _KEY.pack(layer, end - 1))
+        if last is None or not _reaches(last, layer, start):
+            return
         for extent in list(_own(txn, layer, start, end)):
             txn.delete(EXTENT, _KEY.pack(layer, extent.offset))
             if extent.offset < start:
@@ -336,6 +351,12 @@ class ContentFolder:
                 self._release(row[0])
                 del self._maps[capsule]
                 self._txn.delete(MAP, capsule)
+
+
+def _reaches(row: tuple[bytes, bytes], layer: int, start: int) -> bool:
+    """Whether a row is an extent of the layer that ends after ``start``."""
+    found, offset = _KEY.unpack(row[0])
+    return bool(found == layer and offset + _EXTENT.unpack_from(row[1])[1] > start)
 
 
 def _stored(frames: bytes) -> int:
