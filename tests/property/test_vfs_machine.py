@@ -56,10 +56,12 @@ class FileSystemMachine(RuleBasedStateMachine):
         self.files = LocalFileSystem(self.store)
 
     def teardown(self) -> None:
-        self.compare()
-        self.store.close()
-        self.loop.close()
-        shutil.rmtree(self.home)
+        try:
+            self.compare()
+        finally:
+            self.store.close()
+            self.loop.close()
+            shutil.rmtree(self.home)
 
     # --- the two sides ---------------------------------------------------------------------------
 
