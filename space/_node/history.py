@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -91,15 +92,16 @@ def checkpoints(home: Path) -> list[Path]:
 
 def write_checkpoint(home: Path, tables: Store) -> Path | None:
     """A sealed copy of the tables as they are now; the caller made the log durable up to there."""
-    applied = tables.applied
-    target = home / CHECKPOINTS / f"{applied.position:020d}"
-    if applied.position == 0 or target.exists():
+    position = tables.applied.position
+    if position == 0 or _checkpoint_path(home, position).exists():
         return None
-    partial = home / SCRATCH / f"checkpoint-{os.getpid()}-{applied.position}"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = home / SCRATCH / f"checkpoint-{uuid.uuid4().hex}"
     try:
         partial.parent.mkdir(exist_ok=True)
-        tables.copy_to(partial)
+        target = _checkpoint_path(home, tables.copy_to(partial).position)  # others may have written meanwhile
+        if target.exists():
+            shutil.rmtree(partial)
+            return None
         target.parent.mkdir(exist_ok=True)
         partial.rename(target)
     except BaseException:
@@ -107,6 +109,10 @@ def write_checkpoint(home: Path, tables: Store) -> Path | None:
         raise
     _thin(home)
     return target
+
+
+def _checkpoint_path(home: Path, position: int) -> Path:
+    return home / CHECKPOINTS / f"{position:020d}"
 
 
 def _thin(home: Path) -> None:
@@ -138,7 +144,7 @@ def build(
     for checkpoint in checkpoints(home) if use_checkpoints else []:
         if int(checkpoint.name) <= last:
             applied = read_seal(checkpoint, layout_of(views))
-            if applied is not None and fits(log, applied):
+            if applied is not None and applied.position <= last and fits(log, applied):
                 copy_sealed(checkpoint, path)
                 break
     tables = Store(path, layout_of(views))

@@ -198,6 +198,13 @@ def replay(
     started = time.perf_counter()
     if to is not None:
         return _replay_to(store, names, to, verify, on_progress, started)
+    with store._rebuilding:
+        return _rebuild(store, names, verify, on_progress, started)
+
+
+def _rebuild(
+    store: Store, names: list[str], verify: bool, on_progress: OnProgress | None, started: float
+) -> ReplayResult:
     folded = [each for each in store.views if each.name in names]
     with_state = STATE_VIEW in names
     before: dict[str, str] = {}
@@ -218,8 +225,8 @@ def replay(
             if with_state:
                 store._applied = at
                 txn.set_applied(at)
-            old = tables.promote(txn, names)
-        tables.adopt(names, old)
+            tables.promote(txn, names)
+        tables.adopt(handles)
     equal = before == after and state_equal
     if verify and not equal:
         wrong = [name for name in names if before.get(name) != after.get(name)] or [STATE_VIEW]

@@ -147,6 +147,7 @@ class Store(Reading):
         self._closed = False
         self._behind = False
         self._checkpointing: threading.Thread | None = None
+        self._rebuilding = threading.Lock()
         self.pinned: Counter[bytes] = Counter()
         """Capsules held open by a view: gc leaves them alone even when deleted."""
         self.views = list(registered_views() if views is None else views)

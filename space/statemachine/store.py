@@ -12,8 +12,8 @@ LMDB runs without its own fsync and has no checksums.  Two rules make that safe:
   thrown away and rebuilt from the newest sealed checkpoint plus the log.
 * **A checkpoint is a sealed copy** of the environment at a position, taken while readers and writers go on.
 
-Each view has a *generation*: its tables are named ``view.table.generation``, so a rebuild fills the next
-generation while everyone reads the old one, and becomes visible in one transaction.
+Each view has two *generations* of tables, named ``view.table.1`` and ``view.table.2``: a rebuild fills one
+while everyone reads the other, and becomes visible in one transaction.
 """
 
 from __future__ import annotations
@@ -178,31 +178,46 @@ class Store:
             raise _storage(error, path) from None
         self._handles: dict[int, Any] = {}
         self._sealed = (path / SEAL).exists()
-        for view in layout.tables:
-            self._open_generation(view, self.generation(view))
+        with self._env.begin(write=True) as txn:
+            for view in layout.tables:
+                self._handles.update(self._named(txn, view, self.generation(view)))
+        self._handles[0] = self._system
 
     def generation(self, view: str) -> int:
         """Which generation of a view's tables readers see."""
         with self._env.begin(db=self._system) as txn:
             return int(txn.get(b"generation:" + view.encode()) or b"1")
 
-    def _named(self, view: str, generation: int) -> dict[int, Any]:
+    def _named(self, txn: lmdb.Transaction, view: str, generation: int) -> dict[int, Any]:
+        # Without a transaction of ours, open_db waits for the writer and keeps the interpreter lock meanwhile.
         return {
-            table: self._env.open_db(f"{view}.{name}.{generation}".encode())
+            table: self._env.open_db(f"{view}.{name}.{generation}".encode(), txn=txn)
             for table, name in self.layout.tables[view].items()
         }
 
-    def _open_generation(self, view: str, generation: int) -> None:
-        self._handles = {**self._handles, **self._named(view, generation), 0: self._system}
-
     @contextmanager
     def read(self) -> Iterator[ReadTransaction]:
-        """A snapshot of now."""
-        txn = self._env.begin(buffers=False)
+        """A snapshot of now.
+
+        Raises:
+            StorageError: LMDB fails, or the environment is closed meanwhile.
+        """
         try:
-            yield ReadTransaction(txn, self._handles)
-        finally:
-            txn.abort()
+            txn, handles = self._snapshot()
+            try:
+                yield ReadTransaction(txn, handles)
+            finally:
+                txn.abort()
+        except lmdb.Error as error:
+            raise _storage(error, self.path) from None
+
+    def _snapshot(self) -> tuple[lmdb.Transaction, Mapping[int, Any]]:
+        while True:
+            handles = self._handles
+            txn = self._env.begin(buffers=False)
+            if handles is self._handles:
+                return txn, handles
+            txn.abort()  # a rebuilt generation was adopted between the two: they may not fit together
 
     @contextmanager
     def write(self, handles: Mapping[int, Any] | None = None) -> Iterator[WriteTransaction]:
@@ -227,29 +242,29 @@ class Store:
     # --- generations -----------------------------------------------------------------------------
 
     def shadow(self, views: list[str]) -> dict[int, Any]:
-        """Handles in which ``views`` are the next, still invisible generation, emptied."""
+        """Handles in which ``views`` are the other, still invisible generation, emptied.
+
+        One rebuild at a time.
+        """
         self._break_seal()
         handles = dict(self._handles)
-        for view in views:
-            named = self._named(view, self.generation(view) + 1)
-            handles.update(named)
-            with self._env.begin(write=True) as txn:
+        with self._env.begin(write=True) as txn:
+            for view in views:
+                named = self._named(txn, view, 3 - self.generation(view))
+                handles.update(named)
                 for handle in named.values():
                     txn.drop(handle, delete=False)
         return handles
 
-    def promote(self, txn: WriteTransaction, views: list[str]) -> list[Any]:
-        """Within ``txn``, makes the next generation the one that counts; returns the old handles to discard."""
-        old = []
+    def promote(self, txn: WriteTransaction, views: list[str]) -> None:
+        """Within ``txn``, makes the other generation the one that counts."""
         for view in views:
-            txn.set_generation(view, self.generation(view) + 1)
-            old += [self._handles[table] for table in self.layout.tables[view]]
-        return old
+            txn.set_generation(view, 3 - self.generation(view))
 
-    def adopt(self, views: list[str], old: list[Any]) -> None:
-        """After ``promote`` committed: new readers see the new generation; the old rows are freed."""
-        for view in views:
-            self._open_generation(view, self.generation(view))
+    def adopt(self, handles: Mapping[int, Any]) -> None:
+        """After ``promote`` committed: new readers see what ``shadow`` made; the old rows are freed."""
+        old = [handle for table, handle in self._handles.items() if handles[table] is not handle]
+        self._handles = dict(handles)
         with self._env.begin(write=True) as txn:
             for handle in old:
                 txn.drop(handle, delete=False)
@@ -261,8 +276,8 @@ class Store:
             (self.path / SEAL).unlink(missing_ok=True)
             self._sealed = False
 
-    def copy_to(self, path: Path) -> None:
-        """A sealed copy at ``path`` of what is committed now; readers and writers go on meanwhile."""
+    def copy_to(self, path: Path) -> Applied:
+        """A sealed copy at ``path`` of what is committed now, and where it stands; all others go on meanwhile."""
         path.mkdir(parents=True)
         try:
             self._env.copy(str(path), compact=True)
@@ -276,6 +291,7 @@ class Store:
         finally:
             copy.close()
         write_seal(path, applied, self.layout, durable=True)
+        return applied
 
     def close(self, *, seal: bool = True) -> None:
         """Closes it; with ``seal``, the next start can use it as it is."""

@@ -921,14 +921,14 @@ class Log:
         done = 0
         for span in spans:
             with self._reading(span.segment):
-                for step in self._verify_segment(span):
+                for step in self._verify_segment(span, sealed=span is not spans[-1]):
                     if isinstance(step, Finding):
                         yield step
                     elif on_progress is not None:
                         on_progress(done + step, total)
             done += span.end
 
-    def _verify_segment(self, span: _Span) -> Iterator[Finding | int]:
+    def _verify_segment(self, span: _Span, *, sealed: bool) -> Iterator[Finding | int]:
         """Findings, and offsets reached between them."""
         segment = span.segment
         try:
@@ -956,7 +956,7 @@ class Log:
                 chain = None
         if chain is not None and (offset, index, chain) != (span.end, span.last_index, span.chain):
             yield Finding(segment.name, offset, index + 1, Damage.CHAIN)
-        if segment.first_index != self._tail.segment:
+        if sealed:
             raw = file.pread(SEAL_BYTES, span.end)
             if parse_seal(raw, span.end, segment.seed, segment.first_index) is None:
                 yield Finding(segment.name, span.end, span.last_index, Damage.SEAL)
