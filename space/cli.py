@@ -49,16 +49,17 @@ TERMINATED: Final = 143
 _GLOBAL_FLAGS: Final = ("--json", "--debug")
 _GLOBAL_VALUES: Final = ("--data", "--node")
 
-app = typer.Typer(
-    name="space",
-    help="Event-sourced storage: every change is an event in a log, and every view is rebuilt from it.",
-    epilog="--data, --node, --json and --debug are accepted before and after the command.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+_SETTINGS: Final[dict[str, Any]] = {
+    "name": "space",
+    "help": "Event-sourced storage: every change is an event in a log, and every view is rebuilt from it.",
+    "epilog": "--data, --node, --json and --debug are accepted before and after the command.",
+    "no_args_is_help": True,
+    "add_completion": False,
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+app = typer.Typer(**_SETTINGS)
 policy_app = typer.Typer(no_args_is_help=True, help="Check, show and set policies.")
 project_app = typer.Typer(no_args_is_help=False, help="Views of capsules and trees: mount, list, stop.")
 app.add_typer(policy_app, name="policy")
@@ -1023,6 +1024,30 @@ def _hoisted(arguments: Sequence[str]) -> list[str]:
     return front + rest
 
 
+def _application(arguments: Sequence[str]) -> typer.Typer:
+    """The commands to choose from: only the one that is asked for if that is clear, as each takes time to build."""
+    words = iter(arguments)
+    for word in words:
+        if word in _GLOBAL_VALUES:
+            next(words, None)
+        elif word not in _GLOBAL_FLAGS and not word.startswith(tuple(f"{flag}=" for flag in _GLOBAL_VALUES)):
+            break
+    else:
+        return app
+    wanted = [each for each in app.registered_commands if each.callback and _command_name(each) == word]
+    groups = [each for each in app.registered_groups if each.name == word]
+    if not (wanted or groups):
+        return app
+    lean = typer.Typer(**_SETTINGS)
+    lean.registered_callback = app.registered_callback
+    lean.registered_commands, lean.registered_groups = wanted, groups
+    return lean
+
+
+def _command_name(command: Any) -> str:
+    return str(command.name or command.callback.__name__)
+
+
 def _stopped(signal_number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signal_number)
 
@@ -1031,7 +1056,8 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit status; complaints are one line on stderr."""
     debug = "--debug" in arguments
     try:
-        status = app(_hoisted(arguments), prog_name="space", standalone_mode=False)
+        hoisted = _hoisted(arguments)
+        status = _application(hoisted)(hoisted, prog_name="space", standalone_mode=False)
         sys.stdout.flush()
     except SpaceError as error:
         if debug:
