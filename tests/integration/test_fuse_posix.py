@@ -253,6 +253,30 @@ def test_listing_is_stable_while_it_changes(top: Path) -> None:
     assert lasting - {seen[0]} <= set(seen)
 
 
+def test_a_rewound_listing_is_fresh(top: Path) -> None:
+    """The same directory handle, listed again from its start, has what is there then, each once."""
+    for number in range(1500):
+        (top / f"{number:04d}").touch()
+    handle = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        assert len(os.listdir(handle)) == 1500
+        for number in range(500):
+            (top / f"{number:04d}").unlink()
+        for _ in range(2):
+            assert sorted(os.listdir(handle)) == names(top)
+    finally:
+        os.close(handle)
+
+
+def test_dot_and_dot_dot_are_listed(top: Path) -> None:
+    """A listing has both, with the inodes they lead to, as some old programs want."""
+    (top / "d").mkdir()
+    listed = subprocess.run(
+        ["ls", "-ai", top / "d"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert listed == [str((top / "d").stat().st_ino), ".", str(top.stat().st_ino), ".."]
+
+
 def test_special_files(top: Path) -> None:
     """Fifos, sockets and devices are what they were made as."""
     os.mkfifo(top / "fifo")
