@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import io
+import itertools
 import json
 import logging
 import os
@@ -87,6 +88,17 @@ DEDUPE_BYTES_MIN: Final = 4096
 
 FREE_BYTES_MIN: Final = 8 << 20
 """Commands that need space are refused below this: the state must still be able to follow the log."""
+
+FREE_BYTES_LAST: Final = 2 << 20
+"""Down to here commands that lead to space being given back are still taken."""
+
+RELEASING: Final = (
+    cmd.Unlink,
+    cmd.DeleteCapsule,
+    cmd.DropSnapshot,
+    cmd.ReclaimPayload,
+    cmd.PurgeCapsules,
+)
 
 CHECKPOINT_EVENTS: Final = 250_000
 """Events after which a checkpoint is worth its copy: bounds what a crash makes the next start fold."""
@@ -338,7 +350,13 @@ class Store(Reading):
         if self._closed:
             raise UnavailableError(f"store {self.path} is closed")
         self._follow()
-        self._check_space()
+        if not (requests := self._with_room(requests)):
+            return [
+                DiskFullError(
+                    f"less than {FREE_BYTES_MIN >> 20} MiB free at {self.path}",
+                    hint="nothing was changed; free some space: space rm and space gc still work",
+                )
+            ]
         now = max(self._clock(), self.wal.last_time_ns)
         logged: Prepared | None = None
         try:
@@ -385,12 +403,14 @@ class Store(Reading):
             self._applied = history.catch_up(self._tables, self.wal, self.views, target)
             self._behind = False
 
-    def _check_space(self) -> None:
-        if self._disk.free_bytes(str(self.path)) < FREE_BYTES_MIN:
-            raise DiskFullError(
-                f"less than {FREE_BYTES_MIN >> 20} MiB free at {self.path}",
-                hint="nothing was changed; free some space",
-            )
+    def _with_room(self, requests: list[Request]) -> list[Request]:
+        """How many of the first requests the disk has room for: on a nearly full one those that make room."""
+        free = self._disk.free_bytes(str(self.path))
+        if free >= FREE_BYTES_MIN:
+            return requests
+        if free < FREE_BYTES_LAST:
+            return []
+        return list(itertools.takewhile(lambda request: isinstance(request.command, RELEASING), requests))
 
     def sync(self) -> None:
         """Makes everything acknowledged so far durable."""
