@@ -15,7 +15,7 @@ from space import cli
 from space._node import doctor, views
 from space._node.caller import Caller
 from space._node.service import Service
-from tests.cli_support import Outcome, keys
+from tests.cli_support import ROOT, Outcome, keys
 
 Run = Callable[..., Outcome]
 
@@ -640,3 +640,12 @@ def test_doctor_fails_when_something_needed_is_missing(run: Run, monkeypatch: py
     assert outcome.status == 1
     assert "no-such-library" in outcome.complaint()
     assert "pip install no-such-library" in outcome.out
+
+
+def test_every_command_is_documented() -> None:
+    """The page about the command line names every command there is."""
+    page = (ROOT / "docs" / "cli.md").read_text()
+    for prefix, application in (("", cli.app), ("policy ", cli.policy_app), ("project ", cli.project_app)):
+        for each in application.registered_commands:
+            assert each.callback is not None
+            assert f"`{prefix}{each.name or each.callback.__name__}" in page
