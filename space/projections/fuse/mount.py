@@ -333,12 +333,15 @@ async def _announce(begun: asyncio.Event, ready: Callable[[], None], pyfuse3: An
 
 
 async def _sync_now_and_then(files: FileSystem) -> None:
+    said = ""
     while True:
         await asyncio.sleep(SYNC_SECONDS)
         try:
             await files.sync()
         except SpaceError as error:
-            log.error("%s", error)  # noqa: TRY400 - a line for the operator; who calls fsync gets the error too
+            if str(error) != said:  # a disk that stays broken is one line, not one a second
+                said = str(error)
+                log.error("%s", said)  # noqa: TRY400 - for the operator; who calls fsync gets the error too
 
 
 # --- in the background -------------------------------------------------------------------------------
