@@ -28,7 +28,7 @@ DOMAINS: Final = (  # encryption and dedupe that may go together
 )
 
 
-def policy(compression: str = "none", encryption: str = "none", dedupe: bool = False) -> Policy:  # noqa: FBT001, FBT002
+def policy(compression: str = "none", encryption: str = "none", dedupe: bool = False) -> Policy:  # noqa: FBT002
     """The policy with these three keys."""
     return Policy.from_document({"compression": compression, "encryption": encryption, "dedupe": dedupe})
 

@@ -138,6 +138,9 @@ def batch_rows(data: bytes) -> list[list[Any]]:
             and type(row[4]) is list
         ):
             raise EventDecodeError("a batch entry is malformed")
+        for each in row[4]:
+            if type(each) is not list or not each or type(each[0]) is not int:
+                raise EventDecodeError(f"not an event: {repr(each)[:80]}")
     return rows
 
 
@@ -147,19 +150,8 @@ def linked_events(rows: list[Any]) -> tuple[tuple[bytes, Event], ...]:
     Raises:
         EventDecodeError: a row is not an event.
     """
-    readers = _READERS
-    try:
-        return tuple([readers[row[0]](row) or _old_event(row) for row in rows])
-    except (KeyError, TypeError, IndexError, ValueError):
-        raise EventDecodeError("not events: a row names no event this program knows") from None
-
-
-def _old_event(row: list[Any]) -> tuple[bytes, Event]:
-    number, version, link, *fields = row
-    if type(link) is not bytes or len(link) != LINK_BYTES:
-        raise EventDecodeError("an event without its chain link")
-    schema = BY_NUMBER[number]
-    return link, schema.make(upcast(schema, version, fields))
+    readers = READERS
+    return tuple([readers[row[0]](row) for row in rows])
 
 
 def _linked(link: bytes, event: Event) -> list[Any]:
@@ -197,12 +189,19 @@ def _unpack(data: bytes) -> Any:
         raise EventDecodeError(f"not msgpack: {type(error).__name__}") from None
 
 
+def _unknown(row: Any) -> tuple[bytes, Event]:
+    raise EventDecodeError(f"not an event: {repr(row)[:80]}", hint="a newer space may have written it")
+
+
 class _Readers(dict[Any, Any]):
-    """Event number → its reader; a dictionary, because the lookup is in the hottest loop there is."""
+    """Event number → its reader; total, so that the hottest loop there is needs no handler of its own."""
 
     def __missing__(self, number: Any) -> Any:
-        reader = self[number] = BY_NUMBER[number].read
+        schema = BY_NUMBER.get(number)
+        if schema is None:
+            return _unknown
+        reader = self[number] = schema.read
         return reader
 
 
-_READERS: Final = _Readers()
+READERS: Final = _Readers()

@@ -114,17 +114,20 @@ class Schema:
         return self._codecs[1]
 
     @cached_property
-    def read(self) -> Callable[[list[Any]], tuple[bytes, Any] | None]:
-        """Stored row ``[number, version, link, field…]`` of the current version → ``(link, event)``.
-
-        None for a row of another version; raises EventDecodeError.
-        """
+    def read(self) -> Callable[[list[Any]], tuple[bytes, Any]]:
+        """Stored row ``[number, version, link, field…]`` → ``(link, event)``; raises EventDecodeError."""
         return self._codecs[2]
 
     @cached_property
     def _codecs(self) -> tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], Any]]:
         # Compiled when first needed: a command that reads no events should not wait for it.
-        return _codecs(self.number, self.version, self.cls)
+        return _codecs(self.number, self.version, self.cls, self._read_other)
+
+    def _read_other(self, row: list[Any]) -> tuple[bytes, Any]:
+        """A row that is not plainly one of the current version: an older one, or none at all."""
+        if len(row) < 3 or type(row[2]) is not bytes or len(row[2]) != LINK_BYTES:
+            raise EventDecodeError(f"{self.cls.__name__} without its chain link")
+        return row[2], self.make(upcast(self, row[1], row[3:]))
 
 
 BY_NUMBER: Final[dict[int, Schema]] = {}
@@ -190,7 +193,7 @@ def upcast(schema: Schema, version: int, fields: list[Any]) -> list[Any]:
 
 
 def _codecs(
-    number: int, version: int, cls: type[Any]
+    number: int, version: int, cls: type[Any], other: Callable[[list[Any]], tuple[bytes, Any]]
 ) -> tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Any], Any]]:
     fields = attrs.fields(cls)
     names = [field.name for field in fields]
@@ -204,7 +207,6 @@ def _codecs(
     fit = " and ".join(template.format(name) for template, name in loose)
     twin = type(f"_{cls.__name__}", (), {"__slots__": tuple(names)})
     build = [
-        "  raise wrong(cls, row)",
         " event = new(twin)",
         *(f" event.{field} = {field}" for field in names),
         " event.__class__ = cls",
@@ -221,15 +223,16 @@ def _codecs(
         " except (ValueError, TypeError):",
         "  raise wrong(cls, row) from None",
         f" if not ({checks}):",
+        "  raise wrong(cls, row)",
         *build,
         " return event",
         "def read(row):",
-        f" if row[1] != {version}: return None",
         " try:",
         f"  _number, _version, link, {', '.join(names)}, = row",
-        " except (ValueError, TypeError):",
-        "  raise wrong(cls, row) from None",
-        f" if not (type(link) is bytes and len(link) == {LINK_BYTES} and {checks}):",
+        " except ValueError:",
+        "  return other(row)",
+        f" if not (_version == {version} and type(link) is bytes and len(link) == {LINK_BYTES} and {checks}):",
+        "  return other(row)",
         *build,
         " return link, event",
     ]

@@ -7,21 +7,27 @@ It reads records through an iterator, so it knows nothing of where the log is.
 from __future__ import annotations
 
 import gc
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import attrs
 
-from space.events.codec import batch_rows, linked_events
+from space._errors import CorruptionError
+from space.events.codec import READERS, batch_rows
 from space.events.registry import BY_NUMBER
-from space.projections.contract import View
+from space.projections.contract import Folder, Handler, View
 from space.statemachine.apply import HANDLERS, Context
 from space.statemachine.sequencer import record_reply
 from space.statemachine.store import Applied, Store, WriteTransaction
 from space.statemachine.tables import Overlay
 
-EVENTS_PER_TRANSACTION: Final = 50_000
+EVENTS_PER_TRANSACTION: Final = 100_000
 """Bounds the memory of a fold (a few hundred bytes an event) and what a crash in it repeats."""
+
+
+_NONSENSE: Final = (struct.error, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What folding a decodable event that makes no sense may end in: a log with one is damaged."""
 
 
 class Record(Protocol):
@@ -81,7 +87,13 @@ def fold(
         done = False
         while not done:
             with store.write(handles) as txn:
-                applied, done = _transaction(txn, views, source, applied, with_state, stop_event)
+                try:
+                    applied, done = _transaction(txn, views, source, applied, with_state, stop_event)
+                except _NONSENSE as error:
+                    raise CorruptionError(
+                        f"events after position {applied.position} contradict what they change: {error!r}",
+                        position=applied.position + 1,
+                    ) from error
                 if handles is None:
                     txn.set_applied(applied)
                 if finish is not None and finish(txn, applied):
@@ -105,8 +117,9 @@ def _transaction(
 ) -> tuple[Applied, bool]:
     overlay = Overlay(txn)
     folders = [view.folder(txn) for view in views]
-    dispatch = _dispatch(folders)
-    handlers = HANDLERS
+    plan = _plan(folders, with_state=with_state)
+    readers = READERS
+    limit = -1 if stop_event is None else stop_event + 1
     count = 0
     record: Record | None = None
     done = True
@@ -114,18 +127,19 @@ def _transaction(
         context = Context(record.index, 0, record.time_ns)
         for client, sequence, time_ns, _actor, rows in batch_rows(record.metadata):
             context.time_ns = time_ns
-            for link, event in linked_events(rows):
-                kind = type(event)
-                if with_state:
-                    handlers[kind](overlay, context, link, event)
-                for handler in dispatch[kind]:
-                    handler(context, event)
+            for row in rows:
+                link, event = readers[row[0]](row)
+                on_state, on_views = plan[event.__class__]
+                if on_state is not None:
+                    on_state(overlay, context, link, event)
+                for on_view in on_views:
+                    on_view(context, event)
                 context.event += 1
-                if stop_event is not None and context.event > stop_event:
+                if context.event == limit:
                     break
             if client and with_state:
                 record_reply(overlay, client, sequence, record.index)
-            if stop_event is not None and context.event > stop_event:
+            if context.event == limit:
                 break
         count += context.event
         if count >= EVENTS_PER_TRANSACTION:
@@ -140,8 +154,12 @@ def _transaction(
     return Applied(record.index, record.chain, digest, record.time_ns, applied.events + count), done
 
 
-def _dispatch(folders: Sequence[Any]) -> dict[type[Any], list[Any]]:
+def _plan(folders: Sequence[Folder], *, with_state: bool) -> dict[type[Any], tuple[Any, list[Handler]]]:
+    """Event class → what it does to the state (or None), and to each view it means something to."""
     return {
-        schema.cls: [folder.handlers[schema.cls] for folder in folders if schema.cls in folder.handlers]
+        schema.cls: (
+            HANDLERS[schema.cls] if with_state else None,
+            [folder.handlers[schema.cls] for folder in folders if schema.cls in folder.handlers],
+        )
         for schema in BY_NUMBER.values()
     }

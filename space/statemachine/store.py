@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -90,6 +91,7 @@ class ReadTransaction:
     def __init__(self, txn: lmdb.Transaction, handles: Mapping[int, Any]) -> None:
         self._txn = txn
         self._handles = handles
+        self._cursors: dict[int, lmdb.Cursor] = {}
 
     def get(self, table: int, key: bytes) -> bytes | None:
         try:
@@ -97,6 +99,9 @@ class ReadTransaction:
             return cast("bytes | None", self._txn.get(key, db=self._handles[table]))
         except lmdb.BadValsizeError:
             return None  # empty or longer than any key: bad input asks for such
+
+    def getter(self, table: int) -> Callable[[bytes], bytes | None]:
+        return cast("Callable[[bytes], bytes | None]", partial(self._txn.get, db=self._handles[table]))
 
     def scan(self, table: int, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         with self._txn.cursor(db=self._handles[table]) as cursor:
@@ -110,12 +115,14 @@ class ReadTransaction:
 
     def last_at_or_before(self, table: int, key: bytes) -> tuple[bytes, bytes] | None:
         """The row with the greatest key not above ``key``."""
-        with self._txn.cursor(db=self._handles[table]) as cursor:
-            if not cursor.set_range(key):
-                return cast("tuple[bytes, bytes]", cursor.item()) if cursor.last() else None
-            if cursor.key() == key or cursor.prev():
-                return cast("tuple[bytes, bytes]", cursor.item())
-            return None
+        cursor = self._cursors.get(table)
+        if cursor is None:  # kept: opening one costs more than the search
+            cursor = self._cursors[table] = self._txn.cursor(db=self._handles[table])
+        if not cursor.set_range(key):
+            return cast("tuple[bytes, bytes]", cursor.item()) if cursor.last() else None
+        if cursor.key() == key or cursor.prev():
+            return cast("tuple[bytes, bytes]", cursor.item())
+        return None
 
     def count(self, table: int) -> int:
         return int(self._txn.stat(self._handles[table])["entries"])
@@ -224,6 +231,7 @@ class Store:
         """A transaction: all of it on normal exit, nothing of it on an exception.
 
         Raises:
+            CorruptionError: a key is empty or too long, which no event of ours asks for.
             DiskFullError: no space for it; nothing changed.
             StorageError: any other failure of LMDB.
         """
@@ -231,6 +239,8 @@ class Store:
         try:
             with self._env.begin(write=True) as txn:
                 yield WriteTransaction(txn, handles or self._handles)
+        except lmdb.BadValsizeError:
+            raise CorruptionError("the log asks for a row that cannot be", hint="run: space verify") from None
         except lmdb.Error as error:
             raise _storage(error, self.path) from None
 

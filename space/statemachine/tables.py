@@ -12,7 +12,7 @@ Keys are ordered bytes; ids made together sort together (UUIDv7), so fresh rows 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Protocol
 
 import attrs
@@ -60,6 +60,9 @@ class Reader(Protocol):
 
     def get(self, table: int, key: bytes) -> bytes | None:
         """The row, or None."""
+
+    def getter(self, table: int) -> Callable[[bytes], bytes | None]:
+        """``get`` of one table, for loops; keys must be of a length the table can hold."""
 
     def scan(self, table: int, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """Rows whose key begins with ``prefix`` and is not below ``start``, in key order."""
@@ -214,6 +217,9 @@ class SnapshotRow:
         return cls(*_SNAPSHOT.unpack(data))
 
 
+_BYTE: Final = [bytes((number,)) for number in range(256)]
+
+
 def row_hash(table: int, key: bytes, value: bytes) -> int:
     """One row's share of the digest: BLAKE3 as an integer.
 
@@ -221,7 +227,7 @@ def row_hash(table: int, key: bytes, value: bytes) -> int:
     "Incremental multiset hash functions", 2003), so a row change costs two hashes whatever the size of
     the state.  It detects divergence; proof against a forger is the log's hash chain.
     """
-    return int.from_bytes(blake3(b"%c%c%b%b" % (table, len(key) & 0xFF, key, value)).digest(), "little")
+    return int.from_bytes(blake3(_BYTE[table] + _BYTE[len(key) & 0xFF] + key + value).digest(), "little")
 
 
 def table_digest(reader: Reader, table: int) -> int:
@@ -347,10 +353,10 @@ class Overlay:
 def _write_table(writer: Writer, table: int, changed: dict[bytes, bytes | None]) -> int:
     change = 0
     puts = []
-    get = writer.get
+    get = writer.getter(table)
     for key in sorted(changed):
         value = changed[key]
-        old = get(table, key)
+        old = get(key)
         if old == value:
             continue
         if old is not None:

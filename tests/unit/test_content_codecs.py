@@ -47,7 +47,7 @@ def test_saving_less_than_a_sixteenth_does_not_pay() -> None:
 
 
 @pytest.mark.parametrize("hot, code", [(True, CompressionCode.LZ4), (False, CompressionCode.ZSTD)])
-def test_auto_follows_latency(hot: bool, code: CompressionCode) -> None:  # noqa: FBT001
+def test_auto_follows_latency(hot: bool, code: CompressionCode) -> None:
     """``auto`` takes lz4 where latency matters and zstd elsewhere; never brotli."""
     assert codecs.compress(memoryview(prose(65_536)), Compression.AUTO, None, hot=hot)[0] is code
 

@@ -37,7 +37,7 @@ ENCRYPTED = [domain for domain in DOMAINS if domain[0] != "none"]
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 4095, 4096, 65_535, 65_536, 65_537, 1 << 20])
 @pytest.mark.parametrize("encryption, dedupe", DOMAINS)
-def test_content_comes_back(length: int, encryption: str, dedupe: bool) -> None:  # noqa: FBT001
+def test_content_comes_back(length: int, encryption: str, dedupe: bool) -> None:
     """Whatever the codec, cipher, size and content: what is read is what was written."""
     for compression in COMPRESSIONS:
         log = Log()
@@ -190,7 +190,7 @@ def test_equal_private_frames_look_unequal(encryption: str) -> None:
 
 
 @pytest.mark.parametrize("encryption, dedupe", ENCRYPTED)
-def test_ciphertext_shows_nothing_of_the_content(encryption: str, dedupe: bool) -> None:  # noqa: FBT001
+def test_ciphertext_shows_nothing_of_the_content(encryption: str, dedupe: bool) -> None:
     """No piece of the plain content is in the stored bytes."""
     log = Log()
     position, _ = log.write(prose(5000), policy("none", encryption, dedupe))
@@ -201,7 +201,7 @@ def test_ciphertext_shows_nothing_of_the_content(encryption: str, dedupe: bool) 
 @pytest.mark.parametrize("length", [5, 15, 16, 5000])
 def test_another_key_gives_an_error_never_other_bytes(
     encryption: str,
-    dedupe: bool,  # noqa: FBT001
+    dedupe: bool,
     length: int,
 ) -> None:
     """Opened with another data key under the same number, every frame is damage."""
@@ -239,7 +239,7 @@ def test_transform_is_refused() -> None:
 def test_any_flipped_byte_is_corruption(
     compression: str,
     encryption: str,
-    dedupe: bool,  # noqa: FBT001
+    dedupe: bool,
     length: int,
 ) -> None:
     """Each byte of a stored frame, flipped in any way, gives a corruption error that names the position."""
@@ -256,7 +256,7 @@ def test_any_flipped_byte_is_corruption(
 
 @pytest.mark.parametrize("compression", ["none", "lz4", "zstd", "brotli"])
 @pytest.mark.parametrize("encryption, dedupe", DOMAINS)
-def test_forged_checksum_does_not_help(compression: str, encryption: str, dedupe: bool) -> None:  # noqa: FBT001
+def test_forged_checksum_does_not_help(compression: str, encryption: str, dedupe: bool) -> None:
     """With the checksum made right again, ciphers refuse every flip, verification all that matter.
 
     Some flips in a compressed body are other spellings of the same content; those are no damage.
@@ -279,7 +279,7 @@ def test_forged_checksum_does_not_help(compression: str, encryption: str, dedupe
 
 @pytest.mark.parametrize("encryption, dedupe", DOMAINS)
 @pytest.mark.parametrize("kept", [0, 1, 11, 12, 15, 31, 199])
-def test_cut_batch_is_corruption(encryption: str, dedupe: bool, kept: int) -> None:  # noqa: FBT001
+def test_cut_batch_is_corruption(encryption: str, dedupe: bool, kept: int) -> None:
     """Fewer stored bytes than the record says is damage, and the error counts them."""
     log = Log()
     position, placed = log.write(texture(200), policy("none", encryption, dedupe))

@@ -126,7 +126,7 @@ def test_verify_follows_the_chain_of_an_id_used_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("past", [False, True])
-def test_verify_follows_chains_into_a_clone(tmp_path: Path, past: bool) -> None:  # noqa: FBT001
+def test_verify_follows_chains_into_a_clone(tmp_path: Path, past: bool) -> None:
     """Files, directories and links inside a cloned tree go on with the chains the clone gave them."""
     with space.open(tmp_path) as store:
         store.mkdir("/a/d", parents=True)
