@@ -232,7 +232,6 @@ class Store:
 
         Raises:
             CorruptionError: a key is empty or too long, which no event of ours asks for.
-            CorruptionError: a key is empty or too long, which no event of ours asks for.
             DiskFullError: no space for it; nothing changed.
             StorageError: any other failure of LMDB.
         """
@@ -240,8 +239,6 @@ class Store:
         try:
             with self._env.begin(write=True) as txn:
                 yield WriteTransaction(txn, handles or self._handles)
-        except lmdb.BadValsizeError:
-            raise CorruptionError("the log asks for a row that cannot be", hint="run: space verify") from None
         except lmdb.BadValsizeError:
             raise CorruptionError("the log asks for a row that cannot be", hint="run: space verify") from None
         except lmdb.Error as error:
