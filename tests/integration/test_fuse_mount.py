@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -77,6 +77,17 @@ def test_names_with_blanks_are_found_in_mountinfo(tmp_path: Path) -> None:
         assert mounted_at(str(target)) == ["fuse.space"]
 
 
+@pytest.fixture(scope="module", params=[("--read-only",), ("--at", "@4")], ids=["read-only", "past"])
+def read_only(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A mount of a file ``f`` that cannot be written to."""
+    place = tmp_path_factory.mktemp("read-only")
+    with opened(place / "data") as store:
+        store.put(b"x", name="/f")
+        store.put(b"later", name="/later")
+    with Mount(place / "data", place / "mnt", *request.param):
+        yield place / "mnt"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -106,19 +117,11 @@ def test_names_with_blanks_are_found_in_mountinfo(tmp_path: Path) -> None:
         "utime",
     ],
 )
-@pytest.mark.parametrize("options", [("--read-only",), ("--at", "@4")], ids=["read-only", "past"])
-def test_read_only_mounts_refuse_every_change(
-    tmp_path: Path, options: tuple[str, ...], change: Callable[[Path], object]
-) -> None:
+def test_read_only_mounts_refuse_every_change(read_only: Path, change: Callable[[Path], object]) -> None:
     """A read-only mount and a past moment give EROFS to every change, and still read."""
-    data, target = tmp_path / "data", tmp_path / "mnt"
-    with opened(data) as store:
-        store.put(b"x", name="/f")
-        store.put(b"later", name="/later")
-    with Mount(data, target, *options):
-        with refused(errno.EROFS):
-            change(target)
-        assert (target / "f").read_text() == "x"
+    with refused(errno.EROFS):
+        change(read_only)
+    assert (read_only / "f").read_text() == "x"
 
 
 def test_a_past_moment_is_mounted(tmp_path: Path) -> None:
