@@ -76,8 +76,11 @@ def check_available() -> None:
             "the Python package pyfuse3 is not installed",
             hint="apt install fuse3 libfuse3-dev pkg-config gcc python3-dev; pip install 'space-store[fuse]'",
         )
-    if not Path(DEVICE).exists():
-        raise UnavailableError(f"no {DEVICE}", hint="modprobe fuse; in a container: --device /dev/fuse")
+    if not os.access(DEVICE, os.R_OK | os.W_OK):
+        raise UnavailableError(
+            f"{DEVICE} is not there, or not for this user",
+            hint="modprobe fuse; chmod 666 /dev/fuse; in a container: --device /dev/fuse",
+        )
     if shutil.which("fusermount3") is None:
         raise UnavailableError("the program fusermount3 is not installed", hint="apt install fuse3")
 
@@ -286,7 +289,8 @@ def _mounted(pyfuse3: Any, operations: Any, path: str, options: set[str]) -> Ite
     except RuntimeError:
         raise UnavailableError(
             f"the kernel refused the mount at {path}",
-            hint="see the line above; allow_other needs user_allow_other in /etc/fuse.conf",
+            hint="the line above says why"
+            + ("; allow_other needs user_allow_other in /etc/fuse.conf" if "allow_other" in options else ""),
         ) from None
     try:
         yield
