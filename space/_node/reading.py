@@ -314,14 +314,23 @@ class Reading:
 
     def walk(self, capsule: CapsuleId, path: bytes = b"") -> Iterator[tuple[bytes, Stat]]:
         """A capsule and everything below it, parents first, with paths relative to it."""
-        stat = self.stat(capsule)
-        yield path, stat
-        if stat.kind == Kind.DIRECTORY:
-            after = b""
-            while page := self.entries(capsule, after=after, limit=1024):
-                for entry in page:
-                    yield from self.walk(entry.id, path + b"/" + entry.name if path else entry.name)
-                after = page[-1].name
+        # not recursive: a tree may be deeper than Python's stack
+        levels: list[Iterator[tuple[bytes, Stat]]] = [iter([(path, self.stat(capsule))])]
+        while levels:
+            found = next(levels[-1], None)
+            if found is None:
+                levels.pop()
+                continue
+            yield found
+            if found[1].kind == Kind.DIRECTORY:
+                levels.append(self._children(found[1].id, found[0]))
+
+    def _children(self, directory: CapsuleId, path: bytes) -> Iterator[tuple[bytes, Stat]]:
+        after = b""
+        while page := self.entries(directory, after=after, limit=1024):
+            for entry in page:
+                yield path + b"/" + entry.name if path else entry.name, self.stat(entry.id)
+            after = page[-1].name
 
     def paths_of(self, capsule: CapsuleId) -> list[bytes]:
         """Every path that leads to a capsule (a full look through the names; a directory is quick)."""
@@ -330,6 +339,8 @@ class Reading:
             row = self._row(txn, capsule)
             if capsule == self.root:
                 return [b"/"]
+            if row.nlink == 0:
+                return []
             prefix = row.parent if row.kind == Kind.DIRECTORY or row.nlink == 1 else b""
             for scope in dict.fromkeys((prefix, b"")):
                 names = [key for key, value in txn.scan(ENTRY, scope) if value[:ID_BYTES] == capsule]
@@ -338,13 +349,17 @@ class Reading:
             return [self._path(txn, key[:ID_BYTES]) + key[ID_BYTES:] for key in names]
 
     def _path(self, txn: ReadTransaction, directory: bytes) -> bytes:
-        if directory == self.root:
-            return b"/"
-        row = self._row(txn, CapsuleId(directory))
-        for key, value in txn.scan(ENTRY, row.parent):
-            if value[:ID_BYTES] == directory:
-                return self._path(txn, row.parent) + key[ID_BYTES:] + b"/"
-        return b"(deleted)/"
+        names: list[bytes] = []
+        while directory != self.root:
+            parent = self._row(txn, CapsuleId(directory)).parent
+            name = next(
+                (key for key, value in txn.scan(ENTRY, parent) if value[:ID_BYTES] == directory), None
+            )
+            if name is None:
+                return b"(deleted)/" + b"".join(reversed(names))
+            names.append(name[ID_BYTES:] + b"/")
+            directory = parent
+        return b"/" + b"".join(reversed(names))
 
     # --- attributes ------------------------------------------------------------------------------
 
