@@ -335,7 +335,7 @@ def put(
 @contextlib.contextmanager
 def _source(file: str) -> Iterator[int]:
     if file == "-":
-        yield sys.stdin.fileno()
+        yield 0
         return
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
@@ -1098,11 +1098,21 @@ def _misused(message: str, context: typer.Context | None) -> int:
 def main() -> NoReturn:
     """The console entry point."""
     signal.signal(signal.SIGTERM, _stopped)
+    _fill_standard_streams()
     try:
         status = run(sys.argv[1:])
     finally:
         _detach_stdout()
     sys.exit(status)
+
+
+def _fill_standard_streams() -> None:
+    """Gives closed standard streams to nobody, so that no file of the store gets their numbers."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _detach_stdout() -> None:

@@ -32,7 +32,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self, cast
 
 import msgpack
 
@@ -51,6 +51,7 @@ ANSWER_BYTES_MAX: Final = 64 << 20  # a capsule with very many extended attribut
 REQUEST_SECONDS: Final = 10.0  # a request is sent in one go
 ANSWER_SECONDS: Final = 600.0  # somebody may look at a page of a pager for a while
 PROGRESS_SECONDS: Final = 0.1
+ITEMS_BYTES: Final = 1 << 16
 CONNECTIONS_MAX: Final = 64
 DESCRIPTORS_MAX: Final = 1
 PIPE_BYTES: Final = 4096  # PIPE_BUF: what a pipe that polls writable takes without blocking (pipe(7))
@@ -82,18 +83,14 @@ def _pack(message: Message, limit: int) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def _read(stream: socket.socket, size: int) -> bytes:
-    pieces = []
-    while size:
-        piece = stream.recv(min(size, CHUNK_BYTES))
-        if not piece:
-            raise _ProtocolError
-        pieces.append(piece)
-        size -= len(piece)
-    return b"".join(pieces)
+def _read(stream: BinaryIO, size: int) -> bytes:
+    data = stream.read(size)
+    if len(data) < size:
+        raise _ProtocolError
+    return data
 
 
-def _unpack(stream: socket.socket, head: bytes, limit: int) -> Message:
+def _unpack(stream: BinaryIO, head: bytes, limit: int) -> Message:
     """The message whose length begins with ``head``."""
     (length,) = _LENGTH.unpack(head + _read(stream, _LENGTH.size - len(head)))
     if length > limit:
@@ -159,10 +156,22 @@ class _RemoteCaller(Caller):
     def __init__(self, stream: socket.socket) -> None:
         self._stream = stream
         self._told = 0.0
+        self._unsent = bytearray()
+
+    def item(self, item: Any) -> None:
+        """One of a stream: sent with others, at the latest when the stream pauses."""
+        self._unsent += _pack({"item": item}, ANSWER_BYTES_MAX)
+        if len(self._unsent) >= ITEMS_BYTES:
+            self._flush()
 
     def send(self, message: Message) -> None:
+        self._unsent += _pack(message, ANSWER_BYTES_MAX)
+        self._flush()
+
+    def _flush(self) -> None:
+        unsent, self._unsent = self._unsent, bytearray()
         try:
-            self._stream.sendall(_pack(message, ANSWER_BYTES_MAX))
+            self._stream.sendall(unsent)
         except OSError:
             raise _CallerGoneError("the caller has gone") from None
 
@@ -190,6 +199,7 @@ class _RemoteCaller(Caller):
             raise _CallerGoneError("the caller has gone")
 
     def idle(self, seconds: float) -> None:
+        self._flush()
         self._poll(None, 0, seconds)
 
     def _poll(self, descriptor: int | None, events: int, seconds: float | None) -> bool:
@@ -251,10 +261,14 @@ class ControlServer:
                 if not busy:
                     self._open.add(stream)
                     self._threads.add(thread)
+            try:
+                if not busy:
+                    thread.start()
+            except RuntimeError:  # no room for one more thread
+                self._ended(stream, thread)
+                busy = True
             if busy:
                 _refuse(stream)
-            else:
-                thread.start()
 
     def _serve(self, stream: socket.socket) -> None:
         descriptors: list[int] = []
@@ -265,16 +279,20 @@ class ControlServer:
                     head, descriptors, _, _ = socket.recv_fds(
                         stream, _LENGTH.size, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
                     )
-                    request = _unpack(stream, head, REQUEST_BYTES_MAX) if head else None
+                    with stream.makefile("rb") as rest:
+                        request = _unpack(rest, head, REQUEST_BYTES_MAX) if head else None
                     if request is not None:
                         stream.settimeout(ANSWER_SECONDS)
                         self._answer(stream, request, descriptors)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
-            with self._lock:
-                self._open.discard(stream)
-                self._threads.discard(threading.current_thread())
+            self._ended(stream, threading.current_thread())
+
+    def _ended(self, stream: socket.socket, thread: threading.Thread) -> None:
+        with self._lock:
+            self._open.discard(stream)
+            self._threads.discard(thread)
 
     def _answer(self, stream: socket.socket, request: Message, descriptors: list[int]) -> None:
         caller = _RemoteCaller(stream)
@@ -282,7 +300,7 @@ class ControlServer:
             result = self._call(caller, request, descriptors)
             if isinstance(result, Iterator):
                 for item in result:
-                    caller.send({"item": item})
+                    caller.item(item)
                 result = None
             caller.send({"result": result})
         except SpaceError as error:
@@ -335,7 +353,7 @@ class ControlServer:
 def _refuse(stream: socket.socket) -> None:
     with stream, contextlib.suppress(OSError):
         stream.settimeout(PROGRESS_SECONDS)
-        busy = UnavailableError(f"{CONNECTIONS_MAX} calls are being answered already", hint="try again")
+        busy = UnavailableError("as many calls as can be are being answered already", hint="try again")
         stream.sendall(_pack({"error": _error_message(busy)}, ANSWER_BYTES_MAX))
 
 
@@ -414,31 +432,31 @@ class RemoteService:
         first = next(answers)
         if "item" in first:
             return self._items(first, answers)
-        return iter(()) if first["result"] is None else first["result"]
+        result = first.get("result")
+        return iter(()) if result is None else result
 
     def _items(self, first: Message, answers: Iterator[Message]) -> Iterator[Any]:
         yield first["item"]
-        for message in answers:
-            if "item" in message:
-                yield message["item"]
+        yield from (message["item"] for message in answers if "item" in message)
 
     def _answers(self, request: bytes, descriptor: int | None) -> Iterator[Message]:
         """Items and the result, as they come."""
-        with self._connect() as stream:
+        with self._connect() as stream, stream.makefile("rb") as answers:
             self._send(stream, request, descriptor)
             while True:
-                message = self._receive(stream)
+                message = self._receive(answers)
                 if "progress" in message:
                     self._caller.progress(message["progress"])
                 elif "ended" in message:
                     stream.sendall(b"\1")
                 elif "error" in message:
-                    if message["error"].get("kind") == "BrokenPipeError":
+                    error = message["error"] if isinstance(message["error"], dict) else {}
+                    if error.get("kind") == "BrokenPipeError":
                         raise BrokenPipeError
-                    raise _error_of(message["error"])
+                    raise _error_of(error)
                 else:
                     yield message
-                    if "result" in message:
+                    if "item" not in message:
                         return
 
     def _send(self, stream: socket.socket, request: bytes, descriptor: int | None) -> None:
@@ -448,7 +466,7 @@ class RemoteService:
             sent = socket.send_fds(stream, [request], descriptors)
             stream.sendall(request[sent:])
 
-    def _receive(self, stream: socket.socket) -> Message:
+    def _receive(self, stream: BinaryIO) -> Message:
         try:
             return _unpack(stream, b"", ANSWER_BYTES_MAX)
         except (OSError, _ProtocolError):

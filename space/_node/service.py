@@ -161,15 +161,15 @@ class Service:
         """What a directory holds, in byte order; a file lists itself."""
         with self._reading(at) as reading:
             top = reading.stat(reading.resolve(path))
-            base = path.rstrip("/") if path.startswith("/") else _first_path(reading, top.id)
+            base = _written(path) if path.startswith("/") else _first_path(reading, top.id)
             if top.kind != Kind.DIRECTORY:
-                yield _entry_document(os.fsencode(base), top)
+                yield _entry_document(base, top)
             elif recursive:
                 for relative, stat in reading.walk(top.id):
                     if relative:
-                        yield _entry_document(os.fsencode(base) + b"/" + relative, stat)
+                        yield _entry_document(base + b"/" + relative, stat)
             else:
-                yield from _listing(reading, top.id, os.fsencode(base))
+                yield from _listing(reading, top.id, base)
 
     def unnamed(self, *, at: str | None = None) -> Iterator[Document]:
         """Capsules no path leads to: what put makes without a name."""
@@ -387,9 +387,14 @@ def _listing(reading: Reading, directory: CapsuleId, base: bytes) -> Iterator[Do
         after = page[-1][0]
 
 
-def _first_path(reading: Reading, capsule: CapsuleId) -> str:
+def _written(path: str) -> bytes:
+    """A path as its names, without what means nothing."""
+    return b"".join(b"/" + name for name in split_path(path))
+
+
+def _first_path(reading: Reading, capsule: CapsuleId) -> bytes:
     paths = reading.paths_of(capsule)
-    return os.fsdecode(paths[0]).rstrip("/") if paths else str(capsule)
+    return paths[0].rstrip(b"/") if paths else str(capsule).encode()
 
 
 # --- descriptors ---------------------------------------------------------------------------------

@@ -142,6 +142,20 @@ def test_a_full_disk_for_output(data: Path, owned: bool, request: pytest.Fixture
         assert "Traceback" not in outcome.err
 
 
+def test_closed_standard_streams(data: Path) -> None:
+    """With its standard streams closed a command works, and no file of the store takes their place."""
+    script = f"{sys.executable} -m space.cli {{}} <&- >&- 2>&-"
+    for arguments, status in (("mkdir /made", 0), ("put - --name /empty", 0), ("ls", 0), ("ls /nothing", 3)):
+        done = subprocess.run(["sh", "-c", script.format(arguments)], env=environment(data), check=False)
+        assert done.returncode == status
+    assert [each["name"] for each in json.loads(execute(data, "ls", "--json").out)] == [
+        "empty",
+        "hello.txt",
+        "made",
+    ]
+    assert execute(data, "verify").status == 0
+
+
 @pytest.mark.parametrize("owned", [False, True])
 def test_standard_input_is_stored(data: Path, owned: bool, request: pytest.FixtureRequest) -> None:
     """What a pipe brings is stored to its last byte, wherever the store is open."""

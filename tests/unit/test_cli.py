@@ -148,6 +148,22 @@ def test_ls_lists(run: Run, stored: str) -> None:
     assert [each["path"] for each in run("ls", entry["parent"], "--json").json] == ["/a/hello.txt"]
 
 
+def test_ls_writes_paths_plainly(run: Run, stored: str) -> None:
+    """Paths come without doubled and trailing slashes however the directory was written."""
+    assert [each["path"] for each in run("ls", "//a/./", "--json").json] == ["/a/hello.txt"]
+    assert [each["path"] for each in run("ls", "/", "--json").json] == ["/a"]
+
+
+def test_deep_trees(run: Run, data: Path) -> None:
+    """A tree deeper than Python's stack is listed, described and removed."""
+    deep = "/d" * 1100
+    assert run("mkdir", "-p", deep).status == 0
+    assert run("ls", "-r", "--json").json[-1]["path"] == deep
+    assert run("stat", deep, "--json").json["paths"] == [deep]
+    assert run("rm", "-r", "/d").status == 0
+    assert run("ls", "--json").json == []
+
+
 def test_ls_of_nothing_is_an_empty_list(run: Run, stored: str) -> None:
     """An empty listing is still one JSON document."""
     run("mkdir", "/empty")

@@ -9,6 +9,7 @@ import socket
 import stat
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -64,6 +65,12 @@ def everything_sent(stream: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return said
+
+
+def calls_end() -> None:
+    """Returns when no call is being answered any more."""
+    while any(each.name == "space-call" for each in threading.enumerate()):
+        time.sleep(0.001)
 
 
 # --- the same operations ---------------------------------------------------------------------------
@@ -341,8 +348,7 @@ def test_a_caller_that_goes_leaves_no_name(store: Store) -> None:
             stream.close()
         else:
             stream.close()
-        for thread in [each for each in threading.enumerate() if each.name == "space-call"]:
-            thread.join()
+        calls_end()
         if not close_source_first:
             os.close(writer)
         with pytest.raises(space.NotFoundError):
@@ -395,9 +401,22 @@ def test_callers_are_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> N
     assert msgpack.unpackb(answer[4:])["error"]["kind"] == "UnavailableError"
     for each in waiting:
         each.close()
-    for thread in [each for each in threading.enumerate() if each.name == "space-call"]:
-        thread.join()
+    calls_end()
     assert RemoteService(path).owner()["pid"] == os.getpid()
+
+
+def test_no_room_for_a_thread(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no thread can be started the caller is told to try again, and later is served."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with connection(store) as stream:
+            answer = everything_sent(stream)
+    assert msgpack.unpackb(answer[4:])["error"]["kind"] == "UnavailableError"
+    assert RemoteService(store.path / control.SOCKET).owner()["pid"] == os.getpid()
 
 
 def test_too_much_is_refused_before_it_is_sent(remote: Service) -> None:
