@@ -8,8 +8,8 @@ zeros must be said: a *hole* extent (no frames) hides what lies beneath.
 Rows:
 
 * MAP: capsule id → layer u64, end u64 (highest end of an extent in the layer), allocated u64, stored u64
-* LAYER: layer u64 → parent u64 (0: none), references u32 (capsules and layers on top), depth u32;
-  key 0 counts layers
+* LAYER: layer u64 → parent u64 (0: none), references u32 (capsules and layers on top), depth u32; no row: no
+  parent and one reference, as most layers have; key 0 counts layers
 * EXTENT: layer u64, offset u64 → position u64 (batch the frames came with), length u64, skip u32 (bytes of
   the first frame to leave out), packed frame records
 """
@@ -43,6 +43,7 @@ _EXTENT: Final = struct.Struct("<QQI")
 _KEY: Final = struct.Struct(">QQ")
 _U32: Final = struct.Struct("<I")
 _COUNT_KEY: Final = bytes(8)
+_PLAIN_LAYER: Final = (0, 1, 0)
 
 
 @attrs.frozen
@@ -167,6 +168,7 @@ class ContentFolder:
     def __init__(self, txn: Writer) -> None:
         self._txn = txn
         self._maps: dict[bytes, list[int]] = {}
+        self._layers = 0  # how many were ever made; 0: not looked up yet
         self._pending: dict[int, dict[bytes, bytes]] = {}  # layer → its rows
         self.handlers: Mapping[type[Any], Handler] = {
             ev.ExtentWritten: self._written,
@@ -178,6 +180,8 @@ class ContentFolder:
 
     def flush(self) -> None:
         self._flush_extents()
+        if self._layers:
+            self._txn.put(LAYER, _COUNT_KEY, self._layers.to_bytes(8, "big"))
         rows = sorted((capsule, _MAP.pack(*row)) for capsule, row in self._maps.items())
         self._txn.put_sorted(MAP, rows)
 
@@ -209,21 +213,21 @@ class ContentFolder:
         return row
 
     def _new_layer(self, parent: int) -> int:
-        count = int.from_bytes(self._txn.get(LAYER, _COUNT_KEY) or b"", "big") + 1
-        self._txn.put(LAYER, _COUNT_KEY, count.to_bytes(8, "big"))
-        depth = 0
+        if not self._layers:
+            self._layers = int.from_bytes(self._txn.get(LAYER, _COUNT_KEY) or b"", "big")
+        self._layers += 1
         if parent:
-            grandparent, references, parent_depth = self._layer(parent)
-            self._txn.put(
-                LAYER, parent.to_bytes(8, "big"), _LAYER.pack(grandparent, references + 1, parent_depth)
-            )
-            depth = parent_depth + 1
-        self._txn.put(LAYER, count.to_bytes(8, "big"), _LAYER.pack(parent, 1, depth))
-        return count
+            grandparent, references, depth = self._layer(parent)
+            self._put_layer(parent, grandparent, references + 1, depth)
+            self._put_layer(self._layers, parent, 1, depth + 1)
+        return self._layers
+
+    def _put_layer(self, layer: int, parent: int, references: int, depth: int) -> None:
+        self._txn.put(LAYER, layer.to_bytes(8, "big"), _LAYER.pack(parent, references, depth))
 
     def _layer(self, layer: int) -> tuple[int, int, int]:
         data = self._txn.get(LAYER, layer.to_bytes(8, "big"))
-        return _LAYER.unpack(data) if data else (0, 0, 0)
+        return _LAYER.unpack(data) if data else _PLAIN_LAYER
 
     def _release(self, layer: int) -> None:
         """Drops one reference; a layer nobody stands on goes, with its extents."""
@@ -231,7 +235,7 @@ class ContentFolder:
             key = layer.to_bytes(8, "big")
             parent, references, depth = self._layer(layer)
             if references > 1:
-                self._txn.put(LAYER, key, _LAYER.pack(parent, references - 1, depth))
+                self._put_layer(layer, parent, references - 1, depth)
                 return
             for row, _ in list(self._txn.scan(EXTENT, key)):
                 self._txn.delete(EXTENT, row)

@@ -244,12 +244,13 @@ def format_digest(digest: int) -> str:
 class Overlay:
     """Rows changed on top of a :class:`Reader` (or of another overlay), not yet written."""
 
-    __slots__ = ("_capsules", "_parent", "_rows", "_seen")
+    __slots__ = ("_before", "_capsules", "_parent", "_rows", "_seen")
 
     def __init__(self, parent: Reader | Overlay) -> None:
         self._parent = parent
         self._capsules: dict[bytes, CapsuleRow | None] = {}
         self._seen: dict[bytes, CapsuleRow | None] = {}  # read from below and unchanged
+        self._before: dict[bytes, bytes | None] = {}  # capsule rows as they were below
         self._rows: dict[int, dict[bytes, bytes | None]] = {table: {} for table in TABLES}
 
     def capsule(self, key: bytes) -> CapsuleRow | None:
@@ -264,7 +265,7 @@ class Overlay:
         try:
             return self._seen[key]
         except KeyError:
-            data = parent.get(CAPSULE, key)
+            data = self._before[key] = parent.get(CAPSULE, key)
             row = self._seen[key] = None if data is None else CapsuleRow.decode(data)
             return row
 
@@ -329,10 +330,11 @@ class Overlay:
         for table in TABLES:
             changed = self._changed(table)
             if changed:
-                change += _write_table(writer, table, changed)
+                change += _write_table(writer, table, changed, self._before if table == CAPSULE else {})
                 changed.clear()
         self._capsules.clear()
         self._seen.clear()
+        self._before.clear()
         return change
 
     def merge_into(self, other: Overlay) -> None:
@@ -350,13 +352,15 @@ class Overlay:
         return self._rows[table]
 
 
-def _write_table(writer: Writer, table: int, changed: dict[bytes, bytes | None]) -> int:
+def _write_table(
+    writer: Writer, table: int, changed: dict[bytes, bytes | None], before: dict[bytes, bytes | None]
+) -> int:
     change = 0
     puts = []
     get = writer.getter(table)
     for key in sorted(changed):
         value = changed[key]
-        old = get(key)
+        old = before[key] if key in before else get(key)
         if old == value:
             continue
         if old is not None:
