@@ -100,6 +100,12 @@ RELEASING: Final = (
     cmd.PurgeCapsules,
 )
 
+FREE_ASKED_NS: Final = 100_000_000
+"""How long an answer of the disk about its free space is good for: asking takes long on a busy file system."""
+
+ROW_BYTES_MAX: Final = 16
+"""Bytes of rows that a byte of events may cause, pages copied on write included: an estimate on the safe side."""
+
 CHECKPOINT_EVENTS: Final = 250_000
 """Events after which a checkpoint is worth its copy: bounds what a crash makes the next start fold."""
 
@@ -158,6 +164,8 @@ class Store(Reading):
         self._queue: deque[_Ticket] = deque()
         self._closed = False
         self._behind = False
+        self._room = 0
+        self._room_asked = 0
         self._checkpointing: threading.Thread | None = None
         self._rebuilding = threading.Lock()
         self.pinned: Counter[bytes] = Counter()
@@ -363,7 +371,9 @@ class Store(Reading):
             with self._tables.write() as txn:
                 batch = prepare(txn, requests, position=self.wal.last_index + 1, time_ns=now)
                 if batch.entries:
-                    self.wal.append(batch.metadata(), batch.payload, time_ns=now)
+                    metadata = batch.metadata()
+                    self._room -= ROW_BYTES_MAX * len(metadata) + sum(map(len, batch.payload))
+                    self.wal.append(metadata, batch.payload, time_ns=now)
                     logged = batch
                     self._apply(txn, batch)
         except BaseException as error:
@@ -405,8 +415,11 @@ class Store(Reading):
 
     def _with_room(self, requests: list[Request]) -> list[Request]:
         """How many of the first requests the disk has room for: on a nearly full one those that make room."""
-        free = self._disk.free_bytes(str(self.path))
-        if free >= FREE_BYTES_MIN:
+        now = self._clock()
+        if self._room <= 0 or abs(now - self._room_asked) >= FREE_ASKED_NS:
+            self._room = self._disk.free_bytes(str(self.path)) - FREE_BYTES_MIN
+            self._room_asked = now
+        if self._room >= 0:
             return requests
         if free < FREE_BYTES_LAST:
             return []
