@@ -421,7 +421,7 @@ class Store(Reading):
             self._room_asked = now
         if self._room >= 0:
             return requests
-        if free < FREE_BYTES_LAST:
+        if self._room + FREE_BYTES_MIN < FREE_BYTES_LAST:
             return []
         return list(itertools.takewhile(lambda request: isinstance(request.command, RELEASING), requests))
 
