@@ -220,7 +220,17 @@ class Tree:
         )
 
 
-ids = st.sampled_from([ROOT_ID, *IDS])
+A, B, C, D = IDS[:4]
+START: Final[list[Command]] = [
+    cmd.CreateCapsule(A, Kind.DIRECTORY, parent=ROOT_ID, name=NAMES[0]),
+    cmd.CreateCapsule(B, Kind.DIRECTORY, parent=A, name=NAMES[1]),
+    cmd.CreateCapsule(C, Kind.FILE, parent=ROOT_ID, name=NAMES[1]),
+    cmd.CreateCapsule(D, Kind.FILE, parent=B, name=NAMES[0]),
+    cmd.Link(D, ROOT_ID, NAMES[2]),
+]
+"""A tree with something of each kind in it, so that few commands miss."""
+
+ids = st.sampled_from([ROOT_ID, ROOT_ID, A, A, B, *IDS])
 new_ids = st.sampled_from(IDS)
 names = st.sampled_from(NAMES)
 booleans = st.booleans()
@@ -242,7 +252,9 @@ commands: st.SearchStrategy[Command] = st.one_of(
     st.builds(cmd.Undelete, ids, ids, names),
     st.builds(cmd.Clone, new_ids, ids, ids, names),
 )
-histories = st.lists(st.lists(commands, min_size=1, max_size=4), max_size=20)
+histories = st.lists(st.lists(commands, min_size=1, max_size=4), min_size=1, max_size=20).map(
+    lambda groups: [START, *groups]
+)
 
 
 def run(history: list[list[Command]], writer: MemoryWriter, tree: Tree | None = None) -> list[Batch]:

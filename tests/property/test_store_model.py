@@ -198,7 +198,8 @@ STEPS = st.lists(
         st.sampled_from([0, 1, 100, 4096, 5000, 20_000]),
         st.sampled_from([0, 1, 2, 50, 4096, 6000]),
     ),
-    max_size=30,
+    min_size=3,
+    max_size=40,
 )
 UPKEEP = {"close", "kill", "state", "checkpoint", "checkpoints", "replay", "verify", "gc"}
 
@@ -210,6 +211,8 @@ def test_a_store_is_a_dict_of_bytes_at_every_moment(steps: list[tuple[str, str, 
         home = Path(scratch) / "store"
         world = World(home, open_small(home))
         world.store.mkdir("/d")
+        for number, name in enumerate(NAMES[:4]):
+            do(world, "put", name, name, 9000, number)
         world.note()
         for verb, name, other, size, offset in steps:
             if verb in UPKEEP:
