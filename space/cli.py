@@ -720,7 +720,10 @@ def verify(
         first = report["findings"][0]
         raise CorruptionError(
             f"{len(report['findings'])} findings, the first: {_finding(first)}",
-            hint="restore the segment from a backup" if repair else "try: space verify --repair",
+            # The log is the one thing that cannot be rebuilt from something else.
+            hint="restore that file from a backup or a replica"
+            if repair or first["segment"].endswith(".seg")
+            else "try: space verify --repair",
         )
 
 

@@ -849,7 +849,7 @@ def pack_policy(policy: Policy) -> bytes:
 def _lock_directory(path: Path, create: bool) -> TextIO:
     try:
         if create:
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
         elif not any((path / name).exists() for name in (FORMAT_FILE, FORMAT_NEW, WAL)):
             raise NotFoundError(f"no store at {path}", hint="space put or space import makes one")
         file = open(path / LOCK_FILE, "a+", errors="replace")  # noqa: SIM115 - held until close

@@ -109,11 +109,11 @@ def check_name(name: bytes) -> Rejected | None:
     if len(name) > NAME_BYTES_MAX:
         return Rejected(Status.NAME_TOO_LONG, f"name of {len(name)} bytes; the limit is {NAME_BYTES_MAX}")
     if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
-        return Rejected(Status.BAD_NAME, f"not a usable name: {name!r}")
+        return Rejected(Status.BAD_NAME, f"not a usable name: {_shown(name)}")
     try:
         name.decode()
     except UnicodeDecodeError:
-        return Rejected(Status.BAD_NAME, f"name is not UTF-8: {name!r}")
+        return Rejected(Status.BAD_NAME, f"name is not UTF-8: {_shown(name)}")
     return None
 
 
