@@ -240,6 +240,7 @@ def _codecs(
         "new": object.__new__,
         "twin": twin,
         "cls": cls,
+        "other": other,
         "wrong": _wrong,
         "unfit": _unfit,
     }

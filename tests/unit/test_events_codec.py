@@ -6,6 +6,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any, Final
 
+import msgpack
 import pytest
 
 from space._errors import EventDecodeError, UsageError
@@ -72,6 +73,46 @@ def test_every_version_ever_written_is_read() -> None:
     stored = golden()
     for key, event in {**SAMPLES, **READ_AS}.items():
         assert decode_event(stored[key]) == event, key
+
+
+def batch_of(row: list[Any]) -> bytes:
+    """A batch with one entry that holds one event row."""
+    return bytes(msgpack.packb([1, [[b"", 0, 0, "", [row]]]]))
+
+
+@pytest.mark.parametrize("key", [*SAMPLES, *READ_AS])
+def test_every_version_ever_written_is_read_in_a_batch(key: str) -> None:
+    """Rows of a batch, the oldest versions too, decode with their link to the event they stand for."""
+    number, version, *fields = msgpack.unpackb(golden()[key])
+    (entry,) = decode_batch(batch_of([number, version, LINK, *fields]))
+    assert entry.events == ((LINK, {**SAMPLES, **READ_AS}[key]),)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [22],
+        [22, 1],
+        [22, 1, LINK],
+        [22, 1, LINK[:-1], ONE],
+        [22, 1, ONE, LINK, 0],
+        [22, 2, LINK, ONE],
+        [22, 0, LINK, ONE],
+        [22, "1", LINK, ONE],
+        [2, 1, LINK, ONE],
+        [99, 1, LINK, ONE],
+        ["22", 1, LINK, ONE],
+        [[22], 1, LINK, ONE],
+        [],
+        22,
+        None,
+    ],
+    ids=str,
+)
+def test_a_malformed_row_in_a_batch_is_one_error(row: Any) -> None:
+    """A row without link, of a wrong length, of the future or of no known event raises EventDecodeError."""
+    with pytest.raises(EventDecodeError):
+        decode_batch(batch_of(row))
 
 
 def test_a_batch_has_golden_bytes() -> None:
