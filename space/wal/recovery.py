@@ -11,6 +11,10 @@ were never acknowledged: the tail is cut back to the last whole record and zeroe
 log is used.  Sealed segments are not scanned: their first and last blocks prove that they are present
 and linked, so opening costs one small read each and one scan of the last segment; after a clean stop
 its sidecar is as good as a scan.
+
+A log can be opened for reading while another process writes it.  The watermark is read before the segments
+are listed, and promises before what they promise is looked for, so that what is found is at least what was
+acknowledged before; what a change between two reads makes look like damage is looked at again.
 """
 
 from __future__ import annotations
@@ -56,6 +60,7 @@ from space.wal.sidecar import decode_index
 from space.wal.watermark import WATERMARK_NAME, Watermark, WatermarkFile, WatermarkFlag
 
 _SEGMENT_NAME: Final = re.compile(r"\d{20}\.seg")
+_READ_ONLY_TRIES: Final = 8  # a rotation between two reads looks like damage; eight in a row are damage
 _HINT: Final = "nothing was changed; restore the file from a backup or a replica, then run `space verify`"
 
 
@@ -223,6 +228,9 @@ def recover(disk: Disk, directory: str, *, store_id: bytes, segment_bytes: int, 
         StorageError: the disk refused.
     """
     with storage_errors(f"cannot open the log in {directory}"):
+        for _ in range(_READ_ONLY_TRIES - 1 if read_only else 0):
+            with contextlib.suppress(CorruptionError, FileNotFoundError):
+                return _Recovery(disk, directory, store_id, segment_bytes, read_only=True).run()
         return _Recovery(disk, directory, store_id, segment_bytes, read_only=read_only).run()
 
 
@@ -242,8 +250,8 @@ class _Recovery:
         self._dropped: list[int] = []
 
     def run(self) -> Recovered:
+        watermark = self._open_watermark()  # before the listing: its segment must be in it
         firsts = self._list_segments()
-        watermark = self._open_watermark()
         mark = watermark.found if watermark else None
         if not firsts:
             if watermark is not None:
@@ -310,9 +318,14 @@ class _Recovery:
                 segments.append(Segment(header, size))
                 at = max(size - SEAL_BYTES, SEGMENT_HEADER_BYTES)
                 seal = parse_seal(file.pread(SEAL_BYTES, at), at, segments[-1].seed, first)
-        if seal is not None and not self._cutting:
+        if seal is not None and not self._cutting and not self._has_gone_on(seal):
             corrupt(Damage.MISSING, segment_name(seal.batch_index + 1), -1, seal.batch_index + 1)
         return segments
+
+    def _has_gone_on(self, seal: RecordHeader) -> bool:
+        """Whether a writer has begun another segment since they were listed."""
+        following = self._path(segment_name(seal.batch_index + 1))
+        return self._read_only and self._disk.exists(following)
 
     def _settle(self, file: File, mark: Watermark | None) -> None:
         """After an unclean stop, make what can be seen of a segment the same as what the disk has.
@@ -471,45 +484,54 @@ class _ActiveScan:
         self._known = mark.end if mark else SEGMENT_HEADER_BYTES
         self._mark = mark
         self._limit = mark.end if mark and cutting else segment.size
-        self._start = start_of(segment)
+        self._tail = start_of(segment)
+        self._at_mark = self._tail if self._known == SEGMENT_HEADER_BYTES else None
+        self._promised = self._known
+        self._offsets: array[int] = array("Q")
 
     def run(self) -> _Found:
-        offsets: array[int] = array("Q")
-        at_mark = self._start if self._known == SEGMENT_HEADER_BYTES else None
-        promised, protected, tail = self._known, self._known, self._start
-        bad: BadRecord | None = None
-        try:
-            for record in self._scan(tail, self._limit):
-                if record.info.kind is RecordKind.BATCH:
-                    offsets.append(record.offset)
-                tail = _after(tail, record)
-                promised = max(promised, record.durable_end)
-                if record.end == protected:
-                    at_mark = tail
-        except BadRecord as found:
-            bad = found
-        garbage_end = last_nonzero(self._file.pread, tail.end, self._limit)
-        self._check_promises(tail, bad, promised, garbage_end)
+        bad = self._walk()
+        garbage_end = last_nonzero(self._file.pread, self._tail.end, self._limit)
+        self._find_promises(garbage_end)
+        if self._tail.end < self._promised:
+            bad = self._walk()  # what another process wrote meanwhile was there before its promise
+        tail, at_mark, offsets = self._tail, self._at_mark, self._offsets
+        if tail.end < self._promised:
+            what = bad.what if bad else Damage.NO_RECORD
+            corrupt(what, self._segment.name, tail.end, tail.index + 1)
         if at_mark is None or (self._mark and self._mark.chain != at_mark.chain):
-            corrupt(Damage.CHAIN, self._segment.name, protected, tail.index)
-        tail = self._check_payloads(at_mark, tail, promised)
+            corrupt(Damage.CHAIN, self._segment.name, self._known, tail.index)
+        tail = self._check_payloads(at_mark, tail, self._promised)
         del offsets[tail.index + 1 - self._segment.first_index :]
-        return _Found(offsets, tail, garbage_end)
+        return _Found(offsets, tail, max(garbage_end, tail.end))
+
+    def _walk(self) -> BadRecord | None:
+        """Move the tail on over the records that follow; what ended them, if not the segment."""
+        try:
+            for record in self._scan(self._tail, self._limit):
+                if record.info.kind is RecordKind.BATCH:
+                    self._offsets.append(record.offset)
+                self._tail = _after(self._tail, record)
+                self._promised = max(self._promised, record.durable_end)
+                if record.end == self._known:
+                    self._at_mark = self._tail
+        except BadRecord as bad:
+            return bad
+        return None
 
     def _scan(self, tail: Tail, end: int) -> Iterator[Scanned]:
         return scan(
             self._file.pread, tail.end, end, seed=self._segment.seed, index=tail.index, chain=tail.chain
         )
 
-    def _check_promises(self, tail: Tail, bad: BadRecord | None, promised: int, garbage_end: int) -> None:
-        """Fail if the records end before what is known to be durable."""
-        after = tail.end + RECORD_ALIGNMENT
-        for offset, header in find_headers(self._file.pread, after, garbage_end, self._segment.seed):
-            if tail.end < header.durable_end <= offset:
-                promised = max(promised, header.durable_end)
-        if tail.end < promised:
-            what = bad.what if bad else Damage.NO_RECORD
-            corrupt(what, self._segment.name, tail.end, tail.index + 1)
+    def _find_promises(self, garbage_end: int) -> None:
+        """How far records are known to be durable, as headers after the tail say."""
+        end = self._tail.end
+        for offset, header in find_headers(
+            self._file.pread, end + RECORD_ALIGNMENT, garbage_end, self._segment.seed
+        ):
+            if end < header.durable_end <= offset:
+                self._promised = max(self._promised, header.durable_end)
 
     def _check_payloads(self, start: Tail, end: Tail, promised: int) -> Tail:
         """The last record before the first torn payload; below ``promised`` a payload may be reclaimed."""
