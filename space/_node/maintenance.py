@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from space._node.store import Store
 
 FOLLOW_SECONDS: Final = 0.1
+LET_PASS_SECONDS: Final = 0.0002
 RECLAIM_RANGES_MAX: Final = 50_000
 PURGE_MAX: Final = 50_000
 BLOCK: Final = 4096
@@ -265,6 +266,13 @@ def _fold(
     if at.position >= last:
         return at
     records = store.wal.records(at.position + 1, last + 1)
+
+    def let_pass(progress: Progress) -> None:
+        while store.wanted:
+            time.sleep(LET_PASS_SECONDS)
+        if on_progress is not None:
+            on_progress(progress)
+
     return fold(
         store._tables,
         views,
@@ -272,7 +280,8 @@ def _fold(
         start=at,
         with_state=with_state,
         handles=handles,
-        on_progress=on_progress,
+        on_progress=let_pass,
+        wanted=lambda: store.wanted,
     )
 
 

@@ -20,7 +20,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import threading
 import time
 import uuid
@@ -164,6 +163,8 @@ class Store(Reading):
         self._queue: deque[_Ticket] = deque()
         self._closed = False
         self._behind = False
+        self.wanted = False
+        """Whether a batch waits for the tables: a rebuild going on beside it lets it pass."""
         self._room = 0
         self._room_asked = 0
         self._checkpointing: threading.Thread | None = None
@@ -173,14 +174,14 @@ class Store(Reading):
         self.views = list(registered_views() if views is None else views)
         self._lock_file = _lock_directory(self.path, create)
         try:
-            with _clear_errors(self.path):
+            with clear_errors(self.path):
                 self._open(disk or RealDisk(), segment_bytes, on_progress)
         except BaseException:
             self._lock_file.close()
             raise
 
     def _open(self, disk: Disk, segment_bytes: int, on_progress: Callable[[Progress], None] | None) -> None:
-        shutil.rmtree(self.path / history.SCRATCH, ignore_errors=True)
+        history.clear_scratch(self.path, owner=True)
         wal = self.path / WAL
         self.id, is_new = _identify(self.path, disk, self._random_bytes)
         self._disk = disk
@@ -200,7 +201,7 @@ class Store(Reading):
 
     def _begin(self, tables: LmdbStore) -> None:
         """What needs the log and the tables; makes the root directory of a new store."""
-        self._store_key = blake3(self.id, derive_key_context="space store key v1").digest()
+        self._store_key = store_key(self.id)
         self._open_keyring()
         self._hash_key = self._keyring.hash_key()
         self._cache = FrameCache(CACHE_BYTES)
@@ -248,28 +249,11 @@ class Store(Reading):
         return data
 
     def _located(self, error: CorruptionError) -> CorruptionError:
-        if error.segment or error.position < 1:
-            return error
-        info = next(
-            each for each in self.wal.segments() if each.first_index <= error.position <= each.last_index
-        )
-        offset = -1
-        with contextlib.suppress(io.UnsupportedOperation):  # a disk in memory
-            offset = self.wal.payload_location(error.position)[1] + max(error.offset, 0)
-        return CorruptionError(
-            f"log segment {info.name}, offset {offset}: {error}",
-            segment=info.name,
-            offset=offset,
-            position=error.position,
-            hint="`space verify` lists all damage; restore the file from a backup or a replica",
-        )
+        return located(self.wal, error)
 
     def _is_reclaimed(self, position: int, offset: int) -> bool:
         with self._tables.read() as txn:
-            row = txn.last_at_or_before(RECLAIMED, U64.pack(position) + U32.pack(offset))
-        if row is None or row[0][:8] != U64.pack(position):
-            return False
-        return bool(offset < U32.unpack(row[0][8:])[0] + U32.unpack(row[1])[0])
+            return is_reclaimed(txn, position, offset)
 
     def _wrapped_key(self, key: int, version: int) -> bytes | None:
         with self._tables.read() as txn:
@@ -368,7 +352,9 @@ class Store(Reading):
         now = max(self._clock(), self.wal.last_time_ns)
         logged: Prepared | None = None
         try:
+            self.wanted = True
             with self._tables.write() as txn:
+                self.wanted = False
                 batch = prepare(txn, requests, position=self.wal.last_index + 1, time_ns=now)
                 if batch.entries:
                     metadata = batch.metadata()
@@ -383,6 +369,8 @@ class Store(Reading):
             if not isinstance(error, StorageError):
                 raise
             return logged.outcomes
+        finally:
+            self.wanted = False
         self._maybe_checkpoint()
         return batch.outcomes
 
@@ -494,7 +482,7 @@ class Store(Reading):
         return cmd.NewKey(key, 1, self._keyring.wrap(key, 1, self._keyring.new_data_key()))
 
     def _open_keyring(self) -> None:
-        master = _master_key(self.path)
+        master = master_key(self.path)
         self._has_master_key = master is not None
         self._keyring = Keyring(self._wrapped_key, store_key=self._store_key, master_key=master)
 
@@ -828,6 +816,36 @@ class Store(Reading):
                 self._tables.close(seal=sealed)
 
 
+def located(wal: Log, error: CorruptionError) -> CorruptionError:
+    """Damaged content, known by batch and payload offset, with the segment and the offset in it."""
+    if error.segment or error.position < 1:
+        return error
+    info = next(each for each in wal.segments() if each.first_index <= error.position <= each.last_index)
+    offset = -1
+    with contextlib.suppress(io.UnsupportedOperation):  # a disk in memory
+        offset = wal.payload_location(error.position)[1] + max(error.offset, 0)
+    return CorruptionError(
+        f"log segment {info.name}, offset {offset}: {error}",
+        segment=info.name,
+        offset=offset,
+        position=error.position,
+        hint="`space verify` lists all damage; restore the file from a backup or a replica",
+    )
+
+
+def is_reclaimed(txn: ReadTransaction, position: int, offset: int) -> bool:
+    """Whether gc has declared that byte of a payload to be given back."""
+    row = txn.last_at_or_before(RECLAIMED, U64.pack(position) + U32.pack(offset))
+    if row is None or row[0][:8] != U64.pack(position):
+        return False
+    return bool(offset < U32.unpack(row[0][8:])[0] + U32.unpack(row[1])[0])
+
+
+def store_key(store: bytes) -> bytes:
+    """The key that belongs to the store itself, from its id."""
+    return blake3(store, derive_key_context="space store key v1").digest()
+
+
 _POLICIES: dict[Policy, Policy] = {}
 
 
@@ -879,11 +897,11 @@ def _identify(path: Path, disk: Disk, random_bytes: Callable[[int], bytes]) -> t
     """
     wal = str(path / WAL)
     has_log = disk.exists(wal) and any(name.endswith(".seg") for name in disk.listdir(wal))
-    known = _read_format(path / FORMAT_FILE)
-    if known is None and (fresh := _read_format(path / FORMAT_NEW)) is not None:
+    known = read_format(path / FORMAT_FILE)
+    if known is None and (fresh := read_format(path / FORMAT_NEW)) is not None:
         return fresh, True
     if has_log:
-        store = known or _read_store_id(disk, path / WAL)
+        store = known or read_store_id(disk, path / WAL)
         if store is None:
             raise _lost(FORMAT_FILE, f"{path / FORMAT_FILE} and the log's first blocks are damaged")
         if known is None:
@@ -902,7 +920,7 @@ def _lost(file: str, message: str) -> CorruptionError:
     return CorruptionError(message, segment=file, offset=0, position=1, hint=hint)
 
 
-def _read_format(path: Path) -> bytes | None:
+def read_format(path: Path) -> bytes | None:
     """The store's id, or None if the file is missing or damaged."""
     try:
         document = json.loads(path.read_bytes())
@@ -930,7 +948,7 @@ def _write_format(path: Path, store: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _read_store_id(disk: Disk, wal: Path) -> bytes | None:
+def read_store_id(disk: Disk, wal: Path) -> bytes | None:
     names = (
         [name for name in disk.listdir(str(wal)) if name.endswith(".seg")] if disk.exists(str(wal)) else []
     )
@@ -942,7 +960,7 @@ def _read_store_id(disk: Disk, wal: Path) -> bytes | None:
     return None
 
 
-def _master_key(path: Path) -> bytes | None:
+def master_key(path: Path) -> bytes | None:
     configured = os.environ.get(MASTER_KEY_ENVIRONMENT)
     if configured:
         return load_master_key(configured)
@@ -951,7 +969,7 @@ def _master_key(path: Path) -> bytes | None:
 
 
 @contextlib.contextmanager
-def _clear_errors(path: Path) -> Iterator[None]:
+def clear_errors(path: Path) -> Iterator[None]:
     """What the operating system refuses while opening, in our words."""
     try:
         yield

@@ -64,7 +64,7 @@ def fold(
     handles: Mapping[int, Any] | None = None,
     stop_event: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
-    finish: Callable[[WriteTransaction, Applied], bool] | None = None,
+    wanted: Callable[[], bool] | None = None,
 ) -> Applied:
     """Folds ``records`` into the state (unless ``with_state`` is false) and ``views``; returns where it ended.
 
@@ -72,7 +72,8 @@ def fold(
         start: where the tables stand; ``records`` begin right after it.
         handles: tables to write, when they are not the ones readers see (a shadow generation).
         stop_event: fold the last record only up to and including this event (a moment inside a batch).
-        finish: called in every transaction before it commits, with where the fold stands; may return True to end.
+        on_progress: called after every transaction.
+        wanted: whether somebody waits for the tables: a transaction then ends after the record at hand.
 
     Raises:
         CorruptionError: an event does not decode or contradicts the state.
@@ -88,7 +89,7 @@ def fold(
         while not done:
             with store.write(handles) as txn:
                 try:
-                    applied, done = _transaction(txn, views, source, applied, with_state, stop_event)
+                    applied, done = _transaction(txn, views, source, applied, with_state, stop_event, wanted)
                 except _NONSENSE as error:
                     raise CorruptionError(
                         f"events after position {applied.position} contradict what they change: {error!r}",
@@ -96,8 +97,6 @@ def fold(
                     ) from error
                 if handles is None:
                     txn.set_applied(applied)
-                if finish is not None and finish(txn, applied):
-                    done = True
             progress.position, progress.events = applied.position, applied.events - start.events
             if on_progress is not None:
                 on_progress(progress)
@@ -114,6 +113,7 @@ def _transaction(
     applied: Applied,
     with_state: bool,
     stop_event: int | None,
+    wanted: Callable[[], bool] | None,
 ) -> tuple[Applied, bool]:
     overlay = Overlay(txn)
     folders = [view.folder(txn) for view in views]
@@ -142,7 +142,7 @@ def _transaction(
             if context.event == limit:
                 break
         count += context.event
-        if count >= EVENTS_PER_TRANSACTION:
+        if count >= EVENTS_PER_TRANSACTION or (wanted is not None and wanted()):
             done = False
             break
     if record is None:
