@@ -25,7 +25,7 @@ from space.events.registry import (
     U63_MAX,
     XATTR_BYTES_MAX,
 )
-from space.statemachine.apply import RECLAIMED_RANGE, policy_hash, tree_nodes
+from space.statemachine.apply import RECLAIMED_RANGE, manifest_nodes, policy_hash, tree_nodes
 from space.statemachine.tables import (
     COUNTER,
     ENTRY,
@@ -423,11 +423,24 @@ def _covers(command: cmd.WriteExtent) -> bool:
     return plain == command.length or not command.frames
 
 
-def _gone(state: Overlay, record: bytes) -> bool:
+def _gone(state: Overlay, record: bytes, batch: int = 0) -> bool:
+    """Whether the stored bytes of a frame record (of that batch, unless it names another) were reclaimed."""
     offset, position = _FRAME_PLACE.unpack_from(record, _FRAME_PLACE_AT)
+    position = position or batch
     return bool(position) and any(
         key[8:] <= U32.pack(offset) and offset < U32.unpack(key[8:])[0] + U32.unpack(value)[0]
         for key, value in state.scan(RECLAIMED, U64.pack(position))
+    )
+
+
+def _manifest_gone(state: Overlay, manifest: bytes) -> bool:
+    if next(state.scan(RECLAIMED, b""), None) is None:
+        return False
+    return any(
+        _gone(state, frames[at : at + _FRAME_BYTES], batch)
+        for _, parts in manifest_nodes(manifest)
+        for _, _, _, batch, frames in parts
+        for at in range(0, len(frames), _FRAME_BYTES)
     )
 
 
@@ -573,6 +586,10 @@ def _clone(state: Overlay, command: cmd.Clone, payload: PayloadPlacer) -> Decisi
             f"a past moment of {len(command.manifest)} bytes of metadata; clone a smaller part",
         )
     members = b""
+    if command.manifest and _manifest_gone(state, command.manifest):
+        return Rejected(
+            Status.NOT_PERMITTED, "bytes of that moment were reclaimed: their policy keeps no history"
+        )
     if not command.manifest:
         row = _live(state, command.source)
         if isinstance(row, Rejected):
