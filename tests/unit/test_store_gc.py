@@ -42,7 +42,7 @@ def test_history_snapshots_and_clones_keep_their_bytes(tmp_path: Path) -> None:
         store.clone("/brief", "/copy")
         before = f"@{store.position}"
         for capsule in (kept.id, brief.id):
-            store.write(capsule, 0, second)
+            store.write(capsule, 0, second + b"fresh")
         assert store.gc().frames == 0
         with store.at(before) as past, store.at("named") as named:
             assert past.get("/kept") == first
