@@ -6,8 +6,10 @@ it and folds the log from there.  Recovery after a crash, ``--at`` and verificat
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
@@ -17,6 +19,7 @@ from typing import Final
 import attrs
 
 from space._errors import CorruptionError, NotFoundError
+from space._node.views import start_time
 from space.events.ids import AtTime, Moment
 from space.projections.contract import View
 from space.projections.feed import Progress, fold
@@ -36,6 +39,7 @@ LIVE: Final = "state"
 CHECKPOINTS: Final = "checkpoints"
 SCRATCH: Final = "scratch"
 CHECKPOINTS_KEPT: Final = 8
+_PAST: Final = re.compile(r"past-(\d{1,10})-(\d{1,20})-[0-9a-f]+")
 
 OnProgress = Callable[[Progress], None]
 
@@ -124,6 +128,29 @@ def _thin(home: Path) -> None:
         shutil.rmtree(kept.pop(victim), ignore_errors=True)
 
 
+def past_directory(home: Path) -> Path:
+    """A new name in ``scratch/`` for tables of a past moment; it says which process they belong to."""
+    pid = os.getpid()
+    return home / SCRATCH / f"past-{pid}-{start_time(pid)}-{uuid.uuid4().hex}"
+
+
+def clear_scratch(home: Path, *, owner: bool) -> None:
+    """Removes what processes that have ended left behind; past moments of living ones stay.
+
+    Only the owner of the store may judge anything else than past moments: nobody but it makes that.
+    """
+    with contextlib.suppress(OSError):
+        for path in list((home / SCRATCH).iterdir()):
+            past = _PAST.fullmatch(path.name)
+            if _is_served(past) if past else not owner:
+                continue
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_served(past: re.Match[str]) -> bool:
+    return 0 < start_time(int(past[1])) == int(past[2])
+
+
 def build(
     home: Path,
     log: Log,
@@ -145,8 +172,12 @@ def build(
         if int(checkpoint.name) <= last:
             applied = read_seal(checkpoint, layout_of(views))
             if applied is not None and applied.position <= last and fits(log, applied):
-                copy_sealed(checkpoint, path)
-                break
+                try:
+                    copy_sealed(checkpoint, path)
+                except FileNotFoundError:  # thinned meanwhile by the process that owns the store
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    break
     tables = Store(path, layout_of(views))
     try:
         catch_up(tables, log, views, target, on_progress=on_progress)

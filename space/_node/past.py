@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import uuid
 from typing import TYPE_CHECKING
 
 import msgpack
@@ -63,7 +61,7 @@ class Past(Reading):
         found = parse_moment(moment, now_ns=store._clock()) if isinstance(moment, str) else moment
         self.target = history.locate(store.wal, found)
         self.path = store.path
-        self._scratch = store.path / history.SCRATCH / f"past-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self._scratch = history.past_directory(store.path)
         tables = history.build(store.path, store.wal, store.views, self._scratch, self.target)
         super().__init__(tables, store._content)
 
