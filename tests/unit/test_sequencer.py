@@ -1,0 +1,96 @@
+"""Deciding many commands as one batch."""
+
+from __future__ import annotations
+
+import pytest
+
+from space._errors import ConflictError, Status
+from space.events.commands import (
+    REPLIES_KEPT_PER_CLIENT,
+    CreateCapsule,
+    InitialiseStore,
+    Receipt,
+    Request,
+    Unlink,
+)
+from space.events.ids import ROOT
+from space.events.types import CapsuleCreated, NameLinked, NameUnlinked
+from space.statemachine import sequencer
+from space.statemachine.sequencer import Prepared, prepare
+from space.statemachine.tables import REPLY
+from tests.state_support import MemoryWriter
+
+CLIENT = b"c" * 16
+
+
+def capsule(number: int) -> bytes:
+    """An id."""
+    return number.to_bytes(16, "big")
+
+
+def create(number: int, name: bytes, sequence: int = 0) -> Request:
+    """A file in the root; with a sequence, by a client that may retry."""
+    command = CreateCapsule(capsule(number), parent=ROOT, name=name)
+    return Request(command, "test", CLIENT if sequence else b"", sequence)
+
+
+@pytest.fixture
+def state() -> MemoryWriter:
+    """A state with a root directory."""
+    rows = MemoryWriter()
+    prepare(rows, [Request(InitialiseStore(bytes(16), 0o755, 0, 0))], position=1, time_ns=1).overlay.flush(
+        rows
+    )
+    return rows
+
+
+def decided(state: MemoryWriter, requests: list[Request], position: int = 2) -> Prepared:
+    """The batch, its rows written."""
+    batch = prepare(state, requests, position=position, time_ns=position)
+    batch.overlay.flush(state)
+    return batch
+
+
+def test_each_command_sees_those_before_it(state: MemoryWriter) -> None:
+    """Within a batch a name taken, freed and taken again is as if the commands had come one after the other."""
+    requests = [create(2, b"x"), create(3, b"x"), Request(Unlink(ROOT, b"x")), create(4, b"x")]
+    batch = decided(state, requests)
+    assert [type(outcome) for outcome in batch.outcomes] == [Receipt, ConflictError, Receipt, Receipt]
+    kinds = [type(event) for entry in batch.entries for _, event in entry.events]
+    assert kinds == [CapsuleCreated, NameLinked, NameUnlinked, CapsuleCreated, NameLinked]
+    assert [context.event for context, _, _ in batch.linked()] == [0, 1, 2, 3, 4]
+
+
+def test_a_retry_gets_the_first_receipt(state: MemoryWriter) -> None:
+    """A client's command repeated, in the same batch or later, is applied once and answered alike."""
+    batch = decided(state, [create(2, b"x", 7), create(2, b"x", 7)])
+    later = decided(state, [create(2, b"x", 7)], position=3)
+    assert batch.outcomes == [Receipt(2), Receipt(2, repeated=True)]
+    assert later.outcomes == [Receipt(2, repeated=True)]
+    assert not later.entries
+
+
+def test_replies_are_bounded(state: MemoryWriter) -> None:
+    """Only the last replies of a client are kept."""
+    for number in range(1, REPLIES_KEPT_PER_CLIENT + 50):
+        decided(state, [create(number + 1, b"%d" % number, number)], position=number + 1)
+    assert sum(table == REPLY for table, _ in state.rows) == REPLIES_KEPT_PER_CLIENT
+
+
+def test_a_rejected_command_leaves_no_trace(state: MemoryWriter) -> None:
+    """A batch of refusals has nothing to log and changes no row."""
+    before = dict(state.rows)
+    batch = decided(state, [Request(Unlink(ROOT, b"missing")), create(2, b"a/b")])
+    assert not batch.entries
+    assert state.rows == before
+    assert [outcome.status for outcome in batch.outcomes if not isinstance(outcome, Receipt)] == [
+        Status.NOT_FOUND,
+        Status.BAD_NAME,
+    ]
+
+
+def test_what_does_not_fit_waits(state: MemoryWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch takes as many commands as it may hold, in order, and says how many."""
+    monkeypatch.setattr(sequencer, "COMMANDS_MAX", 3)
+    batch = decided(state, [create(number, b"%d" % number) for number in range(2, 10)])
+    assert batch.taken == len(batch.outcomes) == 3
