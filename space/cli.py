@@ -31,6 +31,7 @@ from space._errors import (
 from space._node.caller import Caller, Document
 
 if TYPE_CHECKING:
+    from space._node.reading import Reading
     from space._node.service import Service
     from space._node.store import Store
 
@@ -882,18 +883,15 @@ def _serve_mount(
     begun: float,
     announce: Callable[[Document], None],
 ) -> None:
-    """Opens the store, mounts, and serves mount and control socket until it is told to end."""
+    """Opens the store, or a past moment of it, mounts, and serves until it is told to end."""
     from space._node import views
     from space._node.local_vfs import LocalFileSystem
-    from space.control import ControlServer
     from space.projections.fuse import mount as fuse
 
     fuse.check_available()
     with contextlib.ExitStack() as stack:
-        store = stack.enter_context(_owned(data, create=source == "/" and at is None))
-        reading = store if at is None else stack.enter_context(store.at(at))
+        reading = _reading(stack, data, at=at, create=source == "/")
         files = LocalFileSystem(reading, reading.resolve(source), read_only=read_only)
-        stack.enter_context(ControlServer(store))
 
         def ready(found: fuse.Ready) -> None:
             view = {
@@ -914,6 +912,24 @@ def _serve_mount(
         fuse.serve(files, target, fsname=f"space:{source}", on_ready=ready)
 
 
+def _reading(stack: contextlib.ExitStack, data: Path, *, at: str | None, create: bool) -> Reading:
+    """The present, owned by this process and answering on the control socket; or a past moment beside any owner.
+
+    Raises:
+        UnavailableError: the present is wanted, and another process keeps it.
+        NotFoundError, UsageError: there is no such store or moment.
+    """
+    if at is not None:
+        from space._node.beside import open_beside
+
+        return stack.enter_context(open_beside(data, at))
+    from space.control import ControlServer
+
+    store = stack.enter_context(_owned(data, create=create))
+    stack.enter_context(ControlServer(store))
+    return store
+
+
 def _owned(data: Path, *, create: bool) -> Store:
     """The store, opened by this process and no other.
 
@@ -931,7 +947,7 @@ def _owned(data: Path, *, create: bool) -> Store:
     what = f", which serves {serving[0]['view']} at {serving[0]['target']}" if serving else ""
     how = f"space project stop {serving[0]['target']}" if serving else f"wait for it, or: kill {pid}"
     raise UnavailableError(
-        f"store {data} is in use by process {pid}{what}", hint=f"a store has one mount at a time; {how}"
+        f"store {data} is in use by process {pid}{what}", hint=f"its present has one mount at a time; {how}"
     )
 
 

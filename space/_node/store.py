@@ -903,19 +903,20 @@ def _identify(path: Path, disk: Disk, random_bytes: Callable[[int], bytes]) -> t
     if has_log:
         store = known or read_store_id(disk, path / WAL)
         if store is None:
-            raise _lost(FORMAT_FILE, f"{path / FORMAT_FILE} and the log's first blocks are damaged")
+            raise lost(FORMAT_FILE, f"{path / FORMAT_FILE} and the log's first blocks are damaged")
         if known is None:
             _write_format(path / FORMAT_NEW, store)
             (path / FORMAT_NEW).rename(path / FORMAT_FILE)
         return store, False
     if known is not None or any((path / name).exists() for name in (history.LIVE, history.CHECKPOINTS)):
-        raise _lost(WAL, f"the log in {wal} is gone")
+        raise lost(WAL, f"the log in {wal} is gone")
     store = random_bytes(16)
     _write_format(path / FORMAT_NEW, store)
     return store, True
 
 
-def _lost(file: str, message: str) -> CorruptionError:
+def lost(file: str, message: str) -> CorruptionError:
+    """The error for a file of the data directory without which there is no store."""
     hint = "the log is the store: restore it from a backup"
     return CorruptionError(message, segment=file, offset=0, position=1, hint=hint)
 
@@ -949,6 +950,7 @@ def _write_format(path: Path, store: bytes) -> None:
 
 
 def read_store_id(disk: Disk, wal: Path) -> bytes | None:
+    """The store's id, from the first segment of the log that has a sound header."""
     names = (
         [name for name in disk.listdir(str(wal)) if name.endswith(".seg")] if disk.exists(str(wal)) else []
     )
@@ -961,6 +963,7 @@ def read_store_id(disk: Disk, wal: Path) -> bytes | None:
 
 
 def master_key(path: Path) -> bytes | None:
+    """The master key: from the file the environment names, else from the data directory; None if there is none."""
     configured = os.environ.get(MASTER_KEY_ENVIRONMENT)
     if configured:
         return load_master_key(configured)

@@ -1,0 +1,176 @@
+"""A past moment beside the process that owns the store: read without its lock, by any number of processes.
+
+The past does not change, so nobody has to be asked: the log is opened for reading as it is, and the tables of
+the moment are made from a checkpoint and the log in ``scratch/``.  Two things the owner may do meanwhile
+matter.  It may thin checkpoints, which only means that another one is taken.  And its gc may give payload back to
+the disk that the moment still points to: it declares that in the log first, so bytes that are not what was
+written are looked up there, and are an error in any case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+from space._errors import CorruptionError, NotFoundError, RefusedError, Status, UsageError
+from space._node import history
+from space._node.reading import Reading
+from space._node.store import (
+    CACHE_BYTES,
+    FORMAT_FILE,
+    FORMAT_NEW,
+    WAL,
+    clear_errors,
+    is_reclaimed,
+    located,
+    lost,
+    master_key,
+    read_format,
+    read_store_id,
+    store_key,
+)
+from space.content.cache import FrameCache
+from space.content.keys import Keyring
+from space.content.pipeline import ContentReader
+from space.events.codec import decode_batch
+from space.events.ids import AtPosition, Moment, parse_moment
+from space.events.types import PayloadReclaimed
+from space.projections.contract import registered_views
+from space.statemachine.apply import RECLAIMED_RANGE
+from space.statemachine.store import Store as LmdbStore
+from space.statemachine.tables import KEY, RECLAIMED, SNAPSHOT, U32, U64, SnapshotRow
+from space.wal.disk import RealDisk
+from space.wal.log import Log
+
+_BARE: Final = ("@", "-")
+"""How moments begin that are never taken for the name of a snapshot: those are looked up in the present state."""
+
+
+def open_beside(path: str | Path, moment: str | Moment) -> PastBeside:
+    """A store as it was at ``moment``, whoever has it open, or nobody.
+
+    ``moment`` is as for :meth:`space._node.store.Store.at`.
+
+    Raises:
+        NotFoundError: there is no store, or its log does not reach the moment.
+        UsageError: neither a moment nor the name of a snapshot.
+        CorruptionError: the log is damaged.
+        StorageError: the disk refuses.
+    """
+    home = Path(path)
+    with clear_errors(home):
+        store = read_format(home / FORMAT_FILE)
+        if not any((home / WAL).glob("*.seg")):
+            if store is not None:
+                raise lost(WAL, f"the log in {home / WAL} is gone")
+            raise NotFoundError(f"no store at {home}", hint="space put or space import makes one")
+        store = store or read_format(home / FORMAT_NEW) or read_store_id(RealDisk(), home / WAL)
+        if store is None:
+            raise lost(FORMAT_FILE, f"{home / FORMAT_FILE} and the log's first blocks are damaged")
+        history.clear_scratch(home, owner=False)
+        return PastBeside(home, store, moment)
+
+
+class PastBeside(Reading):
+    """The store right after a moment; read-only.  Made by :func:`open_beside`."""
+
+    def __init__(self, home: Path, store: bytes, moment: str | Moment) -> None:
+        self.path = home
+        self._store_id = store
+        self._views = registered_views()
+        self._learning = threading.Lock()
+        with contextlib.ExitStack() as undo:
+            self.wal = self._open_log()
+            undo.callback(self.wal.close)
+            self.target = history.locate(self.wal, self._understood(moment))
+            self._scratch = history.past_directory(home)
+            undo.callback(shutil.rmtree, self._scratch, ignore_errors=True)
+            tables = self._tables_at(self._scratch, self.target)
+            undo.callback(tables.close, seal=False)
+            self._seen = self.target.position - 1
+            super().__init__(tables, self._new_reader())
+            self._undo = undo.pop_all()
+
+    def _open_log(self) -> Log:
+        return Log.open(RealDisk(), str(self.path / WAL), store_id=self._store_id, read_only=True)
+
+    def _tables_at(self, scratch: Path, target: history.Target) -> LmdbStore:
+        return history.build(self.path, self.wal, self._views, scratch, target)
+
+    def _understood(self, moment: str | Moment) -> Moment:
+        if not isinstance(moment, str):
+            return moment
+        if not moment.startswith(_BARE):
+            return self._snapshot(moment) or parse_moment(moment, now_ns=time.time_ns())
+        try:
+            return parse_moment(moment, now_ns=time.time_ns())
+        except UsageError:
+            if found := self._snapshot(moment):
+                return found
+            raise
+
+    def _snapshot(self, name: str) -> Moment | None:
+        """The moment a snapshot names, as of the end of the log."""
+        scratch = history.past_directory(self.path)
+        try:
+            tables = self._tables_at(scratch, history.Target(self.wal.last_index))
+            try:
+                with tables.read() as txn:
+                    data = txn.get(SNAPSHOT, name.encode(errors="surrogatepass"))
+            finally:
+                tables.close(seal=False)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if data is None:
+            return None
+        row = SnapshotRow.decode(data)
+        return AtPosition(row.position, row.event)
+
+    def _new_reader(self) -> ContentReader:
+        keyring = Keyring(
+            self._wrapped_key, store_key=store_key(self._store_id), master_key=master_key(self.path)
+        )
+        cache = FrameCache(CACHE_BYTES)
+        return ContentReader(
+            fetch=self.wal.read_payload, keyring=keyring, cache=cache, hash_key=keyring.hash_key()
+        )
+
+    def _wrapped_key(self, key: int, version: int) -> bytes | None:
+        with self._read() as txn:
+            return txn.get(KEY, U32.pack(key) + U32.pack(version))
+
+    def _located(self, error: CorruptionError) -> CorruptionError:
+        """Raises RefusedError for bytes that are gone because gc gave them back, at any time."""
+        if not error.segment and error.position >= 1:
+            self._learn_reclaimed()
+            with self._read() as txn:
+                if is_reclaimed(txn, error.position, max(error.offset, 0)):
+                    raise RefusedError(
+                        f"bytes of position {error.position} were reclaimed",
+                        hint="they are past the history their policy keeps",
+                        status=Status.IO,
+                    )
+        return located(self.wal, error)
+
+    def _learn_reclaimed(self) -> None:
+        """Notes in the tables what the log by now says was reclaimed after the moment."""
+        with self._learning, contextlib.closing(self._open_log()) as log:
+            for record in log.records(self._seen + 1):
+                for entry in decode_batch(record.metadata):
+                    for _, event in entry.events:
+                        if isinstance(event, PayloadReclaimed):
+                            self._note(event)
+                self._seen = record.index
+
+    def _note(self, event: PayloadReclaimed) -> None:
+        with self._tables.write() as txn:
+            for position, offset, length in RECLAIMED_RANGE.iter_unpack(event.ranges):
+                txn.put(RECLAIMED, U64.pack(position) + U32.pack(offset), U32.pack(length))
+
+    def close(self) -> None:
+        """Removes the tables and closes the log; closing twice does nothing."""
+        self._undo.close()
