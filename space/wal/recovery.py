@@ -373,6 +373,8 @@ class _Recovery:
             file, segment, here, cutting=self._cutting
         ).run()
         tail = found.tail
+        if self._read_only and found.is_cut and self._is_durable_by_now(tail):
+            corrupt(Damage.PAYLOAD, segment.name, tail.end, tail.index + 1)
         garbage = found.garbage_end - tail.end
         report = RecoveryReport(
             clean=clean,
@@ -390,6 +392,15 @@ class _Recovery:
             watermark.close()
             watermark = None
         return Recovered(tuple(segments), file, found.offsets, tail, watermark, report)
+
+    def _is_durable_by_now(self, tail: Tail) -> bool:
+        """Whether another process made what follows the tail durable meanwhile: its payload may be reclaimed."""
+        watermark = self._open_watermark()
+        if watermark is None:
+            return False
+        watermark.close()
+        mark = watermark.found
+        return mark is not None and (mark.segment, mark.end) > (tail.segment, tail.end)
 
     def _read_sidecar(self, file: File, segment: Segment, mark: Watermark) -> _Found | None:
         """The last segment after a clean stop, without a scan: its offsets were written by ``close``."""
@@ -467,6 +478,7 @@ class _Found(NamedTuple):
     offsets: array[int]
     tail: Tail
     garbage_end: int  # end of what lies after the tail
+    is_cut: bool = False  # a record after the tail is whole but for its payload
 
 
 @final
@@ -501,9 +513,9 @@ class _ActiveScan:
             corrupt(what, self._segment.name, tail.end, tail.index + 1)
         if at_mark is None or (self._mark and self._mark.chain != at_mark.chain):
             corrupt(Damage.CHAIN, self._segment.name, self._known, tail.index)
-        tail = self._check_payloads(at_mark, tail, self._promised)
-        del offsets[tail.index + 1 - self._segment.first_index :]
-        return _Found(offsets, tail, max(garbage_end, tail.end))
+        kept = self._check_payloads(at_mark, tail, self._promised)
+        del offsets[kept.index + 1 - self._segment.first_index :]
+        return _Found(offsets, kept, max(garbage_end, tail.end), kept.end < tail.end)
 
     def _walk(self) -> BadRecord | None:
         """Move the tail on over the records that follow; what ended them, if not the segment."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -59,3 +59,38 @@ def test_a_log_is_read_while_it_is_written(writer: Path) -> None:
         texts = [record.metadata.split(b":")[0] for record in log.records(start)]
         assert texts == [b"m%d" % index for index in range(start, log.last_index + 1)]
         log.close()
+
+
+def _rotate(log: Log) -> None:
+    for index in range(4, 60):
+        log.append(b"m%d" % index, [bytes(1000)], time_ns=index)
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [lambda log: log.punch(3, 0, 9000), lambda log: log.append(b"m4", time_ns=4), _rotate],
+    ids=["punch", "append", "rotate"],
+)
+def test_what_happens_between_two_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happens: Callable[[Log], object]
+) -> None:
+    """A payload reclaimed, a record appended or segments begun after the first look hide nothing that was there."""
+    directory = str(tmp_path / "log")
+    log = Log.open(RealDisk(), directory, store_id=STORE, segment_bytes=2**16)
+    for index in (1, 2, 3):
+        log.append(b"m%d" % index, [bytes([index]) * 9000], time_ns=index)
+    look, waiting = RealDisk.listdir, [happens]
+
+    def look_and_wait(disk: RealDisk, path: str) -> list[str]:
+        names = look(disk, path)
+        if waiting:
+            waiting.pop()(log)
+        return names
+
+    monkeypatch.setattr(RealDisk, "listdir", look_and_wait)
+    reader = Log.open(RealDisk(), directory, store_id=STORE, read_only=True)
+    assert not waiting
+    assert reader.last_index >= 3
+    assert [record.metadata for record in reader.records(1, 4)] == [b"m1", b"m2", b"m3"]
+    reader.close()
+    log.close()
