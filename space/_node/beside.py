@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from space._errors import CorruptionError, NotFoundError, RefusedError, Status, UsageError
+from space._errors import CorruptionError, NotFoundError, UsageError
 from space._node import history
 from space._node.reading import Reading
 from space._node.store import (
@@ -25,12 +25,12 @@ from space._node.store import (
     FORMAT_NEW,
     WAL,
     clear_errors,
-    is_reclaimed,
     located,
     lost,
     master_key,
     read_format,
     read_store_id,
+    refuse_reclaimed,
     store_key,
 )
 from space.content.cache import FrameCache
@@ -148,12 +148,7 @@ class PastBeside(Reading):
         if not error.segment and error.position >= 1:
             self._learn_reclaimed()
             with self._read() as txn:
-                if is_reclaimed(txn, error.position, max(error.offset, 0)):
-                    raise RefusedError(
-                        f"bytes of position {error.position} were reclaimed",
-                        hint="they are past the history their policy keeps",
-                        status=Status.IO,
-                    )
+                refuse_reclaimed(txn, error)
         return located(self.wal, error)
 
     def _learn_reclaimed(self) -> None:

@@ -228,7 +228,7 @@ class Store(Reading):
 
     def _new_reader(self) -> ContentReader:
         return ContentReader(
-            fetch=self._fetch, keyring=self._keyring, cache=self._cache, hash_key=self._hash_key
+            fetch=self.wal.read_payload, keyring=self._keyring, cache=self._cache, hash_key=self._hash_key
         )
 
     def _new_writer(self) -> ContentWriter:
@@ -239,21 +239,12 @@ class Store(Reading):
             random_bytes=self._random_bytes,
         )
 
-    def _fetch(self, position: int, offset: int, length: int) -> bytes:
-        data = self.wal.read_payload(position, offset, length)
-        if not any(data[:64]) and self._is_reclaimed(position, offset):
-            raise RefusedError(
-                f"bytes of position {position} were reclaimed",
-                hint="they are past the history their policy keeps",
-            )
-        return data
-
     def _located(self, error: CorruptionError) -> CorruptionError:
+        """Raises RefusedError for bytes that are gone because gc gave them back."""
+        if not error.segment and error.position >= 1:
+            with self._tables.read() as txn:
+                refuse_reclaimed(txn, error)
         return located(self.wal, error)
-
-    def _is_reclaimed(self, position: int, offset: int) -> bool:
-        with self._tables.read() as txn:
-            return is_reclaimed(txn, position, offset)
 
     def _wrapped_key(self, key: int, version: int) -> bytes | None:
         with self._tables.read() as txn:
@@ -759,10 +750,11 @@ class Store(Reading):
         from space._node.past import Past
 
         if isinstance(moment, str):
-            for snapshot in self.snapshots():
+            # What looks like a moment is one: a snapshot named "@5" has to be reached by its position.
+            named = [] if moment.startswith(("@", "-")) else self.snapshots()
+            for snapshot in named:
                 if snapshot.name == moment:
-                    moment = AtPosition(snapshot.position, snapshot.event)
-                    break
+                    return Past(self, AtPosition(snapshot.position, snapshot.event))
         return Past(self, moment)
 
     def checkpoint(self) -> None:
@@ -833,12 +825,22 @@ def located(wal: Log, error: CorruptionError) -> CorruptionError:
     )
 
 
-def is_reclaimed(txn: ReadTransaction, position: int, offset: int) -> bool:
-    """Whether gc has declared that byte of a payload to be given back."""
+def refuse_reclaimed(txn: ReadTransaction, damaged: CorruptionError) -> None:
+    """Tells payload that gc gave back from payload that is damaged.
+
+    Raises:
+        RefusedError: gc has declared the frame that does not read as it was written to be given back.
+    """
+    position, offset = damaged.position, max(damaged.offset, 0)
     row = txn.last_at_or_before(RECLAIMED, U64.pack(position) + U32.pack(offset))
     if row is None or row[0][:8] != U64.pack(position):
-        return False
-    return bool(offset < U32.unpack(row[0][8:])[0] + U32.unpack(row[1])[0])
+        return
+    if offset < U32.unpack(row[0][8:])[0] + U32.unpack(row[1])[0]:
+        raise RefusedError(
+            f"bytes of position {position} were reclaimed",
+            hint="they are past the history their policy keeps",
+            status=Status.IO,
+        )
 
 
 def store_key(store: bytes) -> bytes:

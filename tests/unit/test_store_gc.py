@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import space
+from space.events.commands import Request
 from space.policy.model import parse_policy
 
 
@@ -52,3 +53,29 @@ def test_history_snapshots_and_clones_keep_their_bytes(tmp_path: Path) -> None:
         store.rm("/copy")
         assert store.gc().frames > 0
         assert store.get("/kept") == second + b"fresh"
+
+
+def test_small_frames_that_share_blocks_are_refused_too(tmp_path: Path) -> None:
+    """Frames packed side by side lose only whole blocks: each is refused or still itself, none taken for damage."""
+    policy = parse_policy("history: none\ncompression: none")
+    with space.open(tmp_path / "data") as store:
+        put = store.put(b"", name="/f", policy=policy)
+        pieces = [bytes([number]) * 3000 for number in range(1, 9)]
+        commands = [
+            command
+            for at, piece in enumerate(pieces)
+            for command in store.encode_extents(put.id, at * 3000, piece, policy, 0)
+        ]
+        store.execute_all([Request(command) for command in commands])
+        before = f"@{store.position}"
+        store.write(put.id, 0, bytes(range(256)) * 100)
+        assert store.gc().bytes_given_back > 0
+        refused = 0
+        with store.at(before) as past:
+            for at, piece in enumerate(pieces):
+                try:
+                    assert past.get("/f", at * 3000 + 1000, 10) == piece[:10]
+                except space.RefusedError:
+                    refused += 1
+        assert refused >= 6
+        assert store.get("/f") == bytes(range(256)) * 100
