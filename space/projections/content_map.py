@@ -43,6 +43,9 @@ _EXTENT: Final = struct.Struct("<QQI")
 _KEY: Final = struct.Struct(">QQ")
 _U32: Final = struct.Struct("<I")
 _COUNT_KEY: Final = bytes(8)
+_pack_key: Final = _KEY.pack
+_pack_extent: Final = _EXTENT.pack
+_unpack_u32: Final = _U32.unpack_from
 _PLAIN_LAYER: Final = (0, 1, 0)
 
 
@@ -245,21 +248,25 @@ class ContentFolder:
     # --- events ----------------------------------------------------------------------------------
 
     def _written(self, context: Context, event: ev.ExtentWritten) -> None:
-        row = self._maps.get(event.capsule) or self._map(event.capsule)
-        offset, length = event.offset, event.length
-        key = _KEY.pack(row[0], offset)
-        value = _EXTENT.pack(context.position, length, 0) + event.frames
+        capsule, offset, length, frames = event.capsule, event.offset, event.length, event.frames
+        row = self._maps.get(capsule)
+        if row is None:
+            row = self._map(capsule)
+        layer = row[0]
+        end = offset + length
+        key = _pack_key(layer, offset)
+        value = _pack_extent(context.position, length, 0) + frames
         if offset < row[1]:
-            self._carve(row, offset, offset + length)
+            self._carve(row, offset, end)
             self._txn.put(EXTENT, key, value)
-        elif (pending := self._pending.get(row[0])) is None:
-            self._pending[row[0]] = {key: value}
+        elif layer in self._pending:
+            self._pending[layer][key] = value
         else:
-            pending[key] = value
-        row[1] = max(row[1], offset + length)
+            self._pending[layer] = {key: value}
+        if end > row[1]:  # noqa: PLR1730 - max() costs more, and replay comes here for every write
+            row[1] = end
         row[2] += length
-        frames = event.frames
-        row[3] += _U32.unpack_from(frames, 4)[0] if len(frames) == FRAME_BYTES else _stored(frames)
+        row[3] += _unpack_u32(frames, 4)[0] if len(frames) == FRAME_BYTES else _stored(frames)
 
     def _carve(self, row: list[int], start: int, end: int) -> None:
         """Makes room: extents of the layer in [start, end) go, those that stick out are cut."""

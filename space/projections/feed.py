@@ -22,7 +22,7 @@ from space.statemachine.sequencer import record_reply
 from space.statemachine.store import Applied, Store, WriteTransaction
 from space.statemachine.tables import Overlay
 
-EVENTS_PER_TRANSACTION: Final = 100_000
+EVENTS_PER_TRANSACTION: Final = 200_000
 """Bounds the memory of a fold (a few hundred bytes an event) and what a crash in it repeats."""
 
 
@@ -117,8 +117,7 @@ def _transaction(
 ) -> tuple[Applied, bool]:
     overlay = Overlay(txn)
     folders = [view.folder(txn) for view in views]
-    plan = _plan(folders, with_state=with_state)
-    readers = READERS
+    plan = _Plan(folders, with_state=with_state)
     limit = -1 if stop_event is None else stop_event + 1
     count = 0
     record: Record | None = None
@@ -128,8 +127,8 @@ def _transaction(
         for client, sequence, time_ns, _actor, rows in batch_rows(record.metadata):
             context.time_ns = time_ns
             for row in rows:
-                link, event = readers[row[0]](row)
-                on_state, on_views = plan[event.__class__]
+                read, on_state, on_views = plan[row[0]]
+                link, event = read(row)
                 if on_state is not None:
                     on_state(overlay, context, link, event)
                 for on_view in on_views:
@@ -154,12 +153,19 @@ def _transaction(
     return Applied(record.index, record.chain, digest, record.time_ns, applied.events + count), done
 
 
-def _plan(folders: Sequence[Folder], *, with_state: bool) -> dict[type[Any], tuple[Any, list[Handler]]]:
-    """Event class → what it does to the state (or None), and to each view it means something to."""
-    return {
-        schema.cls: (
-            HANDLERS[schema.cls] if with_state else None,
-            [folder.handlers[schema.cls] for folder in folders if schema.cls in folder.handlers],
-        )
-        for schema in BY_NUMBER.values()
-    }
+class _Plan(dict[int, tuple[Any, Any, list[Handler]]]):
+    """Event number → its reader, what it does to the state (or None), and to each view it means something to."""
+
+    def __init__(self, folders: Sequence[Folder], *, with_state: bool) -> None:
+        super().__init__()
+        self._folders = folders
+        self._with_state = with_state
+
+    def __missing__(self, number: int) -> tuple[Any, Any, list[Handler]]:
+        schema = BY_NUMBER.get(number)
+        if schema is None:
+            return READERS[number], None, []  # that reader refuses it
+        on_views = [folder.handlers[schema.cls] for folder in self._folders if schema.cls in folder.handlers]
+        on_state = HANDLERS[schema.cls] if self._with_state else None
+        found = self[number] = (READERS[number], on_state, on_views)
+        return found
