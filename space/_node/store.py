@@ -315,12 +315,17 @@ class Store(Reading):
             return
         requests = [request for ticket in tickets for request in ticket.requests]
         outcomes: list[Receipt | SpaceError] = []
+        unexpected: BaseException | None = None
         while len(outcomes) < len(requests):
             todo = requests[len(outcomes) :]
             try:
                 outcomes += self._batch(todo)
             except SpaceError as error:
                 outcomes += [error] * len(todo)
+            except BaseException as error:  # noqa: BLE001 - raised below, once nobody is left waiting
+                unexpected = error
+                hint = "close the store; the next start recovers it from the log"
+                outcomes += [StorageError(f"the store met {type(error).__name__}", hint=hint)] * len(todo)
         at = 0
         for ticket in tickets:
             ticket.outcomes = outcomes[at : at + len(ticket.requests)]
@@ -328,6 +333,8 @@ class Store(Reading):
             at += len(ticket.requests)
             if ticket.future is not None:
                 ticket.future.set_result(ticket.outcomes[0])
+        if unexpected is not None:
+            raise unexpected
 
     def _batch(self, requests: list[Request]) -> list[Receipt | SpaceError]:
         if self._closed:

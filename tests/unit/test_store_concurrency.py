@@ -12,6 +12,7 @@ import pytest
 import space
 from space._node import history
 from space._node.store import Store
+from space.events.commands import CreateCapsule, Request
 from space.statemachine.store import read_seal
 
 
@@ -114,3 +115,20 @@ def test_reading_a_store_that_was_closed_is_an_error_of_ours(tmp_path: Path) -> 
         with pytest.raises(space.SpaceError):
             call()
     store.close()
+
+
+def test_an_unexpected_error_leaves_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure nobody foresaw reaches the caller at work, and the others get a clear error instead of nothing."""
+    with space.open(tmp_path / "data") as store:
+        waiting = store.execute_soon(Request(CreateCapsule(store.new_id(), parent=store.root, name=b"a")))
+
+        def broken(*_: object, **__: object) -> None:
+            raise ZeroDivisionError
+
+        with monkeypatch.context() as patch:
+            patch.setattr("space._node.store.prepare", broken)
+            with pytest.raises(ZeroDivisionError):
+                store.create(parent=store.root, name=b"b")
+        assert isinstance(waiting.result(0), space.StorageError)
+        store.create(parent=store.root, name=b"c")
+        assert [entry.name for entry in store.ls("/")] == [b"c"]
