@@ -105,15 +105,6 @@ class Deleted:
     position: int
 
 
-@attrs.frozen
-class Usage:
-    """Totals of a store: capsules, and bytes of the log on disk."""
-
-    capsules: int
-    log_bytes: int
-    free_bytes: int
-
-
 def split_path(path: str | bytes) -> list[bytes]:
     """The names a path leads through.
 

@@ -124,9 +124,6 @@ class ReadTransaction:
             return cast("tuple[bytes, bytes]", cursor.item())
         return None
 
-    def count(self, table: int) -> int:
-        return int(self._txn.stat(self._handles[table])["entries"])
-
     @property
     def applied(self) -> Applied:
         data = self.get(0, b"applied")
@@ -146,9 +143,6 @@ class WriteTransaction(ReadTransaction):
 
     def delete(self, table: int, key: bytes) -> None:
         self._txn.delete(key, db=self._handles[table])
-
-    def clear(self, table: int) -> None:
-        self._txn.drop(self._handles[table], delete=False)
 
     def set_applied(self, applied: Applied) -> None:
         self._txn.put(b"applied", applied.encode(), db=self._handles[0])
@@ -309,11 +303,6 @@ class Store:
         self._env.close()
         if seal and not self._sealed:
             write_seal(self.path, applied, self.layout, durable=False)
-
-    def info(self) -> dict[str, int]:
-        """Bytes used and number of readers."""
-        info = self._env.info()
-        return {"bytes": (info["last_pgno"] + 1) * 4096, "readers": info["num_readers"]}
 
 
 def write_seal(path: Path, applied: Applied, layout: Layout, *, durable: bool) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from typing import Final, Protocol
 
 import attrs
@@ -115,28 +116,7 @@ class CapsuleRow:
     target: bytes = b""
 
     def encode(self) -> bytes:
-        head = _CAPSULE.pack(
-            self.kind,
-            self.flags,
-            self.mode,
-            self.nlink,
-            self.uid,
-            self.gid,
-            self.rdev,
-            self.block_size,
-            self.policy,
-            self.key,
-            self.size,
-            self.ino,
-            self.entries,
-            self.parent,
-            self.atime,
-            self.mtime,
-            self.ctime,
-            self.btime,
-            self.change,
-            self.link,
-        )
+        head = _CAPSULE.pack(*_packed_fields(self))
         if self.deleted or self.target:
             return head + U64.pack(self.deleted) + self.target
         return head
@@ -158,30 +138,13 @@ class CapsuleRow:
         return row
 
     def copy(self) -> CapsuleRow:
-        return CapsuleRow(
-            self.kind,
-            self.flags,
-            self.mode,
-            self.nlink,
-            self.uid,
-            self.gid,
-            self.rdev,
-            self.block_size,
-            self.policy,
-            self.key,
-            self.size,
-            self.ino,
-            self.entries,
-            self.parent,
-            self.atime,
-            self.mtime,
-            self.ctime,
-            self.btime,
-            self.change,
-            self.link,
-            self.deleted,
-            self.target,
-        )
+        row = CapsuleRow(*_packed_fields(self))
+        row.deleted, row.target = self.deleted, self.target
+        return row
+
+
+_packed_fields: Final = attrgetter(*(field.name for field in attrs.fields(CapsuleRow)[:-2]))
+"""The fields every row has, in the order they are packed; ``deleted`` and ``target`` follow only where set."""
 
 
 @attrs.frozen
@@ -336,12 +299,6 @@ class Overlay:
         self._seen.clear()
         self._before.clear()
         return change
-
-    def merge_into(self, other: Overlay) -> None:
-        """Moves every changed row into ``other``, the overlay below."""
-        other._capsules.update(self._capsules)
-        for table, rows in self._rows.items():
-            other._rows[table].update(rows)
 
     def __len__(self) -> int:
         return len(self._capsules) + sum(map(len, self._rows.values()))
