@@ -17,7 +17,7 @@ from space.events import commands as cmd
 from space.events import types as ev
 from space.events.codec import NO_LINK, chain_link, decode_batch, encode_event
 from space.events.commands import Durability
-from space.events.ids import ID_BYTES, AtPosition, CapsuleId, format_time, parse_moment
+from space.events.ids import CLUSTER, ID_BYTES, AtPosition, CapsuleId, format_time, parse_moment
 from space.events.registry import BY_CLASS
 from space.events.types import Kind
 from space.projections import content_map
@@ -394,7 +394,8 @@ def _verify_events(
         for entry in decode_batch(record.metadata):
             for link, event in entry.events:
                 report.events += 1
-                if link != chain_link(links.get(event.capsule, NO_LINK), encode_event(event)):
+                before = NO_LINK if event.capsule == CLUSTER else links.get(event.capsule, NO_LINK)
+                if link != chain_link(before, encode_event(event)):
                     report.add(
                         f"chain of capsule {CapsuleId(event.capsule)} is broken", position=record.index
                     )

@@ -83,6 +83,10 @@ ROOT: Final = CapsuleId(bytes(15) + b"\1")
 """The root directory of a shard's tree: the same in every store, so that it never has to be looked up."""
 
 
+CLUSTER: Final = CapsuleId(bytes(15) + b"\2")
+"""Stands where an event needs a capsule and is about the group of replicas that keeps the log."""
+
+
 @attrs.frozen
 class AtPosition:
     """The moment right after a batch was applied (``@123``), or after one event of it (``@123.4``)."""

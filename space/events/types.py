@@ -280,6 +280,20 @@ class CapsuleDeleted:
     capsule: bytes = identifier()
 
 
+@event(23)
+class MembershipChanged:
+    """The members of the Raft group that replicates this log changed: the batch is the Raft entry of the change.
+
+    ``change`` is the engine's ConfChangeV2 (empty where the engine made the entry to leave a joint configuration),
+    ``members`` what it means, as canonical msgpack: ``[[node id, "voter" | "learner" | "removed", address], …]``.
+    It belongs to no capsule: its link starts from nothing every time.
+    """
+
+    capsule: bytes = identifier()
+    change: bytes = blob(DOCUMENT_BYTES_MAX)
+    members: bytes = blob(DOCUMENT_BYTES_MAX)
+
+
 Event = (
     StoreInitialised
     | CapsuleCreated
@@ -303,4 +317,5 @@ Event = (
     | PayloadReclaimed
     | CapsulesPurged
     | CapsuleDeleted
+    | MembershipChanged
 )

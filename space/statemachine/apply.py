@@ -22,6 +22,7 @@ from space.events.ids import ID_BYTES, NIL, CapsuleId
 from space.statemachine.tables import (
     ENTRY,
     KEY,
+    MEMBER,
     ORPHAN,
     POLICY,
     POLICY_BY_HASH,
@@ -38,6 +39,8 @@ from space.statemachine.tables import (
 
 RECLAIMED_RANGE: Final = struct.Struct("<QII")
 _DIRECTORY: Final = int(ev.Kind.DIRECTORY)
+REMOVED: Final = "removed"
+"""The role of a node that has left, in :class:`space.events.types.MembershipChanged`."""
 
 
 @attrs.define
@@ -417,6 +420,16 @@ def _lose_name(state: Overlay, context: Context, capsule: bytes) -> None:
         state.put(ORPHAN, NIL + capsule + U64.pack(context.position), capsule)
 
 
+def _membership(state: Overlay, context: Context, link: bytes, event: ev.MembershipChanged) -> None:
+    for node, role, address in msgpack.unpackb(event.members):
+        if role == REMOVED:
+            state.delete(MEMBER, U64.pack(node))
+        else:
+            known = state.get(MEMBER, U64.pack(node))
+            where = address or (msgpack.unpackb(known)[1] if known else "")
+            state.put(MEMBER, U64.pack(node), msgpack.packb([role, where]))
+
+
 HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.StoreInitialised: _store_initialised,
     ev.CapsuleCreated: _created,
@@ -440,4 +453,5 @@ HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.PayloadReclaimed: _reclaimed,
     ev.CapsulesPurged: _purged,
     ev.CapsuleDeleted: _deleted,
+    ev.MembershipChanged: _membership,
 }

@@ -32,6 +32,7 @@ SNAPSHOT: Final = 8  # name → SnapshotRow
 REPLY: Final = 9  # client id + sequence (u64) → position (u64) that answered the command
 RECLAIMED: Final = 10  # position (u64) + offset (u32) → length (u32)
 COUNTER: Final = 11  # name → u64
+MEMBER: Final = 12  # node id (u64) → canonical msgpack [role, address]
 
 TABLES: Final = {
     CAPSULE: "capsule",
@@ -45,6 +46,7 @@ TABLES: Final = {
     REPLY: "reply",
     RECLAIMED: "reclaimed",
     COUNTER: "counter",
+    MEMBER: "member",
 }
 
 U32: Final = struct.Struct(">I")
@@ -299,6 +301,10 @@ class Overlay:
         self._seen.clear()
         self._before.clear()
         return change
+
+    def rebase(self, parent: Reader | Overlay) -> None:
+        """Puts the overlay on ``parent``, which holds what its own parent held before that was flushed."""
+        self._parent = parent
 
     def __len__(self) -> int:
         return len(self._capsules) + sum(map(len, self._rows.values()))
