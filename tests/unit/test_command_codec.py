@@ -1,0 +1,85 @@
+"""Requests as plain data: what a follower hands to the leader."""
+
+from __future__ import annotations
+
+import attrs
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from space._errors import UsageError
+from space.events import commands as cmd
+from space.events.command_codec import _CLASSES, decode_requests, encode_requests
+from space.events.commands import Request
+from space.events.types import Kind
+
+pytestmark = pytest.mark.unit
+
+A, B = bytes(15) + b"\1", bytes(15) + b"\2"
+
+SAMPLES = [
+    cmd.InitialiseStore(A, 0o755, 1, 2),
+    cmd.CreateCapsule(
+        A, Kind.DIRECTORY, 0o755, 1, 2, B, b"name", 3, 4, 512, b"", b"policy", cmd.NewKey(1, 1, b"k")
+    ),
+    cmd.CreateCapsule(A),
+    cmd.Link(A, B, b"n"),
+    cmd.Unlink(A, b"n", directory=None, recursive=True),
+    cmd.DeleteCapsule(A),
+    cmd.Rename(A, b"a", B, b"b", replace=False, exchange=True),
+    cmd.WriteExtent(A, 10, 20, [cmd.StoredFrame(b"r" * 48, b"stored"), cmd.StoredFrame(b"q" * 48, None)]),
+    cmd.Deallocate(A, 1, 2, extend=True),
+    cmd.Resize(A, 5),
+    cmd.SetAttributes(A, mode=0o600, mtime=7),
+    cmd.SetXattr(A, b"user.x", b"v", create=True),
+    cmd.RemoveXattr(A, b"user.x"),
+    cmd.SetPolicy(A, b"p", None),
+    cmd.TakeSnapshot(A, "snap"),
+    cmd.DropSnapshot("snap"),
+    cmd.Clone(A, B, A, b"c", 4, b"m"),
+    cmd.Undelete(A, B, b"n"),
+    cmd.ReclaimPayload([(1, 2, 3), (4, 5, 6)]),
+    cmd.PurgeCapsules([A, B]),
+]
+
+
+def test_every_command_travels_and_comes_out_equal() -> None:
+    """Each command of the model, with an attachment where it has bytes, is the same after the journey."""
+    assert {type(each) for each in SAMPLES} == set(_CLASSES.values())
+    requests = [Request(command, "uid:0", b"c" * 16, n) for n, command in enumerate(SAMPLES)]
+    document, attachments = encode_requests(requests)
+    carried = msgpack.unpackb(msgpack.packb(document))
+    assert decode_requests(carried, attachments) == requests
+    assert attachments == [b"stored"]
+
+
+JSONISH = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.binary(max_size=20) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=6),
+    max_leaves=20,
+)
+
+
+@given(JSONISH)
+def test_anything_else_is_refused(document: object) -> None:
+    """A document that is not a list of requests gets an error and nothing else."""
+    try:
+        assert decode_requests(document, []) == []
+    except UsageError:
+        return
+
+
+@given(st.sampled_from(SAMPLES), st.integers(0, 12), JSONISH)
+def test_a_field_of_another_type_is_refused_or_of_its_type(command: cmd.Command, at: int, value: object) -> None:
+    """One field replaced by anything: an error, or a command whose fields have the types they are declared with."""
+    document, attachments = encode_requests([Request(command, "x", b"", 0)])
+    fields = document[0][4]
+    fields[at % len(fields)] = value
+    try:
+        (made,) = decode_requests(document, attachments)
+    except UsageError:
+        return
+    for field in attrs.fields(type(made.command)):
+        kind = type(getattr(made.command, field.name)).__name__
+        assert kind in {"int", "bytes", "bool", "NoneType", "str", "list", "Kind", "NewKey"}
