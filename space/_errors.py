@@ -12,7 +12,7 @@ each kind, so that nobody downstream has to guess:
 from __future__ import annotations
 
 import enum
-from typing import Final, final
+from typing import Any, Final, final
 
 
 @final
@@ -122,6 +122,22 @@ class UnavailableError(SpaceError):
     default_status = Status.UNAVAILABLE
 
 
+class NotLeaderError(UnavailableError):
+    """Only the leader of a group decides, and this node is not it (any more).
+
+    What was handed in may have been carried out all the same: a retry with the same client id and sequence tells.
+
+    Attributes:
+        leader: node that is thought to lead, 0 if nobody is known.
+    """
+
+    def __init__(
+        self, message: str, *, hint: str = "", status: Status | None = None, leader: int = 0
+    ) -> None:
+        super().__init__(message, hint=hint or "it is tried again at the leader", status=status)
+        self.leader = leader
+
+
 class StorageError(SpaceError):
     """The disk refused: full, or an input/output error.  Nothing was acknowledged."""
 
@@ -176,3 +192,33 @@ _REJECTED: Final = {
 def rejection(status: Status, message: str) -> SpaceError:
     """The error a caller sees for a command that was decided against."""
     return _REJECTED.get(status, UsageError)(message, status=status)
+
+
+def error_document(error: SpaceError) -> dict[str, Any]:
+    """An error as plain data, for another process."""
+    document: dict[str, Any] = {
+        "kind": type(error).__name__,
+        "message": Exception.__str__(error),
+        "hint": error.hint,
+        "status": error.status.name,
+    }
+    if isinstance(error, CorruptionError):
+        document |= {"segment": error.segment, "offset": error.offset, "position": error.position}
+    if isinstance(error, NotLeaderError):
+        document["leader"] = error.leader
+    return document
+
+
+def error_of(document: dict[str, Any]) -> SpaceError:
+    """The error a document describes, of its own class if this program knows it."""
+    found = globals().get(str(document.get("kind")))
+    kind = found if isinstance(found, type) and issubclass(found, SpaceError) else SpaceError
+    text, hint = str(document.get("message")), str(document.get("hint", ""))
+    if issubclass(kind, CorruptionError):
+        place = {key: document[key] for key in ("segment", "offset", "position") if key in document}
+        return kind(text, hint=hint, **place)
+    status = str(document.get("status"))
+    made = kind(text, hint=hint, status=Status[status] if status in Status.__members__ else None)
+    if isinstance(made, NotLeaderError) and isinstance(document.get("leader"), int):
+        made.leader = document["leader"]
+    return made

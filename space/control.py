@@ -36,8 +36,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self, cast
 
 import msgpack
 
-from space import _errors
-from space._errors import CorruptionError, SpaceError, StorageError, UnavailableError, UsageError
+from space._errors import (
+    SpaceError,
+    StorageError,
+    UnavailableError,
+    UsageError,
+    error_document,
+    error_of,
+)
 from space._node.caller import CHUNK_BYTES, Caller
 
 if TYPE_CHECKING:
@@ -102,31 +108,6 @@ def _unpack(stream: BinaryIO, head: bytes, limit: int) -> Message:
     if not isinstance(message, dict):
         raise _ProtocolError
     return message
-
-
-def _error_message(error: SpaceError) -> Message:
-    message: Message = {
-        "kind": type(error).__name__,
-        "message": Exception.__str__(error),
-        "hint": error.hint,
-        "status": error.status.name,
-    }
-    if isinstance(error, CorruptionError):
-        message |= {"segment": error.segment, "offset": error.offset, "position": error.position}
-    return message
-
-
-def _error_of(message: Message) -> SpaceError:
-    """The error a message describes, of its own class if this program knows it."""
-    found = getattr(_errors, str(message.get("kind")), None)
-    kind = found if isinstance(found, type) and issubclass(found, SpaceError) else SpaceError
-    text, hint = str(message.get("message")), str(message.get("hint", ""))
-    if issubclass(kind, CorruptionError):
-        place = {key: message[key] for key in ("segment", "offset", "position") if key in message}
-        return kind(text, hint=hint, **place)
-    status = str(message.get("status"))
-    known = status in _errors.Status.__members__
-    return kind(text, hint=hint, status=_errors.Status[status] if known else None)
 
 
 @contextlib.contextmanager
@@ -304,13 +285,13 @@ class ControlServer:
                 result = None
             caller.send({"result": result})
         except SpaceError as error:
-            caller.send({"error": _error_message(error)})
+            caller.send({"error": error_document(error)})
         except BrokenPipeError:
             caller.send({"error": {"kind": "BrokenPipeError"}})
         except OSError as error:
-            caller.send({"error": _error_message(StorageError(str(error)))})
+            caller.send({"error": error_document(StorageError(str(error)))})
         except Exception as error:  # noqa: BLE001 - one call may fail, its process has a store to keep open
-            caller.send({"error": _error_message(SpaceError(f"{type(error).__name__}: {error}"))})
+            caller.send({"error": error_document(SpaceError(f"{type(error).__name__}: {error}"))})
 
     def _call(self, caller: _RemoteCaller, request: Message, descriptors: list[int]) -> Any:
         from space._node.service import Service, methods
@@ -354,7 +335,7 @@ def _refuse(stream: socket.socket) -> None:
     with stream, contextlib.suppress(OSError):
         stream.settimeout(PROGRESS_SECONDS)
         busy = UnavailableError("as many calls as can be are being answered already", hint="try again")
-        stream.sendall(_pack({"error": _error_message(busy)}, ANSWER_BYTES_MAX))
+        stream.sendall(_pack({"error": error_document(busy)}, ANSWER_BYTES_MAX))
 
 
 def check_arguments(method: Callable[..., Any], arguments: Message) -> None:
@@ -453,7 +434,7 @@ class RemoteService:
                     error = message["error"] if isinstance(message["error"], dict) else {}
                     if error.get("kind") == "BrokenPipeError":
                         raise BrokenPipeError
-                    raise _error_of(error)
+                    raise error_of(error)
                 else:
                     yield message
                     if "item" not in message:

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from space._errors import ConflictError, Status, UnavailableError, UsageError
+from space._errors import ConflictError, NotLeaderError, Status, UnavailableError, UsageError
 from space.wal.raft_state import Configuration, RaftState
 
 if TYPE_CHECKING:
@@ -50,17 +50,6 @@ RETAINED_ENTRIES: Final = 65_536
 """Entries the engine can send by itself (a few bytes each); a replica further behind is sent the log."""
 
 _CONTEXT: Final = struct.Struct(">QQQ")  # node, incarnation, number
-
-
-class NotLeaderError(UnavailableError):
-    """Only the leader decides, and this is not it (any more).
-
-    ``leader`` is who is thought to be, 0 if nobody is known.
-    """
-
-    def __init__(self, message: str, *, leader: int = 0) -> None:
-        super().__init__(message, hint="it is tried again at the leader")
-        self.leader = leader
 
 
 class Role(enum.Enum):
@@ -325,7 +314,11 @@ class Driver:
     def _successor(self, after: Configuration) -> int:
         """The voter that stays and is furthest."""
         known = self.progress()
-        found = [(known[each][0], each) for each in after.voters if each != self.node and each in known and known[each][3]]
+        found = [
+            (known[each][0], each)
+            for each in after.voters
+            if each != self.node and each in known and known[each][3]
+        ]
         return max(found)[1] if found else 0
 
     def transfer(self, node: int) -> None:
@@ -509,14 +502,20 @@ class Driver:
 
     def _draw_timeout(self) -> None:
         """A new election time-out from our own source of chance, so that a seed replays."""
-        self._engine.set_election_timeout(self._random.randint(self._settings.election, 2 * self._settings.election - 1))
+        self._engine.set_election_timeout(
+            self._random.randint(self._settings.election, 2 * self._settings.election - 1)
+        )
 
 
 def configuration(conf_state: tuple[list[int], list[int], list[int], list[int], bool]) -> Configuration:
     """The engine's ConfState in our words."""
     voters, learners, outgoing, learners_next, auto_leave = conf_state
     return Configuration(
-        tuple(sorted(voters)), tuple(sorted(learners)), tuple(sorted(outgoing)), tuple(sorted(learners_next)), auto_leave
+        tuple(sorted(voters)),
+        tuple(sorted(learners)),
+        tuple(sorted(outgoing)),
+        tuple(sorted(learners_next)),
+        auto_leave,
     )
 
 

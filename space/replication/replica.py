@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import attrs
 import msgpack
 
-from space._errors import CorruptionError, SpaceError, StorageError, UnavailableError
+from space._errors import CorruptionError, NotLeaderError, SpaceError, StorageError, UnavailableError
 from space.events.codec import NO_LINK, Entry, batch_rows, chain_link, encode_batch, encode_event
 from space.events.commands import Buffer, Receipt, Request
 from space.events.ids import CLUSTER
@@ -41,7 +41,6 @@ from space.replication.driver import (
     Boot,
     Driver,
     EngineFactory,
-    NotLeaderError,
     Persist,
     Role,
     Settings,
@@ -546,7 +545,9 @@ class Replica:
         requests = [request for ticket in tickets for request in ticket.requests[len(ticket.outcomes) :]]
         position = self.driver.last_index + 1
         time_ns = max(now_ns, self._last_time)
-        parent: Any = self._chain[-1].prepared.overlay if self._chain and self._chain[-1].prepared else self._root
+        parent: Any = (
+            self._chain[-1].prepared.overlay if self._chain and self._chain[-1].prepared else self._root
+        )
         with self.machine.reading() as reader:
             self._root.reader = reader
             try:
