@@ -376,7 +376,7 @@ class Driver:
                 self._role = role
                 self._term_start = self._engine.last_index if role is Role.LEADER else 0
                 self._draw_timeout()
-        persist = Persist(ready.number, None, False, ready.entries)  # noqa: FBT003
+        persist = Persist(ready.number, None, False, ready.entries)
         if ready.hard_state is not None:
             term, vote, commit = ready.hard_state
             persist.state_first = (term, vote) != (self._state.term, self._state.vote)
@@ -452,7 +452,7 @@ class Driver:
         self._changing = True
         commit = max(self._state.commit, index)
         self._state = attrs.evolve(self._state, commit=commit, configuration=after, configuration_index=index)
-        persist = Persist(self._number, self._state, True, [], configures=True)  # noqa: FBT003
+        persist = Persist(self._number, self._state, True, [], configures=True)
         self._persists.append(persist)
         self._out.append(persist)
 

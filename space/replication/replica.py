@@ -48,12 +48,11 @@ from space.replication.driver import (
 from space.statemachine.apply import REMOVED
 from space.statemachine.sequencer import Prepared, prepare
 from space.statemachine.store import Applied
-from space.statemachine.tables import Overlay, Reader
+from space.statemachine.tables import Reader
 from space.wal.log import Log
-from space.wal.raft_state import Configuration, RaftState, RaftStateFile
+from space.wal.raft_state import Configuration, RaftStateFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
 
     from space_raft_engine import Entry as RaftEntry
     from space_raft_engine import Message

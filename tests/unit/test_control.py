@@ -193,8 +193,8 @@ def test_errors_keep_their_kind(kind: type[space.SpaceError]) -> None:
         sent.segment, sent.offset, sent.position = "segment", 7, 8
     else:
         sent.status = Status.STALE
-    message = msgpack.unpackb(msgpack.packb(control._error_message(sent)))
-    got = control._error_of(message)
+    message = msgpack.unpackb(msgpack.packb(_errors.error_document(sent)))
+    got = _errors.error_of(message)
     assert (type(got), str(got), got.hint) == (kind, str(sent), sent.hint)
     assert got.status is sent.status
     if isinstance(got, CorruptionError):
@@ -204,7 +204,7 @@ def test_errors_keep_their_kind(kind: type[space.SpaceError]) -> None:
 @pytest.mark.parametrize("kind", ["NoSuchError", "Final", "ErrorKind", 5, None])
 def test_unknown_errors_are_errors_still(kind: object) -> None:
     """An error of a class this program lacks, or that is none, arrives as a SpaceError."""
-    got = control._error_of({"kind": kind, "message": "what failed", "status": "NO_SUCH"})
+    got = _errors.error_of({"kind": kind, "message": "what failed", "status": "NO_SUCH"})
     assert (type(got), str(got)) == (space.SpaceError, "what failed")
 
 
