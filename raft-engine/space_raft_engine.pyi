@@ -1,3 +1,6 @@
+# ruff: noqa: PYI021  (this is the interface's only documentation)
+# ruff: noqa: N818    (Dropped and Panic are what happened, and Raft's words)
+# ruff: noqa: A002    (id is Raft's word for a node's number)
 """Crate raft 0.7.0 (TiKV's consensus core) for Python: one `Node` is one replica of one Raft group.
 
 Sans-I/O: a node has no thread, clock, disk or network.  Calls go in, a `Ready` comes out, and the caller
@@ -26,11 +29,13 @@ from typing import Final, Literal, TypeAlias, final
 
 ConfState: TypeAlias = tuple[list[int], list[int], list[int], list[int], bool]
 """Members, each list sorted when it comes from here: voters, learners, voters_outgoing, learners_next, auto_leave.
-The configuration is joint while voters_outgoing is not empty."""
+The configuration is joint while voters_outgoing is not empty.
+"""
 
 Entry: TypeAlias = tuple[int, int, int, int, bytes]
 """Index, term, kind, size, data.  Kind 0 is a normal entry of `size` bytes (0: what a new leader proposes) with
-data b""; kind 2 is a membership change with size 0 and data for `decode_change` (b"": leave joint)."""
+data b""; kind 2 is a membership change with size 0 and data for `decode_change` (b"": leave joint).
+"""
 
 Role: TypeAlias = Literal["follower", "precandidate", "candidate", "leader"]
 Transition: TypeAlias = Literal["auto", "implicit", "explicit"]
@@ -47,7 +52,8 @@ class Dropped(RaftError):
 
 class Panic(RaftError):
     """The engine found an invariant broken, and says which; the Node raises this for ever after.
-    Nothing it had not handed out counts: open a new one from the log."""
+    Nothing it had not handed out counts: open a new one from the log.
+    """
 
 @final
 class Message:
@@ -122,7 +128,8 @@ class Status:
     @property
     def progress(self) -> dict[int, tuple[int, int, Literal["probe", "replicate", "snapshot"], bool, int]]:
         """Of each member, as the leader knows it ({} elsewhere): match, next, state, recent_active,
-        pending_snapshot (index, 0 if none)."""
+        pending_snapshot (index, 0 if none).
+        """
 
 @final
 class Description:
@@ -133,7 +140,8 @@ class Description:
     @property
     def sender(self) -> int:
         """Node it is from.  A leadership transfer that was asked of a follower names the future leader here,
-        and a forwarded read the node that wants to read."""
+        and a forwarded read the node that wants to read.
+        """
     @property
     def to(self) -> int: ...
     @property
@@ -172,7 +180,7 @@ class Node:
     def __new__(
         cls,
         *,
-        id: int,  # noqa: A002  (Raft's own word, by name only)
+        id: int,
         conf_state: ConfState,
         term: int,
         vote: int,
@@ -192,52 +200,62 @@ class Node:
         """One tick of the caller's clock has passed."""
     def set_election_timeout(self, ticks: int) -> None:
         """From the next tick on exactly `ticks` without a leader start an election, whatever role comes between.
-        Raises RaftError outside election_tick <= ticks < 2 * election_tick."""
+        Raises RaftError outside election_tick <= ticks < 2 * election_tick.
+        """
     def step(self, message: bytes) -> None:
         """Takes a message from a peer.  An answer of a node that is no member is ignored.
         Raises RaftError for bytes that are no message, for one no honest peer sends, for another node's, and for
-        proposals and snapshots: the latter are installed by opening a new Node."""
+        proposals and snapshots: the latter are installed by opening a new Node.
+        """
     def propose(self, sizes: Sequence[int]) -> int:
         """Proposes normal entries of these sizes in bytes, all or none; the index of the first.
-        Raises Dropped unless leader and within the limit, RaftError for no sizes or one of 0."""
+        Raises Dropped unless leader and within the limit, RaftError for no sizes or one of 0.
+        """
     def propose_change(self, change: bytes) -> int:
         """Proposes a membership change of `encode_change`; its index.  Look with `preview_change` first: what is
         impossible is taken, and must then be skipped by everyone.
         Raises Dropped unless leader, while another change may be unapplied, for anything but leaving while the
-        configuration is joint, and for leaving while it is not."""
+        configuration is joint, and for leaving while it is not.
+        """
     def preview_change(self, change: bytes) -> ConfState:
         """The members `apply_change` would give; changes nothing.  Raises RaftError if the change is impossible."""
     def apply_change(self, index: int, change: bytes) -> ConfState:
         """Switches to the members after the committed change at `index`, and returns them; a snapshot is of
         `index` from now on.  Before `advance_apply_to(index)`, and before any later change.  A leader that removes
         itself is to be reopened at once: its next call may Panic.
-        Raises RaftError if the change is impossible (skip it: it is then a no-op everywhere) or out of turn."""
+        Raises RaftError if the change is impossible (skip it: it is then a no-op everywhere) or out of turn.
+        """
     def read_index(self, context: bytes) -> None:
         """Asks for the index a linearizable read now has to wait for; it comes in `Ready.reads` under `context`,
         which must be unique in the group.  Or it never comes (no leader, or a message was lost): ask again.
-        Raises RaftError for an empty context."""
+        Raises RaftError for an empty context.
+        """
     def campaign(self) -> None:
         """Starts an election now.  Raises RaftError unless a voter."""
-    def transfer_leader(self, id: int) -> None:  # noqa: A002
+    def transfer_leader(self, id: int) -> None:
         """Hands leadership to a voter, within an election time-out or not at all; no proposals meanwhile.
-        A follower passes this on to the leader."""
-    def report_unreachable(self, id: int) -> None:  # noqa: A002
+        A follower passes this on to the leader.
+        """
+    def report_unreachable(self, id: int) -> None:
         """The last message to this peer was lost: the leader probes before it streams again."""
-    def report_snapshot(self, id: int, ok: bool) -> None:  # noqa: A002, FBT001
+    def report_snapshot(self, id: int, ok: bool) -> None:
         """The snapshot of a MsgSnapshot was installed, or failed; until then the peer gets no entries."""
     def has_ready(self) -> bool:
         """Whether `ready` has something to do."""
     def ready(self) -> Ready:
         """Takes everything that is to do.  Its entries count as stored from now on, as durable only after
-        `on_persist_ready`."""
+        `on_persist_ready`.
+        """
     def on_persist_ready(self, number: int) -> None:
-        """This Ready and all before it are durable.  Raises RaftError for one not handed out yet."""
+        """Tells that this Ready and all before it are durable.  Raises RaftError for one not handed out yet."""
     def advance_apply_to(self, index: int) -> None:
         """Everything up to `index` is applied; a snapshot is of `index` from now on.
-        Raises RaftError if that is backwards, not committed or not durable."""
+        Raises RaftError if that is backwards, not committed or not durable.
+        """
     def compact(self, index: int) -> None:
         """Forgets retained entries up to and including `index`; followers behind it get a MsgSnapshot.
-        Raises RaftError if it is not applied."""
+        Raises RaftError if it is not applied.
+        """
     def term_at(self, index: int) -> int | None:
         """Term of an entry, the one before the first retained included; None outside of these."""
     def status(self) -> Status:
@@ -278,7 +296,8 @@ def encode_change(
 ) -> bytes:
     """A membership change (eraftpb.ConfChangeV2): what becomes of which node.  No changes: leave joint.
     "auto" goes through a joint configuration only if there are several; "implicit" and "explicit" always do, and
-    the former (like "auto") leaves it by itself.  Raises RaftError for node 0 and unknown words."""
+    the former (like "auto") leaves it by itself.  Raises RaftError for node 0 and unknown words.
+    """
 
 def decode_change(data: bytes) -> tuple[list[tuple[Change, int]], Transition, bytes]:
     """The changes, transition and context of a membership change.  Raises RaftError if it is none."""

@@ -8,11 +8,11 @@ use pyo3::types::{PyBytes, PyList};
 use raft::eraftpb::{ConfState, Entry, HardState, Message, MessageType};
 use raft::{Changer, Config, RawNode, SnapshotStatus, StateRole};
 
-use crate::storage::{change, normal, size_of, Store};
+use crate::storage::{self, change, normal, size_of, Store};
 use crate::values::{self, entry_list, role_name, Ready, Status};
 use crate::wire::{
     check_members, decode_change, decode_message, members_to_python, members_to_raft, refuse, split_append,
-    Members,
+    Members, NUMBER_MAX,
 };
 use crate::{Dropped, Panic, RaftError};
 
@@ -64,9 +64,9 @@ fn engine_error(error: raft::Error) -> PyErr {
 }
 
 /// `(term, kind, size, data)` from Python, from index `before + 1` on, as the engine's entries.
-fn retained(before: (u64, u64), entries: Vec<(u64, i32, u32, Vec<u8>)>) -> PyResult<Vec<Entry>> {
+fn retained(before: (u64, u64), term: u64, entries: Vec<(u64, i32, u32, Vec<u8>)>) -> PyResult<Vec<Entry>> {
     let mut term_before = before.1;
-    (before.0 + 1..)
+    let entries = (before.0 + 1..)
         .zip(entries)
         .map(|(index, (term, kind, size, data))| {
             if term < term_before.max(1) {
@@ -81,30 +81,27 @@ fn retained(before: (u64, u64), entries: Vec<(u64, i32, u32, Vec<u8>)>) -> PyRes
                 }
             }
         })
-        .collect()
+        .collect::<PyResult<_>>()?;
+    if term < term_before {
+        return refuse(format!("term {term} is older than the last entry's, {term_before}"));
+    }
+    Ok(entries)
 }
 
 /// Every position in its place, or the engine would panic while it opens.
-fn check_positions(
-    hard_state: &HardState,
-    applied: u64,
-    before: (u64, u64),
-    entries: &[Entry],
-) -> PyResult<()> {
+fn check_positions(hard_state: &HardState, applied: u64, before: (u64, u64), count: usize) -> PyResult<()> {
     if (before.0 == 0) != (before.1 == 0) {
         return refuse(format!("the entry before the first is {before:?}: only index 0 has term 0"));
     }
-    let last = before.0 + entries.len() as u64;
-    let last_term = entries.last().map_or(before.1, |entry| entry.term);
-    let commit = hard_state.commit;
+    if [before.0, before.1, hard_state.term].iter().any(|number| *number > NUMBER_MAX) {
+        return refuse("a term or index beyond 2^62");
+    }
+    let (last, commit) = (before.0 + count as u64, hard_state.commit);
     if !(before.0 <= applied && applied <= commit && commit <= last) {
         return refuse(format!(
             "not in order: before {} <= applied {applied} <= commit {commit} <= last {last}",
             before.0,
         ));
-    }
-    if hard_state.term < last_term {
-        return refuse(format!("term {} is older than the last entry's, {last_term}", hard_state.term));
     }
     Ok(())
 }
@@ -217,9 +214,9 @@ impl Node {
         }
         let members = members_to_raft(conf_state);
         check_members(&members)?;
-        let entries = retained(before, entries)?;
         let hard_state = HardState { term, vote, commit };
-        check_positions(&hard_state, applied, before, &entries)?;
+        check_positions(&hard_state, applied, before, entries.len())?;
+        let entries = retained(before, term, entries)?;
         let config = Config {
             id,
             election_tick,
@@ -313,7 +310,7 @@ impl Node {
                     false => "the joint configuration must be left first",
                 });
             }
-            propose_entries(raw, vec![crate::storage::change(0, 0, change)])
+            propose_entries(raw, vec![storage::change(0, 0, change)])
         })
     }
 

@@ -19,7 +19,7 @@ use crate::RaftError;
 pub type Members = (Vec<u64>, Vec<u64>, Vec<u64>, Vec<u64>, bool);
 
 /// Terms and indexes above this are refused: sums of a few of those below cannot overflow.
-const NUMBER_MAX: u64 = 1 << 62;
+pub const NUMBER_MAX: u64 = 1 << 62;
 
 /// Refuses, with a sentence that says why.
 pub fn refuse<T>(why: impl Into<String>) -> PyResult<T> {
