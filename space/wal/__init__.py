@@ -5,7 +5,7 @@
 """
 
 from space.wal.disk import Disk, File, RealDisk
-from space.wal.log import Finding, Log, SegmentInfo
+from space.wal.log import Finding, Log, SegmentInfo, StoredBatch
 from space.wal.recovery import RecoveryReport
 from space.wal.segment_format import RecordInfo, RecordKind
 from space.wal.segment_reader import Damage
@@ -21,4 +21,5 @@ __all__ = [
     "RecordKind",
     "RecoveryReport",
     "SegmentInfo",
+    "StoredBatch",
 ]

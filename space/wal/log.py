@@ -23,10 +23,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple, Self, TypeVar, final
 
 import attrs
+from crc32c import crc32c
 
 from space._errors import ConflictError, NotFoundError, RefusedError, StorageError, UsageError
 from space.wal.disk import Buffer, Disk, File
 from space.wal.recovery import (
+    TERM_UNKNOWN,
     Recovered,
     RecoveryReport,
     Segment,
@@ -57,6 +59,7 @@ from space.wal.segment_format import (
     SegmentHeader,
     align,
     index_name,
+    payload_offset,
 )
 from space.wal.segment_reader import (
     BadRecord,
@@ -124,6 +127,22 @@ class Finding:
     what: Damage
 
 
+class StoredBatch(NamedTuple):
+    """A batch as it is stored, payload included.
+
+    Attributes:
+        payload: its bytes as read now.
+        payload_crc: CRC32C of the payload as it was written first.
+        intact: whether ``payload`` still has that CRC.  If not, blocks of it were reclaimed, or it is damaged: the
+            log cannot tell which; whoever reclaims can.
+    """
+
+    info: RecordInfo
+    payload: bytes
+    payload_crc: int
+    intact: bool
+
+
 class _Place(NamedTuple):
     """Where a payload is."""
 
@@ -183,6 +202,7 @@ class Log:
         self._closed = False
         self._cuts = 0
         self._protected = found.tail.index  # up to here the watermark is durable
+        self._holed = 0  # last batch that was appended without all of its payload
 
         self._turn = threading.Condition()
         self._leading = False
@@ -255,6 +275,16 @@ class Log:
         return self._tail.time_ns
 
     @property
+    def last_term(self) -> int:
+        """Raft term of the last batch, 0 if there is none.
+
+        Raises:
+            CorruptionError: that batch is damaged.
+        """
+        tail = self._tail
+        return self.term(tail.index) if tail.term == TERM_UNKNOWN else tail.term
+
+    @property
     def durable_index(self) -> int:
         """Last batch known to survive a power loss."""
         return self._durable.index
@@ -286,6 +316,8 @@ class Log:
         time_ns: int,
         term: int = 0,
         kind: RecordKind = RecordKind.BATCH,
+        payload_crc: int | None = None,
+        holes: Sequence[tuple[int, int]] = (),
     ) -> int:
         """Add a record at the end: visible to readers at once, durable after :meth:`sync`.
 
@@ -297,6 +329,9 @@ class Log:
             time_ns: at least the time of the last record.
             term: Raft term.
             kind: records other than batches take no index.
+            payload_crc: CRC32C of the payload as it was written first, if ``payload`` is what reclaiming left of it.
+            holes: offset and length of the reclaimed parts of such a payload, zeros in ``payload``; given
+                back to the disk where it can do that.
 
         Returns:
             The index of the batch; for other kinds, of the last batch before it.
@@ -315,7 +350,7 @@ class Log:
         if time_ns > _TIME_MAX or not 0 <= term <= _TERM_MAX:
             raise UsageError(f"time {time_ns} or term {term} is out of range")
         payload = gather(payload)
-        payload_length, payload_crc = measure(payload)
+        payload_length, found_crc = measure(payload)
         if len(metadata) > METADATA_BYTES_MAX or payload_length > PAYLOAD_BYTES_MAX:
             raise UsageError(
                 f"a record holds up to {METADATA_BYTES_MAX} bytes of metadata, {PAYLOAD_BYTES_MAX} of payload"
@@ -337,9 +372,12 @@ class Log:
             metadata=metadata,
             payload=payload,
             payload_length=payload_length,
-            payload_crc=payload_crc,
+            payload_crc=found_crc if payload_crc is None else payload_crc,
         )
-        self._write(record.buffers, tail.end, tail.end + record.length)
+        place = tail.end + payload_offset(tail.end, len(metadata), payload_length)
+        self._write(record.buffers, tail.end, tail.end + record.length, _blocks_inside(place, holes))
+        if payload_crc not in {None, found_crc}:
+            self._holed = tail.index + is_batch
         if is_batch:
             active.offsets.append(tail.end)
         self._tail = Tail(
@@ -349,6 +387,7 @@ class Log:
             record.chain,
             time_ns,
             tail.records + 1,
+            term if is_batch else tail.term,
         )
         return self._tail.index
 
@@ -408,7 +447,8 @@ class Log:
         with self._failing_for_good("cannot sync the log"):
             self._active.file.fdatasync()
         self._syncs_are_small = tail.end - self._durable.end <= _SMALL_SYNC_BYTES
-        self._publish_durable(tail)
+        # Above a durable watermark, recovery would take a payload with holes for a torn one.
+        self._publish_durable(tail, sync=int(self._protected < min(self._holed, tail.index)))
 
     def _publish_durable(
         self, tail: Tail, flags: WatermarkFlag = WatermarkFlag.NONE, *, sync: int = 0
@@ -447,7 +487,7 @@ class Log:
             state = "closed" if self._closed else "open for reading only"
             raise RefusedError(f"the log in {self._directory} is {state}")
 
-    def _write(self, buffers: list[Buffer], offset: int, end: int) -> None:
+    def _write(self, buffers: list[Buffer], offset: int, end: int, holes: Sequence[tuple[int, int]]) -> None:
         active = self._active
         if self._syncs_are_small and self._zeroed_end < end:
             # The first write to reserved space makes the next sync commit a journal; writing zeros ahead
@@ -459,6 +499,8 @@ class Log:
             if self._garbage_end:
                 self._clear_garbage()
             active.file.pwritev(buffers, offset)
+            for start, stop in holes:
+                _punch(active.file, start, stop)
         except OSError as error:
             self._garbage_end = max(self._garbage_end, end)
             with contextlib.suppress(OSError):
@@ -500,7 +542,7 @@ class Log:
             fresh = Segment(header, size)
             self._segments = (*self._segments[:-1], sealed, fresh)
             self._active = _Active(fresh, file, array("Q"))
-            self._tail = attrs.evolve(start_of(fresh), records=tail.records)
+            self._tail = attrs.evolve(start_of(fresh), records=tail.records, term=tail.term)
             self._zeroed_end = 0
             self._publish_durable(self._tail, sync=1)
 
@@ -603,6 +645,9 @@ class Log:
             CorruptionError: it is damaged.
             NotFoundError: there is no such batch.
         """
+        return self._read(index)[1].info
+
+    def _read(self, index: int) -> tuple[Segment, Scanned]:
         span, offset = self._locate(index)
         with self._reading(span.segment):
             file = self._file(span.segment)
@@ -617,7 +662,38 @@ class Log:
                 following = header.previous_chain if header else record.info.chain  # damage of another record
             if record.info.chain != following:
                 raise BadRecord(Damage.CHAIN, offset, index)
-        return record.info
+        return span.segment, record
+
+    def read_batch(self, index: int) -> tuple[RecordInfo, bytes]:
+        """One batch with its payload; every CRC and both links are checked.
+
+        Raises:
+            CorruptionError: it is damaged, or some of its payload was reclaimed.
+            NotFoundError: there is no such batch.
+        """
+        return self._whole(*self._read(index))
+
+    def batches(self, start: int, stop: int | None = None) -> Iterator[tuple[RecordInfo, bytes]]:
+        """As :meth:`records`, with payload and its CRC checked; raises as :meth:`read_batch` does, while iterating."""
+        return itertools.starmap(self._whole, self._walk(start, stop))
+
+    def stored(self, start: int, stop: int | None = None) -> Iterator[StoredBatch]:
+        """As :meth:`records`, with payload as it is now: reclaimed or damaged ones are marked, not refused."""
+        return itertools.starmap(self._as_stored, self._walk(start, stop))
+
+    def _whole(self, segment: Segment, record: Scanned) -> tuple[RecordInfo, bytes]:
+        batch = self._as_stored(segment, record)
+        if not batch.intact:
+            corrupt(Damage.PAYLOAD, segment.name, record.payload_offset, record.info.index)
+        return batch.info, batch.payload
+
+    def _as_stored(self, segment: Segment, record: Scanned) -> StoredBatch:
+        info = record.info
+        with self._reading(segment):
+            payload = self._file(segment).pread(info.payload_length, record.payload_offset)
+            if len(payload) != info.payload_length:
+                raise BadRecord(Damage.PAYLOAD, record.payload_offset, info.index)
+        return StoredBatch(info, payload, record.payload_crc, crc32c(payload) == record.payload_crc)
 
     def records(
         self, start: int, stop: int | None = None, *, every_kind: bool = False
@@ -627,13 +703,18 @@ class Log:
         Every CRC and link is checked; payload areas are not read.
 
         Args:
-            every_kind: also what lies between these batches: Raft state, marks.
+            every_kind: also what lies between these batches.
 
         Raises:
             ConflictError: while iterating, :meth:`truncate_after` removed what was to come.
             CorruptionError: while iterating, at the damaged record; those before it have been yielded.
             NotFoundError: ``start`` is before the first batch.
         """
+        return (record.info for _, record in self._walk(start, stop, every_kind=every_kind))
+
+    def _walk(
+        self, start: int, stop: int | None, *, every_kind: bool = False
+    ) -> Iterator[tuple[Segment, Scanned]]:
         if start < self.first_index:
             raise NotFoundError(f"there is no position {start}: the log starts at {self.first_index}")
         spans = self._spans()
@@ -642,7 +723,7 @@ class Log:
 
     def _iterate(
         self, spans: list[_Span], start: int, last: int, *, every_kind: bool
-    ) -> Iterator[RecordInfo]:
+    ) -> Iterator[tuple[Segment, Scanned]]:
         batch = RecordKind.BATCH
         for span in spans:
             if span.last_index < start and span.segment.first_index < start:
@@ -652,7 +733,7 @@ class Log:
                 if info.index > last:
                     return
                 if info.kind is batch or every_kind:
-                    yield info
+                    yield span.segment, record
 
     def _scan(self, span: _Span, start: int = 0) -> Iterator[Scanned]:
         """All records of a span, or those from batch ``start``, checked up to the span's last link."""
@@ -721,6 +802,10 @@ class Log:
     def time_ns(self, index: int) -> int:
         """Time of a batch, from its header alone."""
         return self._header(index)[1].time_ns
+
+    def term(self, index: int) -> int:
+        """Raft term of a batch, from its header alone."""
+        return self._header(index)[1].term
 
     def _header(self, index: int) -> tuple[_Span, RecordHeader, int]:
         span, offset = self._locate(index)
@@ -805,18 +890,12 @@ class Log:
         self._check_writable()
         segment, place = self._place(index)
         _check_range(place, index, offset, length)
-        start = align(place.offset + offset, BLOCK_BYTES)
-        end = (place.offset + offset + length) & -BLOCK_BYTES
-        if start >= end:
+        blocks = _blocks_inside(place.offset, [(offset, length)])
+        if not blocks:
             return 0
         self._protect(index)
-        try:
-            self._file(segment).punch_hole(start, end - start)
-        except OSError as error:
-            if error.errno in {errno.EOPNOTSUPP, errno.ENOSYS}:
-                return 0
-            raise storage_error("cannot reclaim payload", error) from error
-        return end - start
+        with storage_errors("cannot reclaim payload"):
+            return _punch(self._file(segment), *blocks[0])
 
     def _protect(self, index: int) -> None:
         """Make the watermark above a batch durable: recovery takes a bad payload above it for a torn one."""
@@ -846,6 +925,7 @@ class Log:
             keep = attrs.evolve(keep, records=self._tail.records)
             self._publish_durable(keep, WatermarkFlag.CUTTING, sync=2)
             self._tail = keep
+            self._holed = min(self._holed, keep.index)
             gone = [segment.first_index for segment in self._segments if segment.first_index > keep.segment]
             self._cuts += 1
             with self._failing_for_good("cannot cut the log"):
@@ -856,10 +936,9 @@ class Log:
         """What the tail is once everything after a batch is gone."""
         if index == 0:
             return start_of(self._segments[0])
-        span, offset = self._locate(index)
-        info = self.read(index)
-        end = offset + record_length(offset, len(info.metadata), info.payload_length)
-        return Tail(span.segment.first_index, end, index, info.chain, info.time_ns, 0)
+        segment, record = self._read(index)
+        info = record.info
+        return Tail(segment.first_index, record.end, index, info.chain, info.time_ns, 0, info.term)
 
     def _cut(self, keep: Tail, gone: list[int]) -> None:
         kept = tuple(segment for segment in self._segments if segment.first_index <= keep.segment)
@@ -969,6 +1048,26 @@ def _resume(file: File, bad: BadRecord, span: _Span) -> tuple[int, int]:
         if header.batch_index >= bad.index - 1:
             return offset, header.batch_index - (header.kind == RecordKind.BATCH)
     return span.end, span.last_index
+
+
+def _blocks_inside(place: int, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Start and end in the file of the whole blocks inside ranges of a payload that starts at ``place``."""
+    blocks = [
+        (align(place + offset, BLOCK_BYTES), (place + offset + length) & -BLOCK_BYTES)
+        for offset, length in ranges
+    ]
+    return [(start, end) for start, end in blocks if start < end]
+
+
+def _punch(file: File, start: int, end: int) -> int:
+    """Give blocks back to the disk; returns how many bytes, 0 where the file system cannot."""
+    try:
+        file.punch_hole(start, end - start)
+    except OSError as error:
+        if error.errno in {errno.EOPNOTSUPP, errno.ENOSYS}:
+            return 0
+        raise
+    return end - start
 
 
 def _first_index(segment: Segment) -> int:

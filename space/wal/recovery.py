@@ -59,6 +59,8 @@ from space.wal.segment_writer import encode_segment_header
 from space.wal.sidecar import decode_index
 from space.wal.watermark import WATERMARK_NAME, Watermark, WatermarkFile, WatermarkFlag
 
+TERM_UNKNOWN: Final = -1  # no segment header has it: the last batch may be in the segment before
+
 _SEGMENT_NAME: Final = re.compile(r"\d{20}\.seg")
 _READ_ONLY_TRIES: Final = 8  # a rotation between two reads looks like damage; eight in a row are damage
 _HINT: Final = "nothing was changed; restore the file from a backup or a replica, then run `space verify`"
@@ -97,12 +99,16 @@ class Tail:
     chain: bytes
     time_ns: int
     records: int  # of every kind, since the log was opened
+    term: int = TERM_UNKNOWN  # of the last batch
 
 
 def start_of(segment: Segment) -> Tail:
     """The end of the log if it ended at the start of this segment."""
     first, header = segment.first_index, segment.header
-    return Tail(first, SEGMENT_HEADER_BYTES, first - 1, header.previous_chain, header.previous_time_ns, 0)
+    term = 0 if first == 1 else TERM_UNKNOWN
+    return Tail(
+        first, SEGMENT_HEADER_BYTES, first - 1, header.previous_chain, header.previous_time_ns, 0, term
+    )
 
 
 @attrs.frozen
@@ -560,4 +566,5 @@ class _ActiveScan:
 
 def _after(tail: Tail, record: Scanned) -> Tail:
     info = record.info
-    return Tail(tail.segment, record.end, info.index, info.chain, info.time_ns, 0)
+    term = info.term if info.kind is RecordKind.BATCH else tail.term
+    return Tail(tail.segment, record.end, info.index, info.chain, info.time_ns, 0, term)

@@ -79,9 +79,7 @@ class RecordKind(enum.IntEnum):
     """What a record is; the numbers are stored and never reused.  Only a batch takes an index."""
 
     BATCH = 1
-    HARD_STATE = 2  # Raft term, vote and commit
-    TRUNCATE = 3  # Raft suffix truncation, for readers that ship the log
-    SNAPSHOT_MARK = 4
+    HARD_STATE = 2  # written by no one: Raft's state is in its own file, so that logs of replicas are equal
     SEAL = 5  # written by the log itself, at the end of a full segment
 
 

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from crc32c import crc32c
 
 from space._errors import (
     ConflictError,
@@ -139,13 +140,14 @@ def test_marks_take_no_index(disk: Disk, where: str) -> None:
     for number in range(60):
         log.append(b"%d" % number, [b"x" * 400], time_ns=1, kind=RecordKind.HARD_STATE)
     assert log.append(b"batch", time_ns=2) == 1
-    assert log.append(b"mark", time_ns=3, kind=RecordKind.SNAPSHOT_MARK, term=7) == 1
+    assert log.append(b"mark", time_ns=3, kind=RecordKind.HARD_STATE, term=7) == 1
+    assert log.last_term == 0
     log.close(clean=False)
     log = open_log(disk, where)
     assert [info.metadata for info in log.records(1)] == [b"batch"]
     infos = list(log.records(1, every_kind=True))
     assert [info.metadata for info in infos] == [b"%d" % number for number in range(60)] + [b"batch", b"mark"]
-    assert (infos[-1].kind, infos[-1].term, infos[-1].index) == (RecordKind.SNAPSHOT_MARK, 7, 1)
+    assert (infos[-1].kind, infos[-1].term, infos[-1].index) == (RecordKind.HARD_STATE, 7, 1)
 
 
 def test_wrong_appends_are_refused_and_change_nothing() -> None:
@@ -684,3 +686,176 @@ def test_a_seal_proves_nothing_until_its_rotation_is_finished() -> None:
         disk.crash()
         assert open_log(disk).last_index == log.last_index
     assert len(kept) > 3
+
+
+def test_the_last_term_is_known_wherever_the_log_ends(disk: Disk, where: str) -> None:
+    """After appends, rotations, cuts and openings, also if the last segment holds no batch."""
+    log = open_log(disk, where)
+    assert log.last_term == 0
+    for index in range(1, 61):
+        log.append(b"m", [b"p" * 600], time_ns=index, term=index // 7)
+        assert log.last_term == index // 7
+    first = log.segments()[-1].first_index
+    assert first > 2
+    for clean in (True, False):
+        log.close(clean=clean)
+        log = open_log(disk, where)
+        assert log.last_term == 60 // 7
+    assert [log.term(index) for index in range(1, 61)] == [index // 7 for index in range(1, 61)]
+    for keep in (59, first, first - 1, first - 2, 1, 0):
+        log.truncate_after(keep)
+        assert log.last_term == keep // 7
+        assert (log.last_index, log.durable_index) == (keep, keep)
+        log.close()
+        log = open_log(disk, where)
+        assert log.last_term == keep // 7
+    with pytest.raises(NotFoundError):
+        log.term(1)
+
+
+def test_the_last_term_is_read_from_the_segment_before_an_empty_one() -> None:
+    """A last segment whose only batches were torn away has no term of its own."""
+    disk = FaultyDisk()
+    log = open_log(disk)
+    while len(log.segments()) < 3:
+        log.append(b"m", [b"p" * 600], time_ns=1, term=9)
+    first = log.segments()[-1].first_index
+    image = disk.image()
+    path = f"/log/{log.segments()[-1].name}"
+    image[path] = image[path][:4096].ljust(len(image[path]), b"\0")
+    log = open_log(FaultyDisk.from_image(image))
+    assert (log.last_index, log.last_term) == (first - 1, 9)
+    log.append(b"next", time_ns=1, term=10)
+    assert log.last_term == 10
+
+
+def test_batches_come_with_their_payload(disk: Disk, where: str) -> None:
+    """One, or many, with payload, are what was appended; a range ends where records() would."""
+    log = open_log(disk, where)
+    sizes = [0, 1, 700, 4095, 4096, 9000, 40_000] * 4
+    rng = random.Random(4)
+    payloads = [rng.randbytes(size) for size in sizes]
+    for index, payload in enumerate(payloads, 1):
+        log.append(b"m%d" % index, [payload], time_ns=index, term=2)
+    found = list(log.batches(1))
+    assert [payload for _, payload in found] == payloads
+    assert [info for info, _ in found] == list(log.records(1))
+    assert [info.index for info, _ in log.batches(5, 9)] == [5, 6, 7, 8]
+    for index in (1, 28, 12):
+        assert log.read_batch(index) == (log.read(index), payloads[index - 1])
+    for stored, payload in zip(log.stored(1), payloads, strict=True):
+        assert (stored.payload, stored.payload_crc, stored.intact) == (payload, crc32c(payload), True)
+    for missing in (0, 29):
+        with pytest.raises(NotFoundError):
+            log.read_batch(missing)
+    with pytest.raises(NotFoundError):
+        log.batches(0)
+
+
+def test_no_flipped_byte_of_a_batch_is_handed_out() -> None:
+    """Every byte that a batch says something with is checked when it is read with its payload."""
+    disk = FaultyDisk()
+    log = open_log(disk)
+    for index in (1, 2, 3):
+        log.append(b"meta", [b"payload%d" % index], time_ns=index, term=1)
+    log.sync()
+    path = f"/log/{log.segments()[0].name}"
+    offset = log._locate(2)[1]
+    used = {*range(offset, offset + 108), *range(offset + 112, offset + 120)}
+    for at in used:
+        disk.flip(path, at, 3)
+        with pytest.raises(CorruptionError):
+            log.read_batch(2)
+        with pytest.raises(CorruptionError):
+            list(log.batches(1))
+        disk.flip(path, at, 3)
+    assert log.read_batch(2)[1] == b"payload2"
+    disk.flip(path, offset + 115, 0)
+    assert [batch.intact for batch in log.stored(1)] == [True, False, True]
+
+
+def test_reclaimed_payload_is_refused_or_marked() -> None:
+    """A payload with a hole is never handed out as whole; ``stored`` gives what is left of it, and says so."""
+    log = open_log(FaultyDisk(), segment_bytes=2**20)
+    payload = random.Random(2).randbytes(20_000)
+    log.append(b"m", [payload], time_ns=1)
+    log.append(b"n", [payload], time_ns=1)
+    log.punch(1, 4000, 9000)
+    with pytest.raises(CorruptionError):
+        log.read_batch(1)
+    left = payload[:4096] + bytes(8192) + payload[12288:]
+    assert [(batch.payload, batch.intact) for batch in log.stored(1)] == [(left, False), (payload, True)]
+
+
+def with_holes(log: Log, payload: bytes, time_ns: int) -> bytes:
+    """Appends what reclaiming the middle of a payload leaves of it, and returns that."""
+    left = payload[:4096] + bytes(8192) + payload[12288:]
+    log.append(b"holes", [left], time_ns=time_ns, payload_crc=crc32c(payload), holes=[(4096, 8192)])
+    return left
+
+
+def test_a_payload_can_be_stored_with_its_holes(disk: Disk, where: str) -> None:
+    """The record is the one of the whole payload, link for link, and its holes take no space."""
+    payload = random.Random(3).randbytes(20_000)
+    whole, holed = open_log(disk, where, 2**20), open_log(disk, where + "2", 2**20)
+    for number in range(3):
+        whole.append(b"holes", [payload], time_ns=number)
+        left = with_holes(holed, payload, number)
+        assert holed.last_chain == whole.last_chain
+        assert next(holed.stored(number + 1)) == (holed.read(number + 1), left, crc32c(payload), False)
+    # The file system may need a block of its own to remember holes.
+    assert holed.bytes_on_disk() <= whole.bytes_on_disk() - 2 * 8192
+    holed.close()
+    holed = open_log(disk, where + "2", 2**20)
+    assert [finding.what for finding in holed.verify()] == [Damage.PAYLOAD] * 3
+
+
+def test_synced_payloads_with_holes_are_not_taken_for_torn_ones() -> None:
+    """Once synced they survive every power loss, also one that brings back the oldest watermark it may."""
+    payload = random.Random(3).randbytes(20_000)
+    for seed in range(100):
+        rng = random.Random(seed)
+        disk = FaultyDisk(rng)
+        log = open_log(disk, segment_bytes=2**17)
+        synced = 0
+        for number in range(rng.randint(1, 12)):
+            if rng.random() < 0.4:
+                log.append(b"whole", [payload], time_ns=number)
+            else:
+                with_holes(log, payload, number)
+            if rng.random() < 0.5:
+                log.sync()
+                synced = log.last_index
+            if rng.random() < 0.1:
+                synced = rng.randint(0, log.last_index - 1)
+                log.truncate_after(synced)
+        disk.crash()
+        log = open_log(disk, segment_bytes=2**17)
+        assert log.last_index >= synced
+        assert {finding.what for finding in log.verify()} <= {Damage.PAYLOAD}
+
+
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EIO])
+def test_holes_that_cannot_be_punched(error: int) -> None:
+    """Where the disk cannot, the zeros take space; where it fails, nothing was appended."""
+    disk = FaultyDisk()
+    log = open_log(disk, segment_bytes=2**20)
+    payload = random.Random(3).randbytes(20_000)
+
+    def hook(operation: str, path: str) -> None:
+        if operation == "punch_hole":
+            raise OSError(error, "no")
+
+    disk.hook = hook
+    if error == errno.EIO:
+        with pytest.raises(StorageError):
+            with_holes(log, payload, 1)
+        assert log.last_index == 0
+    else:
+        left = with_holes(log, payload, 1)
+        assert next(log.stored(1)).payload == left
+    disk.hook = None
+    log.append(b"after", time_ns=1)
+    log.sync()
+    log.close(clean=False)
+    assert [info.metadata for info in open_log(disk, segment_bytes=2**20).records(1)][-1] == b"after"
