@@ -132,7 +132,7 @@ class AsyncStore(AsyncReading):
 
     async def sync(self) -> None:
         """Makes everything acknowledged so far durable."""
-        await self._durable(self._store.wal.last_index)
+        await self._durable(self._store.last)
 
     # --- everyday words --------------------------------------------------------------------------
 

@@ -60,19 +60,20 @@ def layout_of(views: Sequence[View]) -> Layout:
     )
 
 
-def locate(log: Log, moment: Moment) -> Target:
-    """Where in the log a moment is.
+def locate(log: Log, moment: Moment, last: int | None = None) -> Target:
+    """Where in the log a moment is; ``last`` is where the log ends for readers, if not at its end.
 
     Raises:
         NotFoundError: the log does not reach it, or begins after it.
     """
+    last = log.last_index if last is None else last
     if isinstance(moment, AtTime):
-        position = log.index_at_time(moment.time_ns)
+        position = min(log.index_at_time(moment.time_ns), last)
         if position < max(1, log.first_index):
             raise NotFoundError(f"nothing was stored yet at {moment}")
         return Target(position)
-    if not 1 <= moment.position <= log.last_index:
-        raise NotFoundError(f"no position {moment}", hint=f"the log holds @1 to @{log.last_index}")
+    if not 1 <= moment.position <= last:
+        raise NotFoundError(f"no position {moment}", hint=f"the log holds @1 to @{last}")
     return Target(moment.position, moment.event)
 
 
@@ -211,18 +212,27 @@ def catch_up(
     return applied
 
 
-def open_live(home: Path, log: Log, views: Sequence[View], *, on_progress: OnProgress | None = None) -> Store:
+def open_live(
+    home: Path,
+    log: Log,
+    views: Sequence[View],
+    *,
+    last: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> Store:
     """The tables of the present: as the last clean close left them, or rebuilt.
+
+    ``last`` is the present, where it is not the end of the log; tables that are further stay so.
 
     Raises:
         CorruptionError: they have to be rebuilt and the log is damaged.
     """
     path = home / LIVE
     applied = read_seal(path, layout_of(views))
-    target = Target(log.last_index)
+    target = Target(log.last_index if last is None else last)
     if applied is None or not fits(log, applied):
         return build(home, log, views, path, target, on_progress=on_progress)
     tables = Store(path, layout_of(views))
-    if applied.position < log.last_index:
+    if applied.position < target.position:
         catch_up(tables, log, views, target, on_progress=on_progress)
     return tables

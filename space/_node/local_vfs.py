@@ -279,7 +279,7 @@ class LocalFileSystem:
 
     async def sync(self) -> None:
         self._settle_all()
-        if self._store and self._store.wal.durable_index < self._store.wal.last_index:
+        if self._store and self._store.wal.durable_index < self._store.last:
             await asyncio.to_thread(self._store.sync)
 
     # --- how a mutation happens ------------------------------------------------------------------

@@ -101,7 +101,7 @@ def log_events(
     """
     at = max(start, store.wal.first_index, 1)
     while True:
-        last = store.wal.last_index if stop is None else min(stop, store.wal.last_index)
+        last = store.last if stop is None else min(stop, store.last)
         for record in store.wal.records(at, last + 1) if at <= last else ():
             yield from _record_events(record.index, record.metadata, capsule)
             at = record.index + 1
@@ -213,7 +213,7 @@ def _rebuild(
     tables = store._tables
     handles = tables.shadow(names)
     at = _fold(store, folded, with_state, handles, Applied(), on_progress)
-    with store._lock:
+    with store.still():
         store._follow()
         at = _fold(store, folded, with_state, handles, at, on_progress)
         seconds = time.perf_counter() - started
@@ -262,7 +262,7 @@ def _fold(
     at: Applied,
     on_progress: OnProgress | None,
 ) -> Applied:
-    last = store.wal.last_index
+    last = store.last
     if at.position >= last:
         return at
     records = store.wal.records(at.position + 1, last + 1)
@@ -296,7 +296,7 @@ def _digests(store: Store, txn: ReadTransaction, names: list[str]) -> dict[str, 
 def _replay_to(
     store: Store, names: list[str], to: str, verify: bool, on_progress: OnProgress | None, started: float
 ) -> ReplayResult:
-    target = history.locate(store.wal, parse_moment(to, now_ns=store._clock()))
+    target = history.locate(store.wal, parse_moment(to, now_ns=store._clock()), store.last)
     scratch = store.path / history.SCRATCH
     tables = history.build(
         store.path,
@@ -513,7 +513,7 @@ def gc(store: Store, *, dry_run: bool = False, on_progress: OnProgress | None = 
     the first block is punched out of a segment, so a crash in between loses nothing but the space, which the
     next run gives back.
     """
-    with store._lock:
+    with store.alone():
         store._follow()
         horizons = _Horizons(store)
         purge = horizons.purgeable()
@@ -527,7 +527,7 @@ def gc(store: Store, *, dry_run: bool = False, on_progress: OnProgress | None = 
         ]
         if dry_run:
             total = sum(length for _, _, length in ranges)
-            return GcReport(total, len(ranges), len(purge), True, store.wal.last_index)
+            return GcReport(total, len(ranges), len(purge), True, store.last)
         for at in range(0, len(purge), PURGE_MAX):
             store.execute(cmd.PurgeCapsules(purge[at : at + PURGE_MAX]), durability=Durability.BUFFERED)
         for at in range(0, len(ranges), RECLAIM_RANGES_MAX):
@@ -540,7 +540,7 @@ def gc(store: Store, *, dry_run: bool = False, on_progress: OnProgress | None = 
         for position, offset, length in _runs(dead):
             store.wal.punch(position, offset, length)
         given = max(0, before - store.wal.bytes_on_disk())
-        return GcReport(given, len(ranges), len(purge), False, store.wal.last_index)
+        return GcReport(given, len(ranges), len(purge), False, store.last)
 
 
 class _Horizons:

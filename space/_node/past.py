@@ -59,7 +59,7 @@ class Past(Reading):
         """
         self._store = store
         found = parse_moment(moment, now_ns=store._clock()) if isinstance(moment, str) else moment
-        self.target = history.locate(store.wal, found)
+        self.target = history.locate(store.wal, found, store.last)
         self.path = store.path
         self._scratch = history.past_directory(store.path)
         tables = history.build(store.path, store.wal, store.views, self._scratch, self.target)

@@ -253,9 +253,8 @@ class Service:
         about = None if capsule is None else self._ever(capsule)
         at = 1 if start is None else self._batch(start, after=True)
         last = None if stop is None else self._batch(stop, after=False)
-        wal = self.store.wal
         while True:
-            end = wal.last_index if last is None else min(last, wal.last_index)
+            end = self.store.last if last is None else min(last, self.store.last)
             for event in maintenance.log_events(self.store, capsule=about, start=at, stop=end):
                 yield event.to_json()
             at = max(at, end + 1)
@@ -291,7 +290,7 @@ class Service:
         )
 
     def _log_progress(self, progress: Any) -> None:
-        done = {"events": progress.events, "position": progress.position, "last": self.store.wal.last_index}
+        done = {"events": progress.events, "position": progress.position, "last": self.store.last}
         self._caller.progress(done)
 
     def verify(self, *, repair: bool = False) -> Document:

@@ -26,6 +26,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol, TextIO
 
@@ -65,6 +66,7 @@ from space.statemachine.store import Store as LmdbStore
 from space.statemachine.tables import KEY, RECLAIMED, U32, U64
 from space.wal.disk import Disk, RealDisk
 from space.wal.log import Log
+from space.wal.raft_state import read_raft_state
 from space.wal.segment_format import SEGMENT_HEADER_BYTES
 from space.wal.segment_reader import parse_segment_header
 
@@ -185,6 +187,7 @@ class Store(Reading):
         wal = self.path / WAL
         self.id, is_new = _identify(self.path, disk, self._random_bytes)
         self._disk = disk
+        _refuse_member(disk, self.path, self.id)
         self.wal = Log.open(disk, str(wal), store_id=self.id, segment_bytes=segment_bytes)
         try:
             tables = history.open_live(self.path, self.wal, self.views, on_progress=on_progress)
@@ -209,10 +212,14 @@ class Store(Reading):
         super().__init__(tables, self._new_reader())
         self._applied = tables.applied
         self._checkpointed = self._newest_checkpoint_events()
+        self._initialise()
+        self._maybe_checkpoint()
+
+    def _initialise(self) -> None:
+        """Makes the root directory of a new store."""
         if self.wal.last_index == 0:
             root = cmd.InitialiseStore(self.id, 0o755, os.getuid(), os.getgid())
             self.execute(root, durability=Durability.DURABLE)
-        self._maybe_checkpoint()
 
     # --- the read side's needs -------------------------------------------------------------------
 
@@ -357,9 +364,9 @@ class Store(Reading):
                 if batch.entries:
                     metadata = batch.metadata()
                     self._room -= ROW_BYTES_MAX * len(metadata) + sum(map(len, batch.payload))
-                    self.wal.append(metadata, batch.payload, time_ns=now)
+                    self.wal.append(metadata, batch.payload, time_ns=now, term=self.wal.last_term)
                     logged = batch
-                    self._apply(txn, batch)
+                    self._apply(txn, batch, self.wal.last_chain)
         except BaseException as error:
             if logged is None:
                 raise
@@ -372,7 +379,7 @@ class Store(Reading):
         self._maybe_checkpoint()
         return batch.outcomes
 
-    def _apply(self, txn: WriteTransaction, batch: Prepared) -> None:
+    def _apply(self, txn: WriteTransaction, batch: Prepared, chain: bytes) -> None:
         change = batch.overlay.flush(txn)
         folders = [view.folder(txn) for view in self.views]
         for context, _, event in batch.linked():
@@ -385,17 +392,30 @@ class Store(Reading):
         before = self._applied
         self._applied = Applied(
             batch.position,
-            self.wal.last_chain,
+            chain,
             (before.digest + change) % (1 << 256),
             batch.time_ns,
             before.events + batch.events,
         )
         txn.set_applied(self._applied)
 
+    @property
+    def last(self) -> int:
+        """The last position there is, for whoever reads the log."""
+        return self.wal.last_index
+
+    def alone(self) -> AbstractContextManager[object]:
+        """While it is held, nobody else's command is decided."""
+        return self._lock
+
+    def still(self) -> AbstractContextManager[object]:
+        """While it is held, the tables stand at :attr:`last` and nobody changes them."""
+        return self._lock
+
     def _follow(self) -> None:
         """Brings rows up to the log after a batch whose rows found no room."""
         if self._behind:
-            target = history.Target(self.wal.last_index)
+            target = history.Target(self.last)
             self._applied = history.catch_up(self._tables, self.wal, self.views, target)
             self._behind = False
 
@@ -914,14 +934,28 @@ def _identify(path: Path, disk: Disk, random_bytes: Callable[[int], bytes]) -> t
         if store is None:
             raise lost(FORMAT_FILE, f"{path / FORMAT_FILE} and the log's first blocks are damaged")
         if known is None:
-            _write_format(path / FORMAT_NEW, store)
+            write_format(path / FORMAT_NEW, store)
             (path / FORMAT_NEW).rename(path / FORMAT_FILE)
         return store, False
     if known is not None or any((path / name).exists() for name in (history.LIVE, history.CHECKPOINTS)):
         raise lost(WAL, f"the log in {wal} is gone")
     store = random_bytes(16)
-    _write_format(path / FORMAT_NEW, store)
+    write_format(path / FORMAT_NEW, store)
     return store, True
+
+
+def _refuse_member(disk: Disk, path: Path, store: bytes) -> None:
+    """A store that is one replica of several is written by its group alone.
+
+    Raises:
+        UnavailableError: this one is.
+    """
+    state = read_raft_state(disk, str(path / WAL), store_id=store)
+    if state is not None and state.configuration.voters != (state.node,):
+        raise UnavailableError(
+            f"store {path} is node {state.node} of a cluster, and that node is not running",
+            hint=f"space serve --data {path} starts it; --at reads a past moment without",
+        )
 
 
 def lost(file: str, message: str) -> CorruptionError:
@@ -950,7 +984,8 @@ def _format_crc(version: object, store: object) -> str:
     return f"{crc32c(f'{version} {store}'.encode(errors='replace')):08x}"
 
 
-def _write_format(path: Path, store: bytes) -> None:
+def write_format(path: Path, store: bytes) -> None:
+    """Writes whose store it is, durably."""
     text = str(uuid.UUID(bytes=store))
     with path.open("w") as file:
         file.write(json.dumps({"format": FORMAT, "store": text, "crc32c": _format_crc(FORMAT, text)}) + "\n")

@@ -274,7 +274,7 @@ class Replica:
         """
         self.log = log
         self.machine = machine
-        self._state_file = state_file
+        self.state_file = state_file
         self._settings = settings
         self._random = random
         self._engine = engine
@@ -296,11 +296,13 @@ class Replica:
         self._offer: Offer | None = None
         self.frozen = False
         """While set, only exempt tickets are decided: for work that must not race with writers (gc)."""
+        self.held = False
+        """While set, nothing is applied: for work that must not race with the tables (a rebuild)."""
         self.digests: deque[Digest] = deque(maxlen=DIGESTS_KEPT)
         self._start(incarnation)
 
     def _start(self, incarnation: int) -> None:
-        state = self._state_file.state
+        state = self.state_file.state
         if state is None:
             raise CorruptionError("this log belongs to no cluster", segment="raft")
         commit = min(max(state.commit, self.machine.applied.position), self.log.last_index)
@@ -353,9 +355,9 @@ class Replica:
         )
 
     @property
-    def queued(self) -> int:
-        """Requests waiting to be decided."""
-        return self._queued
+    def under_way(self) -> int:
+        """Batches decided here and not yet applied."""
+        return len(self._chain)
 
     # --- inputs ------------------------------------------------------------------------------------
 
@@ -459,7 +461,7 @@ class Replica:
             items = [self._item(entry) for entry in persist.entries]
             for item in items:
                 self._remember(item)
-            work.jobs.append(Job(persist, items, self.log, self._state_file))
+            work.jobs.append(Job(persist, items, self.log, self.state_file))
         self._stash.clear()
         return found
 
@@ -623,7 +625,7 @@ class Replica:
     # --- applying ------------------------------------------------------------------------------------
 
     def _apply(self) -> bool:
-        entries = self.driver.committed()
+        entries = [] if self.held else self.driver.committed()
         if not entries:
             return False
         run: list[Item] = []

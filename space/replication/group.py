@@ -1,0 +1,420 @@
+"""One shard of a running node: a replica in the loop, and the way in for callers on any thread.
+
+Every call is tried until it has an outcome or its time is over: handed to the replica where this node leads, sent
+to the leader where another one does, kept while nobody is known to lead.  Each request carries a client id and a
+sequence of this process, so that a command whose answer was lost is not applied again; and an answer is
+given only when the state *here* has what it acknowledges, so that a caller reads what it wrote on whatever node it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from space._errors import (
+    NotLeaderError,
+    SpaceError,
+    StorageError,
+    UnavailableError,
+    error_document,
+    error_of,
+)
+from space.events.command_codec import decode_requests, encode_requests
+from space.events.commands import REPLIES_KEPT_PER_CLIENT, Buffer, Receipt, Request
+from space.replication.driver import Role
+from space.replication.replica import Job, Replica, Ticket, Work
+
+if TYPE_CHECKING:
+    from space.replication.node import Node
+
+CALL_SECONDS: Final = 30.0
+"""How long a command or a read is tried through elections before its caller is told that nobody leads."""
+
+RETRY_SECONDS: Final = 0.03
+RETRY_SECONDS_MAX: Final = 0.5
+FORWARD_SECONDS: Final = 5.0
+"""How long an answer of a leader is waited for before the command is tried again."""
+
+FORWARD_REQUESTS_MAX: Final = 2048
+FORWARD_BYTES_MAX: Final = 16 << 20
+LANE_WINDOW: Final = REPLIES_KEPT_PER_CLIENT // 2
+"""Sequences of one client id that may be under way: a retry must still find the reply of the first attempt."""
+
+log: Final = logging.getLogger("space.replication")
+Outcome = Receipt | SpaceError
+
+
+@attrs.define(eq=False)
+class _Lane:
+    """A client id with the sequences of it that have no outcome yet."""
+
+    client: bytes
+    next: int = 1
+    open: dict[int, None] = attrs.field(factory=dict)
+
+    def room(self) -> int:
+        """How many more sequences it can give."""
+        return LANE_WINDOW - (self.next - next(iter(self.open))) if self.open else LANE_WINDOW
+
+
+class _Lanes:
+    """Client ids of this process, as many as its requests under way need."""
+
+    def __init__(self, random_bytes: Callable[[int], bytes]) -> None:
+        self._random_bytes = random_bytes
+        self._lanes: list[_Lane] = []
+
+    def sign(self, requests: Sequence[Request]) -> tuple[list[Request], list[tuple[_Lane, int]]]:
+        """The requests with a client id and sequence each; those that have one keep it."""
+        signed, taken = [], []
+        lane: _Lane | None = None
+        for request in requests:
+            if request.client:
+                signed.append(request)
+                continue
+            if lane is None or lane.room() < 1:
+                lane = self._roomy()
+            sequence = lane.next
+            lane.next += 1
+            lane.open[sequence] = None
+            taken.append((lane, sequence))
+            signed.append(attrs.evolve(request, client=lane.client, sequence=sequence))
+        return signed, taken
+
+    def _roomy(self) -> _Lane:
+        for lane in self._lanes:
+            if lane.room() > 0:
+                return lane
+        self._lanes.append(_Lane(self._random_bytes(16)))
+        return self._lanes[-1]
+
+    def abandon(self, taken: list[tuple[_Lane, int]]) -> None:
+        """Nobody waits for these any more, but an attempt may still be applied: their ids are not used again."""
+        gone = {id(lane) for lane, _ in taken}
+        self._lanes = [lane for lane in self._lanes if id(lane) not in gone]
+
+    @staticmethod
+    def release(taken: list[tuple[_Lane, int]]) -> None:
+        """These sequences have their outcome."""
+        for lane, sequence in taken:
+            lane.open.pop(sequence, None)
+
+
+@attrs.define(eq=False)
+class _Call:
+    """Requests of one caller, until they have their outcomes."""
+
+    requests: list[Request]
+    future: Future[list[Outcome]]
+    deadline: float
+    exempt: bool
+    taken: list[tuple[_Lane, int]]
+    tries: int = 0
+    last: SpaceError | None = None
+
+    @property
+    def bytes(self) -> int:
+        """A little more than what its frames take."""
+        return sum(
+            len(frame.stored)
+            for request in self.requests
+            for frame in getattr(request.command, "frames", ())
+            if frame.stored is not None
+        )
+
+
+class Group:
+    """See the module's text.  Everything but :meth:`execute`, :meth:`start` and :meth:`barrier` runs in the loop."""
+
+    def __init__(
+        self,
+        node: Node,
+        number: int,
+        replica: Replica,
+        *,
+        random_bytes: Callable[[int], bytes],
+        refuse: Callable[[list[Request]], SpaceError | None] = lambda _: None,
+    ) -> None:
+        """Args:
+        refuse: asked before requests are decided here: why they cannot be (a full disk), or None.
+        """
+        self.number = number
+        self.replica = replica
+        self.failure: SpaceError | None = None
+        self.stopped = False
+        """While set, nothing of the group moves: its log is brought forward, or its engine is made anew."""
+        self._node = node
+        self._refuse = refuse
+        self._lanes = _Lanes(random_bytes)
+        self._forwards: deque[_Call] = deque()
+        self._homeless: deque[_Call] = deque()
+        self._flushing = False
+        self.writing = 0
+
+    # --- from any thread -----------------------------------------------------------------------------
+
+    def start(
+        self, requests: Sequence[Request], *, seconds: float = CALL_SECONDS, exempt: bool = False
+    ) -> Future[list[Outcome]]:
+        """Hands in requests to be decided in order; the future gets an outcome for each."""
+        future: Future[list[Outcome]] = Future()
+        self._node.call_soon(self._begin, list(requests), future, seconds, exempt)
+        return future
+
+    def execute(
+        self, requests: Sequence[Request], *, seconds: float = CALL_SECONDS, exempt: bool = False
+    ) -> list[Outcome]:
+        """As :meth:`start`, and waits; never in the loop's thread."""
+        return self._node.wait(self.start(requests, seconds=seconds, exempt=exempt))
+
+    def barrier(self, *, seconds: float = CALL_SECONDS) -> None:
+        """Returns once the state here has everything acknowledged anywhere before this call (ReadIndex).
+
+        Raises:
+            UnavailableError: no quorum answers.
+        """
+        future: Future[None] = Future()
+        self._node.call_soon(self.begin_barrier, future, seconds)
+        self._node.wait(future)
+
+    # --- commands --------------------------------------------------------------------------------------
+
+    def _begin(
+        self, requests: list[Request], future: Future[list[Outcome]], seconds: float, exempt: bool
+    ) -> None:
+        signed, taken = self._lanes.sign(requests)
+        self._try(_Call(signed, future, self._node.now() + seconds, exempt, taken))
+
+    def _try(self, call: _Call) -> None:
+        if self._node.now() >= call.deadline or self.failure is not None:
+            self._give_up(call)
+            return
+        if self.replica.role is Role.LEADER and not self.stopped:
+            refused = self._refuse(call.requests)
+            if refused is not None:
+                self._finish(call, [refused] * len(call.requests))
+                return
+            try:
+                ticket = Ticket(call.requests, lambda outcomes: self._decided(call, outcomes), exempt=call.exempt)
+                self.replica.submit(ticket)
+            except SpaceError as error:
+                self._retry(call, error)
+            else:
+                self.schedule()
+        elif self.replica.driver.leader not in (0, self._node.id) and not self.stopped:
+            self._forwards.append(call)
+            if not self._flushing:
+                self._flushing = True
+                self._node.call_soon(self._flush)
+        else:
+            self._homeless.append(call)
+
+    def _decided(self, call: _Call, outcomes: list[Outcome]) -> None:
+        """Outcomes from here or from the leader."""
+        lost = next((each for each in outcomes if isinstance(each, NotLeaderError)), None)
+        if lost is not None:
+            self._retry(call, lost)
+            return
+        position = max((each.position for each in outcomes if isinstance(each, Receipt)), default=0)
+        if position <= self.replica.machine.applied.position:
+            self._finish(call, outcomes)
+        else:
+            self.replica.when_applied(position, lambda _: self._finish(call, outcomes))
+            self.schedule()
+
+    def _finish(self, call: _Call, outcomes: list[Outcome]) -> None:
+        self._lanes.release(call.taken)
+        if not call.future.done():
+            call.future.set_result(outcomes)
+
+    def _retry(self, call: _Call, why: SpaceError) -> None:
+        call.last = why
+        call.tries += 1
+        pause = min(RETRY_SECONDS * 2 ** min(call.tries - 1, 5), RETRY_SECONDS_MAX)
+        self._node.call_later(pause, self._try, call)
+
+    def _give_up(self, call: _Call) -> None:
+        why = self.failure or call.last
+        reason = Exception.__str__(why) if why is not None else "nobody leads"
+        error = UnavailableError(
+            f"shard {self.number} gave no answer: {reason}",
+            hint="it may still be carried out; a quorum of its nodes must run and reach each other: space cluster status",
+        )
+        self._lanes.abandon(call.taken)
+        if not call.future.done():
+            call.future.set_result([error] * len(call.requests))
+
+    def wake(self) -> None:
+        """Tries again what waits for a leader."""
+        waiting, self._homeless = self._homeless, deque()
+        for call in waiting:
+            self._try(call)
+
+    # --- to the leader -----------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Sends what waits to the leader, in as few requests as it fits in."""
+        self._flushing = False
+        while self._forwards:
+            calls = [self._forwards.popleft()]
+            count, size = len(calls[0].requests), calls[0].bytes
+            while self._forwards:
+                count += len(self._forwards[0].requests)
+                size += self._forwards[0].bytes
+                if count > FORWARD_REQUESTS_MAX or size > FORWARD_BYTES_MAX:
+                    break
+                calls.append(self._forwards.popleft())
+            self._node.spawn(self._forward(calls))
+
+    async def _forward(self, calls: list[_Call]) -> None:
+        leader = self.replica.driver.leader
+        requests = [request for call in calls for request in call.requests]
+        document, attachments = encode_requests(requests)
+        exempt = any(call.exempt for call in calls)
+        try:
+            if leader in (0, self._node.id):
+                raise NotLeaderError("the leader changed")
+            answer, _ = await self._node.transport.request(
+                leader, "execute", [self.number, document, exempt], attachments, timeout=FORWARD_SECONDS
+            )
+            outcomes = _outcomes(answer, len(requests))
+        except SpaceError as error:
+            for call in calls:
+                self._retry(call, error)
+            return
+        at = 0
+        for call in calls:
+            self._decided(call, outcomes[at : at + len(call.requests)])
+            at += len(call.requests)
+
+    async def serve(self, document: Any, attachments: list[Buffer], *, exempt: bool) -> list[Any]:
+        """Decides requests that another node sent here, if this one leads.
+
+        Raises:
+            SpaceError: it does not, or they are malformed.
+        """
+        requests = decode_requests(document, attachments)
+        refused = self._refuse(requests)
+        if refused is not None:
+            raise refused
+        if self.stopped or self.failure is not None:
+            raise NotLeaderError(f"node {self._node.id} is not ready")
+        future: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
+
+        def done(outcomes: list[Outcome]) -> None:
+            if not future.done():
+                future.set_result(outcomes)
+
+        self.replica.submit(Ticket(requests, done, exempt=exempt))
+        self.schedule()
+        outcomes = await future
+        return [
+            [each.position, each.repeated] if isinstance(each, Receipt) else error_document(each)
+            for each in outcomes
+        ]
+
+    # --- reads -------------------------------------------------------------------------------------------
+
+    def begin_barrier(self, future: Future[None], seconds: float) -> None:
+        """See :meth:`barrier`."""
+
+        def done(error: SpaceError | None) -> None:
+            if not future.done():
+                if error is None:
+                    future.set_result(None)
+                else:
+                    future.set_exception(error)
+
+        def late() -> None:
+            done(
+                UnavailableError(
+                    f"shard {self.number} has no leader that a quorum follows",
+                    hint="space cluster status; a stale read is possible: --stale",
+                )
+            )
+
+        if self.failure is not None:
+            done(self.failure)
+            return
+        self.replica.read(done)
+        self._node.call_later(seconds, lambda: None if future.done() else late())
+        self.schedule()
+
+    # --- the loop's work -----------------------------------------------------------------------------------
+
+    def schedule(self) -> None:
+        """Makes the node look at this group in the same turn of its loop."""
+        self._node.schedule(self)
+
+    def work(self) -> None:
+        """Carries out what the replica wants, until it wants nothing more from the loop."""
+        if self.stopped or self.failure is not None:
+            return
+        before = self.replica.driver.leader
+        try:
+            work = self.replica.work(self._node.time_ns())
+        except SpaceError as error:
+            self.fail(error)
+            return
+        except BaseException as error:  # noqa: BLE001 - the engine's panic, or a defect: this replica must not go on
+            log.exception("shard %d of node %d broke", self.number, self._node.id)
+            self.fail(StorageError(f"shard {self.number} met {type(error).__name__}: {error}"))
+            return
+        self._carry_out(work)
+        if self.replica.driver.leader != before:
+            self._node.call_soon(self.wake)
+
+    def _carry_out(self, work: Work) -> None:
+        for send in work.sends:
+            self._node.send(self, send)
+        if work.jobs:
+            self.writing += len(work.jobs)
+            self._node.write(self, work.jobs)
+        for answer in work.answers:
+            answer()
+        if work.reopen:
+            self._node.spawn(self._node.reopen(self))
+        elif work.offer is not None:
+            self._node.spawn(self._node.install(self, work.offer))
+
+    def written(self, jobs: list[Job]) -> None:
+        """The writer has carried these out."""
+        self.writing -= len(jobs)
+        if self.stopped or self.failure is not None:
+            return  # what they made durable is found when the engine starts anew
+        for job in jobs:
+            self.replica.written(job)
+        self.schedule()
+
+    def fail(self, error: SpaceError) -> None:
+        """This replica cannot go on."""
+        if self.failure is None:
+            log.error("shard %d of node %d stops: %s", self.number, self._node.id, error)
+            self.failure = error
+            self.wake()
+            self._node.failed(self, error)
+
+
+def _outcomes(answer: Any, count: int) -> list[Outcome]:
+    """Outcomes as :meth:`Group.serve` wrote them.
+
+    Raises:
+        UnavailableError: they are malformed.
+    """
+    if not isinstance(answer, list) or len(answer) != count:
+        raise UnavailableError("the leader's answer is malformed", hint="is that node older or newer?")
+    outcomes: list[Outcome] = []
+    for each in answer:
+        if isinstance(each, dict):
+            outcomes.append(error_of(each))
+        elif isinstance(each, list) and len(each) == 2 and type(each[0]) is int:
+            outcomes.append(Receipt(each[0], repeated=bool(each[1])))
+        else:
+            raise UnavailableError("the leader's answer is malformed", hint="is that node older or newer?")
+    return outcomes

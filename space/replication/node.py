@@ -1,0 +1,892 @@
+"""The asyncio shell of a node: its loop, its clock, its writer thread, its peers.
+
+One thread runs the loop with every group of the node, the engine, deciding and applying; one more is the writer:
+it carries out the jobs of all groups in order and syncs each log that was written once for all of them, while the
+loop goes on.  Nothing here decides anything: see :mod:`space.replication.driver`, ``replica`` and ``group``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from random import Random
+from typing import Any, Final, Protocol, TypeVar
+
+import attrs
+
+from space._errors import (
+    ConflictError,
+    CorruptionError,
+    DiskFullError,
+    NotFoundError,
+    NotLeaderError,
+    SpaceError,
+    Status,
+    StorageError,
+    UnavailableError,
+    UsageError,
+)
+from space.events.commands import Buffer
+from space.replication.certificates import Tls
+from space.replication.driver import Role
+from space.replication.group import Group
+from space.replication.replica import (
+    Blob,
+    Digest,
+    Job,
+    Offer,
+    Send,
+    encode_change_context,
+)
+from space.replication.transport import Transport
+from space.wal.log import Log
+from space.wal.raft_state import RaftState
+from space.wal.shipping import decode_chunk, encode_chunk, first_divergence, read_chunk, receive_chunk
+
+TICK_SECONDS: Final = 0.025
+HURRY: Final = 4
+"""Ticks in the time of one while the leader's connections are gone: its successor is found sooner."""
+
+FULL_SECONDS: Final = 0.5
+"""How long the writer waits on a full disk before it tries again."""
+
+STATUS_SECONDS: Final = 2.0
+LEAD_SECONDS: Final = 2.0
+DIGEST_SECONDS: Final = 1.0
+SHIP_SECONDS: Final = 30.0
+CHUNK_BYTES: Final = 4 << 20
+CHECKPOINT_GAIN: Final = 100_000
+"""Positions a checkpoint must be ahead to be worth its copy: folding that many takes about a second."""
+
+CAUGHT_UP_POSITIONS: Final = 256
+"""A learner this close to the leader becomes a voter: the rest is under way anyway."""
+
+RETRY_SECONDS: Final = 0.05
+CHANGE_SECONDS: Final = 600.0
+"""How long a new member may take to catch up before adding it is given up; asking again goes on."""
+
+log: Final = logging.getLogger("space.replication")
+T = TypeVar("T")
+
+
+class Host(Protocol):
+    """What a group needs of the store it belongs to, beyond :class:`space.replication.replica.Machine`."""
+
+    def members(self) -> dict[int, tuple[str, str]]:
+        """Role and address of each member, as of the state."""
+
+    def newest_checkpoint(self) -> tuple[int, list[tuple[str, int]]] | None:
+        """Position of the newest sealed checkpoint, and its files with their sizes."""
+
+    def read_checkpoint(self, position: int, name: str, offset: int, length: int) -> bytes:
+        """Bytes of a checkpoint's file.
+
+        Raises:
+            NotFoundError: it was thinned out meanwhile.
+        """
+
+    def write_checkpoint(self, position: int, name: str, offset: int, data: bytes) -> None:
+        """Stores bytes of a checkpoint that is being fetched."""
+
+    def adopt_checkpoint(self, position: int) -> None:
+        """Makes the fetched checkpoint one of the store's own, if it is whole and fits the log."""
+
+    def rebuild(self) -> str:
+        """Rebuilds the state from the log; names the first difference it found, or nothing."""
+
+
+@attrs.define
+class Parts:
+    """A group and what is under it."""
+
+    group: Group
+    host: Host
+
+
+class Node:
+    """A running node.  Made in any thread; :meth:`run` is its loop's main coroutine."""
+
+    def __init__(
+        self,
+        *,
+        id: int,  # noqa: A002 - the public word
+        cluster: bytes,
+        listen: tuple[str, int],
+        advertise: str = "",
+        tls: Tls | None,
+        random: Random,
+        time_ns: Callable[[], int] = time.time_ns,
+        on_fatal: Callable[[SpaceError], None] = lambda _: None,
+        tick_seconds: float = TICK_SECONDS,
+    ) -> None:
+        self.id = id
+        self.cluster = cluster
+        self.time_ns = time_ns
+        self.parts: dict[int, Parts] = {}
+        self.transport = Transport(node=id, cluster=cluster, listen=listen, handler=self, tls=tls)
+        self._advertise = advertise
+        self._random = random
+        self._on_fatal = on_fatal
+        self._tick_seconds = tick_seconds
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
+        self._ready: dict[int, Group] = {}
+        self._working = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._jobs: queue.SimpleQueue[tuple[Group, list[Job]] | None] = queue.SimpleQueue()
+        self._writer: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._lost: set[int] = set()
+        self._incarnation = time_ns()
+        self._installing: dict[int, int] = {}
+        self._led_since: dict[int, float] = {}
+        self.differences: list[str] = []
+
+    # --- life ------------------------------------------------------------------------------------------
+
+    def add(self, group: Group, host: Host) -> None:
+        """Takes a group in, before :meth:`start`."""
+        self.parts[group.number] = Parts(group, host)
+
+    async def start(self) -> None:
+        """Begins to listen, to tick and to write."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        await self.transport.start()
+        self.learn_members()
+        self._writer = threading.Thread(target=self._write, name="space-writer", daemon=True)
+        self._writer.start()
+        self.spawn(self._tick())
+        self.spawn(self._compare())
+        for parts in self.parts.values():
+            self.schedule(parts.group)
+
+    async def stop(self) -> None:
+        """Hands over what this node leads, and ends; what was acknowledged is durable already."""
+        for parts in self.parts.values():
+            await self._hand_over(parts.group)
+        self._stopping.set()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._jobs.put(None)
+        if self._writer is not None:
+            await asyncio.to_thread(self._writer.join)
+        for parts in self.parts.values():
+            if parts.group.failure is None:
+                parts.group.fail(UnavailableError(f"node {self.id} has stopped"))
+        await self.transport.close()
+
+    @property
+    def address(self) -> str:
+        """Where other nodes reach this one."""
+        host, port = self.transport.address
+        return self._advertise or f"{host}:{port}"
+
+    # --- the loop ----------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        """The loop's clock, seconds."""
+        return time.monotonic()
+
+    def call_soon(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Calls in the loop, from any thread; on a node that has ended, never."""
+        assert self._loop is not None
+        if threading.get_ident() == self._thread:
+            self._loop.call_soon(function, *arguments)
+            return
+        with contextlib.suppress(RuntimeError):  # closed
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def call_later(self, seconds: float, function: Callable[..., object], *arguments: Any) -> None:
+        """Calls in the loop, later."""
+        assert self._loop is not None
+        self._loop.call_later(seconds, function, *arguments)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs a task of the node's own."""
+        assert self._loop is not None
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            if isinstance(error, SpaceError):
+                log.warning("node %d: %s", self.id, error)
+            else:
+                log.error("node %d: a task broke", self.id, exc_info=error)
+
+    def wait(self, future: Future[T]) -> T:
+        """Waits for something the loop does.
+
+        Raises:
+            UnavailableError: the node has ended.
+        """
+        if threading.get_ident() == self._thread:
+            raise UnavailableError("the loop of a node cannot wait for itself")
+        while True:
+            try:
+                return future.result(timeout=1.0)
+            except TimeoutError:
+                if future.done():
+                    continue
+                if self._stopping.is_set() or self._loop is None or self._loop.is_closed():
+                    raise UnavailableError(f"node {self.id} has stopped") from None
+
+    def schedule(self, group: Group) -> None:
+        """Makes :meth:`Group.work` run once in this turn of the loop."""
+        self._ready[group.number] = group
+        if not self._working:
+            self._working = True
+            assert self._loop is not None
+            self._loop.call_soon(self._work)
+
+    def _work(self) -> None:
+        self._working = False
+        ready, self._ready = self._ready, {}
+        for group in ready.values():
+            group.work()
+
+    async def _tick(self) -> None:
+        due = self.now()
+        while True:
+            due += self._tick_seconds
+            late = self.now() - due
+            if late > 10 * self._tick_seconds:
+                due += late  # the machine or the loop stood still: that was no silence of the leader
+            await asyncio.sleep(max(0.0, due - self.now()))
+            for parts in self.parts.values():
+                group = parts.group
+                if group.stopped or group.failure is not None:
+                    continue
+                hurried = group.replica.driver.leader in self._lost and group.replica.role is not Role.LEADER
+                for _ in range(HURRY if hurried else 1):
+                    group.replica.tick()
+                group.work()
+                if group.replica.driver.leader:
+                    group.wake()
+
+    # --- the writer ----------------------------------------------------------------------------------------
+
+    def write(self, group: Group, jobs: list[Job]) -> None:
+        """Hands jobs to the writer."""
+        self._jobs.put((group, jobs))
+
+    def _write(self) -> None:
+        """The writer's thread: everything that waits, then one sync of each log, then the news of it."""
+        while True:
+            found = [self._jobs.get()]
+            while not self._jobs.empty():
+                found.append(self._jobs.get())
+            self._carry_out([each for each in found if each is not None])
+            if None in found:
+                return
+
+    def _carry_out(self, found: list[tuple[Group, list[Job]]]) -> None:
+        done: list[tuple[Group, list[Job]]] = []
+        last: dict[int, Job] = {}
+        for group, jobs in found:
+            try:
+                if group.failure is None:
+                    for job in jobs:
+                        self._write_job(group, job)
+                        if job.items:
+                            last[id(job.log)] = job
+            except SpaceError as error:
+                self.call_soon(group.fail, error)
+            else:
+                done.append((group, jobs))
+        try:
+            for job in last.values():
+                job.sync()
+        except SpaceError as error:
+            for group, _ in done:
+                self.call_soon(group.fail, error)
+            return
+        for group, jobs in done:
+            self.call_soon(group.written, jobs)
+
+    def _write_job(self, group: Group, job: Job) -> None:
+        """Writes, and on a full disk waits until there is room: nothing of it has been acknowledged."""
+        while True:
+            try:
+                job.write()
+            except DiskFullError as error:
+                log.warning("shard %d of node %d waits: %s", group.number, self.id, error)
+                self.call_soon(self._yield_leadership, group)
+                if self._stopping.wait(FULL_SECONDS):
+                    raise
+            else:
+                return
+
+    def _yield_leadership(self, group: Group) -> None:
+        """A leader that cannot write lets another one lead."""
+        if group.replica.role is Role.LEADER and not group.stopped:
+            self.spawn(self._hand_over(group))
+
+    async def _hand_over(self, group: Group) -> None:
+        """Lets the follower that is furthest lead, if there is one; waits a little for it."""
+        replica = group.replica
+        if group.failure is not None or group.stopped or replica.role is not Role.LEADER:
+            return
+        voters = replica.driver.configuration.voters
+        known = replica.driver.progress()
+        heirs = [(known[each][0], each) for each in voters if each != self.id and each in known and known[each][3]]
+        if not heirs:
+            return
+        replica.driver.transfer(max(heirs)[1])
+        group.schedule()
+        for _ in range(40):
+            await asyncio.sleep(self._tick_seconds)
+            if group.failure is not None or replica.role is not Role.LEADER:
+                return
+
+    # --- peers -----------------------------------------------------------------------------------------------
+
+    def send(self, group: Group, send: Send) -> None:
+        """Lets a message leave."""
+        self.transport.send_raft(send.to, group.number, send.message, send.blobs, urgent=send.urgent)
+
+    def on_raft(self, sender: int, number: int, message: bytes, blobs: list[Blob]) -> None:
+        """A message of a peer."""
+        self._lost.discard(sender)
+        parts = self.parts.get(number)
+        if parts is None or parts.group.stopped or parts.group.failure is not None:
+            return
+        try:
+            parts.group.replica.receive(sender, message, blobs)
+        except SpaceError as error:
+            log.warning("shard %d of node %d: %s", number, self.id, error)
+            return
+        self.schedule(parts.group)
+
+    def on_unreachable(self, node: int) -> None:
+        """Messages to a peer were lost."""
+        self._lost.add(node)
+        for parts in self.parts.values():
+            if not parts.group.stopped and parts.group.failure is None:
+                parts.group.replica.driver.unreachable(node)
+
+    def learn_members(self) -> None:
+        """Lets the transport know where the members are, as of the state."""
+        for parts in self.parts.values():
+            for node, (_, address) in parts.host.members().items():
+                if node != self.id and address:
+                    with contextlib.suppress(UsageError):
+                        self.transport.set_peer(node, *parse_address(address))
+
+    # --- requests of peers -------------------------------------------------------------------------------------
+
+    async def on_request(
+        self, sender: int, method: str, body: Any, attachments: list[Buffer]
+    ) -> tuple[Any, list[Buffer]]:
+        """Answers a peer.
+
+        Raises:
+            SpaceError: what the peer is told.
+        """
+        handler = self._handlers.get(method)
+        if handler is None:
+            raise UsageError(f"no such request: {method!r}", hint="is this node older?")
+        try:
+            return await handler(self, sender, body, attachments)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise UsageError(f"a malformed request {method!r}: {error!r:.200}") from None
+
+    def _group(self, number: Any) -> Parts:
+        parts = self.parts.get(number) if type(number) is int else None
+        if parts is None:
+            raise NotFoundError(f"node {self.id} has no shard {number!r:.20}")
+        return parts
+
+    async def _on_execute(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+        number, document, exempt = body
+        return await self._group(number).group.serve(document, attachments, exempt=bool(exempt)), []
+
+    async def _on_status(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+        return self.status(), []
+
+    async def _on_members(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+        number, what, node, address = body
+        if what not in _STEPS or type(node) is not int or type(address) is not str:
+            raise UsageError("not a change of members")
+        await self._lead_change(self._group(number), what, node, address)
+        return None, []
+
+    async def _on_chunk(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+        number, start, stop = body
+        replica = self._group(number).group.replica
+        last = min(int(stop), replica.machine.applied.position)
+        chunk = await asyncio.to_thread(
+            read_chunk, replica.log, int(start), stop=last + 1, bytes_max=CHUNK_BYTES
+        )
+        return None, list(encode_chunk(chunk))
+
+    async def _on_links(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+        number, indexes = body
+        found = self._group(number).group.replica.log
+        return [
+            found.read(index).chain if found.first_index <= index <= found.last_index else None
+            for index in indexes[:64]
+        ], []
+
+    async def _on_checkpoint(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+        number, position, name, offset = body
+        host = self._group(number).host
+        if not name:
+            return await asyncio.to_thread(host.newest_checkpoint), []
+        data = await asyncio.to_thread(host.read_checkpoint, int(position), str(name), int(offset), CHUNK_BYTES)
+        return None, [data]
+
+    async def _on_caught_up(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+        number, ok = body
+        group = self._group(number).group
+        if not group.stopped and group.failure is None:
+            group.replica.driver.caught_up(sender, ok=bool(ok))
+            self.schedule(group)
+        return None, []
+
+    async def _on_digests(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+        number, position = body
+        ours = [each for each in self._group(number).group.replica.digests if each.position >= int(position)]
+        return [[each.position, each.digest.to_bytes(32, "big"), each.chain] for each in ours], []
+
+    async def _on_confirmed(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+        """Of a leader: an index not below anything committed before now; of another node: nothing."""
+        group = self._group(body[0]).group
+        if group.replica.role is not Role.LEADER or group.stopped or group.failure is not None:
+            return None, []
+        future: Future[None] = Future()
+        group.begin_barrier(future, STATUS_SECONDS)
+        await asyncio.wrap_future(future)
+        return group.replica.driver.commit if group.replica.role is Role.LEADER else None, []
+
+    _handlers: Final = {
+        "confirmed": _on_confirmed,
+        "execute": _on_execute,
+        "status": _on_status,
+        "members": _on_members,
+        "chunk": _on_chunk,
+        "links": _on_links,
+        "checkpoint": _on_checkpoint,
+        "caught up": _on_caught_up,
+        "digests": _on_digests,
+    }
+
+    # --- bringing a replica forward ------------------------------------------------------------------------------
+
+    async def reopen(self, group: Group) -> None:
+        """Starts the group's consensus anew from what is durable (rule 3)."""
+        if group.stopped:
+            return
+        group.stopped = True
+        try:
+            await self._drained(group)
+            self._restart(group)
+        except SpaceError as error:
+            group.fail(error)
+            return
+        finally:
+            group.stopped = False
+        self.schedule(group)
+
+    async def _drained(self, group: Group) -> None:
+        while group.writing and group.failure is None:
+            await asyncio.sleep(self._tick_seconds / 5)
+
+    def _restart(self, group: Group) -> None:
+        self._incarnation += 1
+        group.replica.reopen(self._incarnation)
+
+    async def install(self, group: Group, offer: Offer) -> None:
+        """Brings the log and the state here up to what a peer offers, then goes on.
+
+        While it lasts this replica neither votes nor acknowledges: to its group it is a node that is down.
+        """
+        if group.stopped:
+            return
+        group.stopped = True
+        ok = False
+        log.info("shard %d of node %d: fetching the log up to %d from node %d", group.number, self.id, offer.index, offer.sender)
+        try:
+            await self._drained(group)
+            await self._fetch(group, offer)
+            self._restart(group)
+            ok = True
+        except SpaceError as error:
+            log.warning("shard %d of node %d: %s", group.number, self.id, error)
+            if isinstance(error, CorruptionError | StorageError):
+                group.fail(error)
+            else:
+                self._restart(group)
+        finally:
+            group.stopped = False
+        with contextlib.suppress(SpaceError):
+            await self.transport.request(offer.sender, "caught up", [group.number, ok], timeout=STATUS_SECONDS)
+        self.learn_members()
+        self.schedule(group)
+
+    async def _fetch(self, group: Group, offer: Offer) -> None:
+        replica, host = group.replica, self.parts[group.number].host
+        file, own = replica.state_file, replica.log
+        state = file.state
+        assert state is not None
+        if offer.term > state.term:
+            # What comes has entries of that term: the log must never be ahead of the term in the state.
+            state = attrs.evolve(state, term=offer.term, vote=0)
+            await asyncio.to_thread(file.save, state, sync=True)
+        await self._find_common(group, offer)
+        while own.last_index < offer.index:
+            _, pieces = await self.transport.request(
+                offer.sender, "chunk", [group.number, own.last_index + 1, offer.index], timeout=SHIP_SECONDS
+            )
+            await asyncio.to_thread(_receive, own, b"".join(pieces))
+        if own.term(offer.index) != offer.index_term:
+            raise UnavailableError(f"node {offer.sender} sent another entry {offer.index} than it offered")
+        await asyncio.to_thread(own.sync)
+        await self._fetch_checkpoint(group, offer)
+        state = attrs.evolve(
+            state,
+            commit=max(state.commit, offer.index),
+            configuration=offer.configuration,
+            configuration_index=offer.index,
+        )
+        await asyncio.to_thread(file.save, state, sync=True)
+        await asyncio.to_thread(replica.machine.catch_up, own, offer.index)
+
+    async def _find_common(self, group: Group, offer: Offer) -> None:
+        """Cuts the own log back to where it is the same as the sender's."""
+        own = group.replica.log
+        loop = asyncio.get_running_loop()
+
+        def their_link(index: int) -> bytes | None:
+            asked = asyncio.run_coroutine_threadsafe(
+                self.transport.request(offer.sender, "links", [group.number, [index]], timeout=STATUS_SECONDS), loop
+            )
+            links: list[bytes | None] = asked.result()[0]
+            return links[0]
+
+        last = min(own.last_index, offer.index)
+        if last == 0:
+            return
+        common = await asyncio.to_thread(first_divergence, own, their_link, last)
+        if common < group.replica.machine.applied.position:
+            raise CorruptionError(
+                f"what is applied here at {common + 1} is not what node {offer.sender} has there",
+                position=common + 1,
+                hint="stop this node and remove it from the cluster; then add it anew",
+            )
+        if common < last:
+            await asyncio.to_thread(own.truncate_after, common)
+
+    async def _fetch_checkpoint(self, group: Group, offer: Offer) -> None:
+        """Fetches a checkpoint of the state where folding the log would take much longer."""
+        host = self.parts[group.number].host
+        found, _ = await self.transport.request(
+            offer.sender, "checkpoint", [group.number, 0, "", 0], timeout=SHIP_SECONDS
+        )
+        if not found or found[0] - group.replica.machine.applied.position < CHECKPOINT_GAIN or found[0] > offer.index:
+            return
+        position, files = found
+        for name, size in files:
+            offset = 0
+            while offset < size:
+                _, pieces = await self.transport.request(
+                    offer.sender, "checkpoint", [group.number, position, name, offset], timeout=SHIP_SECONDS
+                )
+                data = b"".join(pieces)
+                if not data:
+                    return
+                await asyncio.to_thread(host.write_checkpoint, position, name, offset, data)
+                offset += len(data)
+        await asyncio.to_thread(host.adopt_checkpoint, position)
+
+    # --- members ---------------------------------------------------------------------------------------------------
+
+    async def change_members(self, what: str, node: int, address: str = "") -> None:
+        """Adds (learner first, then voter), removes, or lets lead, in every shard; may be asked again at any time.
+
+        Raises:
+            SpaceError: it is impossible, or not finished in time.
+        """
+        if node < 1:
+            raise UsageError(f"not the id of a node: {node}", hint="ids are numbers from 1")
+        for parts in list(self.parts.values()):
+            await self._change(parts, what, node, address)
+
+    async def _change(self, parts: Parts, what: str, node: int, address: str) -> None:
+        """Has the leader of one shard, wherever it is, carry out a change."""
+        deadline = self.now() + CHANGE_SECONDS
+        last: SpaceError = NotLeaderError("nobody leads")
+        while self.now() < deadline:
+            group = parts.group
+            leader = group.replica.driver.leader
+            try:
+                if group.replica.role is Role.LEADER:
+                    await self._lead_change(parts, what, node, address)
+                    return
+                if leader not in (0, self.id):
+                    await self.transport.request(
+                        leader, "members", [group.number, what, node, address], timeout=CHANGE_SECONDS
+                    )
+                    return
+            except UnavailableError as error:
+                last = error
+            await asyncio.sleep(RETRY_SECONDS)
+        raise UnavailableError(f"not done in {CHANGE_SECONDS:.0f} seconds: {Exception.__str__(last)}")
+
+    async def _lead_change(self, parts: Parts, what: str, node: int, address: str) -> None:
+        """Carries out a change as the leader, step by step.
+
+        Raises:
+            NotLeaderError: this node does not lead (any more): the next leader goes on.
+        """
+        deadline = self.now() + CHANGE_SECONDS
+        while self.now() < deadline:
+            group = parts.group
+            if group.failure is not None:
+                raise group.failure
+            if group.replica.role is not Role.LEADER or group.stopped:
+                raise group.replica.driver.not_leader()
+            try:
+                if _STEPS[what](self, parts, node, address):
+                    return
+            except ConflictError as error:
+                if error.status is not Status.BUSY:
+                    raise
+            await asyncio.sleep(RETRY_SECONDS)
+        raise UnavailableError(
+            f"node {node} has not caught up in {CHANGE_SECONDS:.0f} seconds", hint="asking again goes on with it"
+        )
+
+    def _step_add(self, parts: Parts, node: int, address: str) -> bool:
+        """One step towards ``node`` being a voter; True when it is."""
+        from space_raft_engine import encode_change
+
+        group, driver = parts.group, parts.group.replica.driver
+        made = driver.configuration
+        if node in made.voters and not made.voters_outgoing:
+            return True
+        if made.voters_outgoing:
+            return False
+        if node in made.learners:
+            known = driver.progress().get(node)
+            if known is None or driver.last_index - known[0] > CAUGHT_UP_POSITIONS or known[2] != "replicate":
+                return False
+            change = encode_change([("add", node)], transition="implicit", context=self._context({}))
+        else:
+            if not address:
+                raise UsageError(f"no address for node {node}", hint="space cluster add HOST:PORT --id N")
+            self.transport.set_peer(node, *parse_address(address))
+            change = encode_change([("learner", node)], context=self._context({node: address}))
+        group.replica.change(change)
+        self.schedule(group)
+        return False
+
+    def _step_remove(self, parts: Parts, node: int, address: str) -> bool:
+        from space_raft_engine import encode_change
+
+        group, driver = parts.group, parts.group.replica.driver
+        made = driver.configuration
+        if made.voters_outgoing:
+            return False
+        if node not in made.voters and node not in made.learners:
+            self.transport.forget_peer(node)
+            return True
+        group.replica.change(encode_change([("remove", node)], context=self._context({})))
+        self.schedule(group)
+        return False
+
+    def _step_lead(self, parts: Parts, node: int, address: str) -> bool:
+        group = parts.group
+        if node == self.id:
+            return True
+        if node not in group.replica.driver.configuration.voters:
+            raise NotFoundError(f"node {node} is no voter of shard {group.number}", hint="space cluster status")
+        if self._led_since.get(group.number, 0.0) + LEAD_SECONDS < self.now():
+            self._led_since[group.number] = self.now()
+            group.replica.driver.transfer(node)
+            self.schedule(group)
+        return False
+
+    def _context(self, addresses: dict[int, str]) -> bytes:
+        return encode_change_context(self.time_ns(), addresses)
+
+    # --- looking after itself --------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """What this node knows of itself, and of its followers where it leads."""
+        return {
+            "node": self.id,
+            "address": self.address,
+            "shards": [_shard_status(parts) for parts in self.parts.values()],
+            "differences": list(self.differences),
+        }
+
+    async def cluster_status(self) -> list[dict[str, Any]]:
+        """The status of every member that answers."""
+        members = {node for parts in self.parts.values() for node in parts.host.members()}
+        members |= {node for parts in self.parts.values() for node in _everybody(parts.group)}
+        found = await asyncio.gather(*(self._ask_status(node) for node in sorted(members)))
+        return [each for each in found if each is not None]
+
+    async def _ask_status(self, node: int) -> dict[str, Any] | None:
+        if node == self.id:
+            return self.status()
+        try:
+            answer, _ = await self.transport.request(node, "status", None, timeout=STATUS_SECONDS)
+        except SpaceError:
+            return None
+        return answer if isinstance(answer, dict) and answer.get("node") == node else None
+
+    async def _compare(self) -> None:
+        """Compares digests with the other members, spreads leaders, notes new addresses."""
+        while True:
+            await asyncio.sleep(DIGEST_SECONDS)
+            self.learn_members()
+            for parts in self.parts.values():
+                if parts.group.stopped or parts.group.failure is not None:
+                    continue
+                with contextlib.suppress(UnavailableError, NotFoundError, NotLeaderError):
+                    await self._compare_digests(parts)
+                self._spread(parts.group)
+
+    def _spread(self, group: Group) -> None:
+        """With several shards, lets each be led by another node, as far as all are well."""
+        replica = group.replica
+        if len(self.parts) < 2 or replica.role is not Role.LEADER or group.stopped:
+            return
+        voters = replica.driver.configuration.voters
+        wanted = voters[group.number % len(voters)] if voters else self.id
+        known = replica.driver.progress().get(wanted)
+        since = self._led_since.setdefault(group.number, self.now())
+        if wanted != self.id and known is not None and known[3] and known[2] == "replicate":
+            if self.now() - since > LEAD_SECONDS and replica.driver.last_index - known[0] <= CAUGHT_UP_POSITIONS:
+                self._led_since[group.number] = self.now()
+                replica.driver.transfer(wanted)
+                self.schedule(group)
+
+    async def _compare_digests(self, parts: Parts) -> None:
+        """Whether a majority of the others has another state at a position than this node: then this one is wrong."""
+        group = parts.group
+        ours = {each.position: each for each in group.replica.digests}
+        if not ours:
+            return
+        voters = [each for each in group.replica.driver.configuration.voters if each != self.id]
+        if not voters:
+            return
+        since = min(ours)
+        answers = await asyncio.gather(
+            *(self.transport.request(each, "digests", [group.number, since], timeout=STATUS_SECONDS) for each in voters),
+            return_exceptions=True,
+        )
+        theirs = [_digests(each[0]) for each in answers if not isinstance(each, BaseException)]
+        for position, mine in sorted(ours.items()):
+            known = [each[position] for each in theirs if position in each]
+            against = [each for each in known if (each.digest, each.chain) != (mine.digest, mine.chain)]
+            if against and 2 * len(against) >= len(known) + 1 and len(against) > len(voters) // 2:
+                await self._differs(parts, mine, against[0])
+                return
+
+    async def _differs(self, parts: Parts, mine: Digest, theirs: Digest) -> None:
+        """This replica is not what the others are: it stops, says where, and is rebuilt from the log."""
+        group = parts.group
+        if mine.chain != theirs.chain:
+            group.fail(
+                CorruptionError(
+                    f"the log of shard {group.number} differs from its peers' at or before position {mine.position}",
+                    position=mine.position,
+                    hint="the next start of this node compares and heals it",
+                )
+            )
+            return
+        group.stopped = True
+        try:
+            await self._drained(group)
+            difference = await asyncio.to_thread(parts.host.rebuild)
+            text = f"shard {group.number}: state at position {mine.position} differed from the other members'; {difference}"
+            log.error("node %d: %s", self.id, text)
+            self.differences.append(text)
+            del self.differences[:-16]
+            group.replica.digests.clear()
+            self._restart(group)
+        except SpaceError as error:
+            group.fail(error)
+        finally:
+            group.stopped = False
+        self.schedule(group)
+
+    def failed(self, group: Group, error: SpaceError) -> None:
+        """A group of this node cannot go on."""
+        if not self._stopping.is_set():
+            self._on_fatal(error)
+
+
+_STEPS: Final = {"add": Node._step_add, "remove": Node._step_remove, "lead": Node._step_lead}  # noqa: SLF001
+
+
+def _receive(own: Log, raw: bytes) -> None:
+    receive_chunk(own, decode_chunk(raw))
+
+
+def _everybody(group: Group) -> Sequence[int]:
+    made = group.replica.driver.configuration
+    return (*made.voters, *made.learners, *made.voters_outgoing)
+
+
+def _digests(answer: Any) -> dict[int, Digest]:
+    """Digests of a peer by position; nothing of an answer that is malformed."""
+    found: dict[int, Digest] = {}
+    with contextlib.suppress(ValueError, TypeError):
+        for position, digest, chain in answer:
+            found[int(position)] = Digest(int(position), int.from_bytes(digest, "big"), bytes(chain))
+    return found
+
+
+def _shard_status(parts: Parts) -> dict[str, Any]:
+    group = parts.group
+    driver, applied = group.replica.driver, group.replica.machine.applied
+    made = driver.configuration
+    role = "leader" if driver.role is Role.LEADER else "learner" if driver.node in made.learners else "follower"
+    if driver.node not in (*made.voters, *made.learners, *made.voters_outgoing):
+        role = "outsider"
+    return {
+        "shard": group.number,
+        "role": "failed" if group.failure is not None else "catching up" if group.stopped else role,
+        "term": driver.term,
+        "leader": driver.leader,
+        "position": applied.position,
+        "digest": applied.digest.to_bytes(32, "big"),
+        "commit": driver.commit,
+        "last": driver.last_index,
+        "voters": list(made.voters),
+        "learners": list(made.learners),
+        "failure": str(group.failure) if group.failure is not None else "",
+    }
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``.
+
+    Raises:
+        UsageError: it is not one.
+    """
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isascii() or not port.isdecimal() or not 0 <= int(port) < 65536:
+        raise UsageError(f"not an address: {text!r}", hint="write HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def empty_state(node: int) -> RaftState:
+    """The Raft state of a node that waits to be added to a group."""
+    from space.wal.raft_state import Configuration
+
+    return RaftState(node, 0, 0, 0, Configuration(), 0)
