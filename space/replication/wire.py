@@ -326,8 +326,12 @@ def encode_response(number: int, body: Any, attachments: Sequence[Buffer] = ()) 
 
 
 def encode_failure(number: int, error: SpaceError) -> list[Buffer]:
-    """The frame of an answer that is an error."""
-    return _frame(Kind.FAILURE, _NUMBER.pack(number) + _pack(error_document(error)))
+    """The frame of an answer that is an error, whatever is in its message."""
+    try:
+        packed = _pack(error_document(error))
+    except UsageError:  # a lone surrogate in a name
+        packed = _pack(error_document(SpaceError(ascii(str(error)), status=error.status)))
+    return _frame(Kind.FAILURE, _NUMBER.pack(number) + packed)
 
 
 def encode_ping(token: int) -> list[Buffer]:
