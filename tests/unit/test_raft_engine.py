@@ -247,10 +247,11 @@ def test_restart_keeps_everything() -> None:
 
 
 def test_a_lost_leader_s_tail_is_replaced() -> None:
-    """Entries a leader could not commit give way to those of the next leader, on its disk too."""
+    """Entries a leader could not commit, a change among them, give way to those of the next leader, on its disk too."""
     cluster = three()
     cluster.elect(1)
     cluster.away = {1}
+    cluster.nodes[1].propose_change(engine.encode_change([("learner", 4)]))
     cluster.nodes[1].propose([1, 2, 3])
     cluster.run()
     cluster.elect(2).propose([4])
@@ -258,6 +259,7 @@ def test_a_lost_leader_s_tail_is_replaced() -> None:
     cluster.away = set()
     cluster.beat()
     assert sizes(cluster.applied[1]) == [4]
+    assert cluster.applied[1] == cluster.applied[2]
     assert [size for _, _, size, _ in cluster.disks[1].entries if size] == [4]
     assert cluster.nodes[1].role == "follower"
 
