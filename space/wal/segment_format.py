@@ -51,6 +51,7 @@ RECORD_PREFIX: Final = struct.pack("<4sHH", b"\xb5Rec", FORMAT_VERSION, 104)  # 
 RECORD_HEADER: Final = struct.Struct("<8sQQHHIIIQQq32sII")
 RECORD_HEADER_BYTES: Final = 104
 CHAINED: Final = slice(24, 96)  # the part of a record header that the chain covers, previous link included
+CHAINED_HEADER: Final = struct.Struct("<HHIIIQQq32s")  # the same part by itself
 HEADER_CRC_OFFSET: Final = 100
 
 SEAL_METADATA: Final = struct.Struct("<QQ")  # batches in the segment, its first index
@@ -67,7 +68,7 @@ CRC: Final = struct.Struct("<I")
 assert SEGMENT_HEADER.size == 80
 assert RECORD_HEADER.size == RECORD_HEADER_BYTES
 assert len(RECORD_PREFIX) == 8
-assert CHAINED.stop - CHAINED.start == 72
+assert CHAINED.stop - CHAINED.start == CHAINED_HEADER.size
 assert HEADER_CRC_OFFSET + CRC.size == RECORD_HEADER_BYTES
 assert RECORD_HEADER_BYTES + SEAL_METADATA.size == SEAL_BYTES
 assert SEAL_BYTES % RECORD_ALIGNMENT == 0

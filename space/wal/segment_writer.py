@@ -10,6 +10,7 @@ from crc32c import crc32c
 
 from space.wal.segment_format import (
     CHAINED,
+    CHAINED_HEADER,
     CRC,
     FORMAT_VERSION,
     HEADER_CRC_OFFSET,
@@ -47,6 +48,23 @@ def link(chained_header: bytes, metadata: bytes) -> bytes:
     if len(metadata) < _JOIN_BELOW:
         return blake3(chained_header + metadata).digest()
     return blake3(chained_header).update(metadata).digest()
+
+
+def batch_link(
+    previous: bytes,
+    *,
+    index: int,
+    term: int,
+    time_ns: int,
+    metadata: bytes,
+    payload_length: int,
+    payload_crc: int,
+) -> bytes:
+    """The chain link after a batch, wherever it is stored."""
+    chained = CHAINED_HEADER.pack(
+        RecordKind.BATCH, 0, len(metadata), payload_length, payload_crc, index, term, time_ns, previous
+    )
+    return link(chained, metadata)
 
 
 def gather(payload: Sequence[Buffer]) -> Sequence[Buffer]:
