@@ -47,7 +47,6 @@ from space.statemachine.tables import format_digest
 from space.wal.disk import RealDisk
 from space.wal.log import Log
 from space.wal.raft_state import Configuration, RaftState, RaftStateFile, read_raft_state
-from space.wal.repair import heal
 from space.wal.shipping import Chunk, decode_chunk
 
 NODE_FILE: Final = "node.json"
@@ -513,6 +512,8 @@ async def _heal(node: ClusterNode, number: int, home: Path, store: bytes) -> Non
     Raises:
         UnavailableError: no leader among the peers answers in time.
     """
+    from space.wal.repair import heal
+
     config = node.config
     transport = Transport(
         node=config.node,

@@ -52,10 +52,11 @@ from space.replication.node import Node, empty_state
 from space.statemachine.apply import RECLAIMED_RANGE
 from space.statemachine.sequencer import Prepared
 from space.statemachine.store import DATA, SEAL, Applied, ReadTransaction, read_seal
-from space.statemachine.tables import MEMBER, TABLES, U64
+from space.statemachine.tables import MEMBER, RECLAIMED, TABLES, U64
 from space.wal.disk import Disk
 from space.wal.log import Log
 from space.wal.raft_state import RaftStateFile
+from space.wal.segment_format import RecordInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -434,6 +435,11 @@ class Member(Store):
             if not target.exists():
                 directory.rename(target)
         shutil.rmtree(directory, ignore_errors=True)
+
+    def is_reclaimed(self, info: RecordInfo, payload: bytes) -> bool:
+        """Whether payload of a batch that is not as it was written was given back on purpose."""
+        with self._tables.read() as txn:
+            return next(iter(txn.scan(RECLAIMED, U64.pack(info.index))), None) is not None
 
     def rebuild(self) -> str:
         """Rebuilds the state from the log, without a checkpoint; names the first difference it found."""

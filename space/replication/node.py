@@ -37,7 +37,6 @@ from space.replication.certificates import Tls
 from space.replication.driver import Role
 from space.replication.group import Group
 from space.replication.replica import (
-    Blob,
     Digest,
     Job,
     Offer,
@@ -45,8 +44,10 @@ from space.replication.replica import (
     encode_change_context,
 )
 from space.replication.transport import Transport
+from space.replication.wire import Blob
 from space.wal.log import Log
 from space.wal.raft_state import RaftState
+from space.wal.segment_format import RecordInfo
 from space.wal.shipping import decode_chunk, encode_chunk, first_divergence, read_chunk, receive_chunk
 
 TICK_SECONDS: Final = 0.025
@@ -97,6 +98,9 @@ class Host(Protocol):
     def adopt_checkpoint(self, position: int) -> None:
         """Makes the fetched checkpoint one of the store's own, if it is whole and fits the log."""
 
+    def is_reclaimed(self, info: RecordInfo, payload: bytes) -> bool:
+        """Whether payload of a batch that is not as it was written was given back on purpose."""
+
     def rebuild(self) -> str:
         """Rebuilds the state from the log; names the first difference it found, or nothing."""
 
@@ -129,7 +133,15 @@ class Node:
         self.cluster = cluster
         self.time_ns = time_ns
         self.parts: dict[int, Parts] = {}
-        self.transport = Transport(node=id, cluster=cluster, listen=listen, handler=self, tls=tls)
+        self.transport = Transport(
+            node=id,
+            cluster=cluster,
+            listen=listen,
+            handler=self,
+            tls=tls,
+            advertise=parse_address(advertise) if advertise else None,
+            random=random,
+        )
         self._advertise = advertise
         self._random = random
         self._on_fatal = on_fatal
@@ -143,6 +155,7 @@ class Node:
         self._writer: threading.Thread | None = None
         self._stopping = threading.Event()
         self._lost: set[int] = set()
+        self._dialled: set[int] = set()
         self._incarnation = time_ns()
         self._installing: dict[int, int] = {}
         self._led_since: dict[int, float] = {}
@@ -358,6 +371,8 @@ class Node:
     def on_raft(self, sender: int, number: int, message: bytes, blobs: list[Blob]) -> None:
         """A message of a peer."""
         self._lost.discard(sender)
+        if sender not in self._dialled and (address := self.transport.callers().get(sender)):
+            self._dial(sender, *address)  # who brings a new member its first entries is not in its state yet
         parts = self.parts.get(number)
         if parts is None or parts.group.stopped or parts.group.failure is not None:
             return
@@ -376,12 +391,23 @@ class Node:
                 parts.group.replica.driver.unreachable(node)
 
     def learn_members(self) -> None:
-        """Lets the transport know where the members are, as of the state."""
+        """Lets the transport know where the members are: where they call from, or what the state says."""
+        known: dict[int, tuple[str, int]] = {}
         for parts in self.parts.values():
             for node, (_, address) in parts.host.members().items():
-                if node != self.id and address:
-                    with contextlib.suppress(UsageError):
-                        self.transport.set_peer(node, *parse_address(address))
+                if address:
+                    known[node] = parse_address(address)
+        for node, (host, port) in self.transport.callers().items():
+            if node in known or any(node in _everybody(parts.group) for parts in self.parts.values()):
+                known[node] = host, port
+        known.pop(self.id, None)
+        for node, (host, port) in known.items():
+            self._dial(node, host, port)
+
+    def _dial(self, node: int, host: str, port: int) -> None:
+        with contextlib.suppress(UsageError):
+            self.transport.set_peer(node, host, port)
+            self._dialled.add(node)
 
     # --- requests of peers -------------------------------------------------------------------------------------
 
@@ -423,10 +449,16 @@ class Node:
 
     async def _on_chunk(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
         number, start, stop = body
-        replica = self._group(number).group.replica
+        parts = self._group(number)
+        replica = parts.group.replica
         last = min(int(stop), replica.machine.applied.position)
         chunk = await asyncio.to_thread(
-            read_chunk, replica.log, int(start), stop=last + 1, bytes_max=CHUNK_BYTES
+            read_chunk,
+            replica.log,
+            int(start),
+            stop=last + 1,
+            bytes_max=CHUNK_BYTES,
+            reclaimed=parts.host.is_reclaimed,
         )
         return None, list(encode_chunk(chunk))
 
@@ -577,7 +609,7 @@ class Node:
         last = min(own.last_index, offer.index)
         if last == 0:
             return
-        common = await asyncio.to_thread(first_divergence, own, their_link, last)
+        common = await asyncio.to_thread(first_divergence, own, their_link, last) - 1
         if common < group.replica.machine.applied.position:
             raise CorruptionError(
                 f"what is applied here at {common + 1} is not what node {offer.sender} has there",

@@ -45,6 +45,7 @@ from space.replication.driver import (
     Role,
     Settings,
 )
+from space.replication.wire import Blob
 from space.statemachine.apply import REMOVED
 from space.statemachine.sequencer import Prepared, prepare
 from space.statemachine.store import Applied
@@ -100,21 +101,6 @@ class Machine(Protocol):
 
     def catch_up(self, log: Log, position: int) -> None:
         """Folds the log up to ``position``."""
-
-
-@attrs.frozen
-class Blob:
-    """The bytes of one entry: what becomes its log record."""
-
-    index: int
-    time_ns: int
-    metadata: Buffer
-    payload: Sequence[Buffer]
-
-    @property
-    def size(self) -> int:
-        """Bytes, as the engine counts them."""
-        return len(self.metadata) + sum(map(len, self.payload))
 
 
 @attrs.define
@@ -382,7 +368,7 @@ class Replica:
             for index, (term, size) in enumerate(found.entries, found.first):
                 if size:
                     blob = by_index.get(index)
-                    if blob is None or blob.size != size:
+                    if blob is None or _size(blob) != size:
                         raise UnavailableError(f"entry {index} came without its {size} bytes")
                     self._stash[index, term] = blob
             self.driver.receive(message)
@@ -479,7 +465,7 @@ class Replica:
             return self._special(index, term, None)
         blob = self._stash[index, term]
         self._last_time = blob.time_ns
-        return Item(index, term, blob.time_ns, bytes(blob.metadata), blob.payload, size)
+        return Item(index, term, blob.time_ns, blob.metadata, blob.payload, size)
 
     def _special(self, index: int, term: int, change: bytes | None) -> Item:
         """The batch of an entry that the engine made: the same bytes on every replica."""
@@ -710,6 +696,11 @@ class Replica:
                 return None
             blobs.append(Blob(index, info.time_ns, info.metadata, (payload,) if payload else ()))
         return Send(message.to, message.kind, message.data, blobs)
+
+
+def _size(blob: Blob) -> int:
+    """Bytes of an entry, as the engine counts them."""
+    return len(blob.metadata) + sum(map(len, blob.payload))
 
 
 def _call(done: Callable[[SpaceError | None], None]) -> Callable[[], None]:
