@@ -27,6 +27,8 @@ transfer), 4.3 (joint consensus), 6.4 (reads), 9.6 (PreVote), 10.2.1 (writing in
 from collections.abc import Sequence
 from typing import Final, Literal, TypeAlias, final
 
+# The aliases are words for type checkers: import them under TYPE_CHECKING.
+
 ConfState: TypeAlias = tuple[list[int], list[int], list[int], list[int], bool]
 """Members, each list sorted when it comes from here: voters, learners, voters_outgoing, learners_next, auto_leave.
 The configuration is joint while voters_outgoing is not empty.
