@@ -209,7 +209,9 @@ def invite(home: Path, node: int, target: Path, *, hosts: list[str]) -> None:
     config = NodeConfig.load(home)
     authority = home / TLS / AUTHORITY
     if config is None or not authority.exists():
-        raise NotFoundError(f"no authority at {authority}", hint="invite on the node that founded the cluster")
+        raise NotFoundError(
+            f"no authority at {authority}", hint="invite on the node that founded the cluster"
+        )
     issue(authority, target, node, hosts, now=datetime.now(UTC))
 
 
@@ -231,7 +233,9 @@ def join(
     """
     parse_address(listen)
     if (home / FORMAT_FILE).exists() or (home / WAL).exists():
-        raise UsageError(f"{home} holds a store already", hint="a node that joins begins with an empty directory")
+        raise UsageError(
+            f"{home} holds a store already", hint="a node that joins begins with an empty directory"
+        )
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     config = NodeConfig(node, cluster, shards, listen, advertise, tls, peers or {})
     config.save(home)
@@ -293,7 +297,12 @@ class ClusterNode:
         except CorruptionError as error:
             if not self.config.peers:
                 raise
-            log.warning("shard %d of node %d is damaged (%s): fetching it from its peers", number, self.config.node, error)
+            log.warning(
+                "shard %d of node %d is damaged (%s): fetching it from its peers",
+                number,
+                self.config.node,
+                error,
+            )
             asyncio.run(_heal(self, number, home, store))
             return open_()
 
@@ -400,7 +409,9 @@ class ClusterNode:
             return future.result(seconds)
         except TimeoutError:
             future.cancel()
-            raise UnavailableError(f"not done in {seconds:.0f} seconds", hint="space cluster status") from None
+            raise UnavailableError(
+                f"not done in {seconds:.0f} seconds", hint="space cluster status"
+            ) from None
 
     # --- what people ask ---------------------------------------------------------------------------
 
@@ -447,12 +458,18 @@ def status_document(config: NodeConfig, nodes: list[dict[str, Any]]) -> Document
     """The status of a cluster from that of the nodes that answered."""
     shards: list[Document] = []
     for number in range(config.shards):
-        seen = {each["node"]: next((s for s in each["shards"] if s["shard"] == number), None) for each in nodes}
+        seen = {
+            each["node"]: next((s for s in each["shards"] if s["shard"] == number), None) for each in nodes
+        }
         answered = {node: shard for node, shard in seen.items() if shard is not None}
         if not answered:
             continue
         latest = max(answered.values(), key=lambda shard: (shard["term"], shard["commit"]))
-        leaders = [node for node, shard in answered.items() if shard["role"] == "leader" and shard["term"] == latest["term"]]
+        leaders = [
+            node
+            for node, shard in answered.items()
+            if shard["role"] == "leader" and shard["term"] == latest["term"]
+        ]
         everybody = sorted({*latest["voters"], *latest["learners"], *answered})
         furthest = max(shard["position"] for shard in answered.values())
         addresses = {each["node"]: each["address"] for each in nodes} | {
@@ -464,7 +481,8 @@ def status_document(config: NodeConfig, nodes: list[dict[str, Any]]) -> Document
                 "leader": leaders[0] if leaders else None,
                 "term": latest["term"],
                 "nodes": [
-                    _node_document(node, answered.get(node), furthest, addresses.get(node, "")) for node in everybody
+                    _node_document(node, answered.get(node), furthest, addresses.get(node, ""))
+                    for node in everybody
                 ],
             }
         )
@@ -474,7 +492,14 @@ def status_document(config: NodeConfig, nodes: list[dict[str, Any]]) -> Document
 
 def _node_document(node: int, shard: dict[str, Any] | None, furthest: int, address: str) -> Document:
     if shard is None:
-        return {"id": node, "role": "unreachable", "position": None, "digest": None, "lag": None, "address": address}
+        return {
+            "id": node,
+            "role": "unreachable",
+            "position": None,
+            "digest": None,
+            "lag": None,
+            "address": address,
+        }
     return {
         "id": node,
         "role": shard["role"],
@@ -495,7 +520,9 @@ class _Deaf:
     def on_raft(self, sender: int, group: int, message: bytes, blobs: list[Any]) -> None:
         """Not now."""
 
-    async def on_request(self, sender: int, method: str, body: Any, attachments: list[Any]) -> tuple[Any, list[Any]]:
+    async def on_request(
+        self, sender: int, method: str, body: Any, attachments: list[Any]
+    ) -> tuple[Any, list[Any]]:
         """Not now."""
         raise UnavailableError("this node is healing its log")
 
@@ -561,5 +588,6 @@ async def _find_leader(transport: Transport, config: NodeConfig, number: int) ->
                     return peer, int(answer)
         await asyncio.sleep(0.2)
     raise UnavailableError(
-        "the log is damaged, and no leader among the peers answers", hint="start the other nodes of the cluster first"
+        "the log is damaged, and no leader among the peers answers",
+        hint="start the other nodes of the cluster first",
     )

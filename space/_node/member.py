@@ -46,7 +46,6 @@ from space.events.codec import decode_batch
 from space.events.commands import Durability, Receipt, Request
 from space.events.types import PayloadReclaimed
 from space.projections.feed import Progress, fold
-from space.replication.driver import Role
 from space.replication.group import Group
 from space.replication.node import Node, empty_state
 from space.statemachine.apply import RECLAIMED_RANGE
@@ -87,9 +86,7 @@ class Member(Store):
         self._thread = threading.local()
         super().__init__(path, create=True, **options)
 
-    def _open(
-        self, disk: Disk, segment_bytes: int, on_progress: Callable[[Progress], None] | None
-    ) -> None:
+    def _open(self, disk: Disk, segment_bytes: int, on_progress: Callable[[Progress], None] | None) -> None:
         history.clear_scratch(self.path, owner=True)
         known = read_format(self.path / FORMAT_FILE)
         if known is not None and known != self._store_id:
@@ -211,7 +208,9 @@ class Member(Store):
             deadline = time.monotonic() + ALONE_SECONDS
             while self._ask(lambda: replica.under_way):
                 if time.monotonic() > deadline:
-                    raise UnavailableError("batches under way are not being committed", hint="space cluster status")
+                    raise UnavailableError(
+                        "batches under way are not being committed", hint="space cluster status"
+                    )
                 time.sleep(POLL_SECONDS)
             yield
         finally:
@@ -221,7 +220,7 @@ class Member(Store):
 
     def _freeze(self) -> None:
         replica = self.group.replica
-        if replica.role is not Role.LEADER:
+        if not replica.leads():
             raise replica.driver.not_leader()
         replica.frozen = True
 
@@ -356,7 +355,9 @@ class Member(Store):
 
     def catch_up(self, log: Log, position: int) -> None:
         """Folds the log up to ``position``, from a checkpoint where that is much nearer."""
-        newest = next((int(path.name) for path in history.checkpoints(self.path) if int(path.name) <= position), 0)
+        newest = next(
+            (int(path.name) for path in history.checkpoints(self.path) if int(path.name) <= position), 0
+        )
         target = history.Target(position)
         if newest - self._applied.position >= REBUILD_POSITIONS or (newest and not self._applied.position):
             self._replace_tables(target)
@@ -508,9 +509,7 @@ def first_difference(ours: ReadTransaction, theirs: ReadTransaction) -> str:
 Row = tuple[bytes, bytes]
 
 
-def _paired(
-    ours: Iterator[Row], theirs: Iterator[Row]
-) -> Iterator[tuple[Row | None, Row | None]]:
+def _paired(ours: Iterator[Row], theirs: Iterator[Row]) -> Iterator[tuple[Row | None, Row | None]]:
     """Rows of both by key."""
     mine, wanted = next(ours, None), next(theirs, None)
     while mine is not None or wanted is not None:

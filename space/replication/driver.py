@@ -31,7 +31,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Final
 
@@ -250,7 +250,7 @@ class Driver:
         """What was last given out to be made durable."""
         return self._state
 
-    def progress(self) -> dict[int, tuple[int, int, str, bool, int]]:
+    def progress(self) -> Mapping[int, tuple[int, int, str, bool, int]]:
         """Of a leader, each follower's (match, next, state, recently active, pending snapshot)."""
         return self._engine.status().progress
 
@@ -301,14 +301,18 @@ class Driver:
         if self.node not in after.voters:  # rule 3
             target = self._successor(after)
             if target == 0:
-                raise ConflictError("no other voter is up to date", hint="add one first", status=Status.BUSY)
+                raise ConflictError(
+                    "no other voter is up to date", hint="add one first", status=Status.UNAVAILABLE
+                )
             self._engine.transfer_leader(target)
             raise self.not_leader()
         try:
             return self._engine.propose_change(change)
         except Dropped:
             raise ConflictError(
-                "another change of members is under way", hint="try again when it is done", status=Status.BUSY
+                "another change of members is under way",
+                hint="try again when it is done",
+                status=Status.UNAVAILABLE,
             ) from None
 
     def _successor(self, after: Configuration) -> int:

@@ -27,7 +27,6 @@ from space._errors import (
 )
 from space.events.command_codec import decode_requests, encode_requests
 from space.events.commands import REPLIES_KEPT_PER_CLIENT, Buffer, Receipt, Request
-from space.replication.driver import Role
 from space.replication.replica import Job, Replica, Ticket, Work
 
 if TYPE_CHECKING:
@@ -195,13 +194,15 @@ class Group:
         if self._node.now() >= call.deadline or self.failure is not None:
             self._give_up(call)
             return
-        if self.replica.role is Role.LEADER and not self.stopped:
+        if self.replica.leads() and not self.stopped:
             refused = self._refuse(call.requests)
             if refused is not None:
                 self._finish(call, [refused] * len(call.requests))
                 return
             try:
-                ticket = Ticket(call.requests, lambda outcomes: self._decided(call, outcomes), exempt=call.exempt)
+                ticket = Ticket(
+                    call.requests, lambda outcomes: self._decided(call, outcomes), exempt=call.exempt
+                )
                 self.replica.submit(ticket)
             except SpaceError as error:
                 self._retry(call, error)
@@ -244,7 +245,7 @@ class Group:
         reason = Exception.__str__(why) if why is not None else "nobody leads"
         error = UnavailableError(
             f"shard {self.number} gave no answer: {reason}",
-            hint="it may still be carried out; a quorum of its nodes must run and reach each other: space cluster status",
+            hint="it may still be carried out; a quorum of nodes must run: space cluster status",
         )
         self._lanes.abandon(call.taken)
         if not call.future.done():
@@ -362,7 +363,7 @@ class Group:
         except SpaceError as error:
             self.fail(error)
             return
-        except BaseException as error:  # noqa: BLE001 - the engine's panic, or a defect: this replica must not go on
+        except BaseException as error:
             log.exception("shard %d of node %d broke", self.number, self._node.id)
             self.fail(StorageError(f"shard {self.number} met {type(error).__name__}: {error}"))
             return
@@ -393,9 +394,10 @@ class Group:
         self.schedule()
 
     def fail(self, error: SpaceError) -> None:
-        """This replica cannot go on."""
+        """Ends this replica: it cannot go on."""
         if self.failure is None:
-            log.error("shard %d of node %d stops: %s", self.number, self._node.id, error)
+            if not self._node.is_stopping:
+                log.error("shard %d of node %d stops: %s", self.number, self._node.id, error)
             self.failure = error
             self.wake()
             self._node.failed(self, error)

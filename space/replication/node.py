@@ -34,7 +34,6 @@ from space._errors import (
 )
 from space.events.commands import Buffer
 from space.replication.certificates import Tls
-from space.replication.driver import Role
 from space.replication.group import Group
 from space.replication.replica import (
     Digest,
@@ -202,6 +201,11 @@ class Node:
         host, port = self.transport.address
         return self._advertise or f"{host}:{port}"
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether :meth:`stop` was called."""
+        return self._stopping.is_set()
+
     # --- the loop ----------------------------------------------------------------------------------------
 
     def now(self) -> float:
@@ -280,7 +284,7 @@ class Node:
                 group = parts.group
                 if group.stopped or group.failure is not None:
                     continue
-                hurried = group.replica.driver.leader in self._lost and group.replica.role is not Role.LEADER
+                hurried = group.replica.driver.leader in self._lost and not group.replica.leads()
                 for _ in range(HURRY if hurried else 1):
                     group.replica.tick()
                 group.work()
@@ -342,24 +346,26 @@ class Node:
 
     def _yield_leadership(self, group: Group) -> None:
         """A leader that cannot write lets another one lead."""
-        if group.replica.role is Role.LEADER and not group.stopped:
+        if group.replica.leads() and not group.stopped:
             self.spawn(self._hand_over(group))
 
     async def _hand_over(self, group: Group) -> None:
         """Lets the follower that is furthest lead, if there is one; waits a little for it."""
         replica = group.replica
-        if group.failure is not None or group.stopped or replica.role is not Role.LEADER:
+        if group.failure is not None or group.stopped or not replica.leads():
             return
         voters = replica.driver.configuration.voters
         known = replica.driver.progress()
-        heirs = [(known[each][0], each) for each in voters if each != self.id and each in known and known[each][3]]
+        heirs = [
+            (known[each][0], each) for each in voters if each != self.id and each in known and known[each][3]
+        ]
         if not heirs:
             return
         replica.driver.transfer(max(heirs)[1])
         group.schedule()
         for _ in range(40):
             await asyncio.sleep(self._tick_seconds)
-            if group.failure is not None or replica.role is not Role.LEADER:
+            if group.failure is not None or not replica.leads():
                 return
 
     # --- peers -----------------------------------------------------------------------------------------------
@@ -433,14 +439,18 @@ class Node:
             raise NotFoundError(f"node {self.id} has no shard {number!r:.20}")
         return parts
 
-    async def _on_execute(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+    async def _on_execute(
+        self, sender: int, body: Any, attachments: list[Buffer]
+    ) -> tuple[Any, list[Buffer]]:
         number, document, exempt = body
         return await self._group(number).group.serve(document, attachments, exempt=bool(exempt)), []
 
     async def _on_status(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
         return self.status(), []
 
-    async def _on_members(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+    async def _on_members(
+        self, sender: int, body: Any, attachments: list[Buffer]
+    ) -> tuple[Any, list[Buffer]]:
         number, what, node, address = body
         if what not in _STEPS or type(node) is not int or type(address) is not str:
             raise UsageError("not a change of members")
@@ -470,15 +480,21 @@ class Node:
             for index in indexes[:64]
         ], []
 
-    async def _on_checkpoint(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+    async def _on_checkpoint(
+        self, sender: int, body: Any, attachments: list[Buffer]
+    ) -> tuple[Any, list[Buffer]]:
         number, position, name, offset = body
         host = self._group(number).host
         if not name:
             return await asyncio.to_thread(host.newest_checkpoint), []
-        data = await asyncio.to_thread(host.read_checkpoint, int(position), str(name), int(offset), CHUNK_BYTES)
+        data = await asyncio.to_thread(
+            host.read_checkpoint, int(position), str(name), int(offset), CHUNK_BYTES
+        )
         return None, [data]
 
-    async def _on_caught_up(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+    async def _on_caught_up(
+        self, sender: int, body: Any, attachments: list[Buffer]
+    ) -> tuple[Any, list[Buffer]]:
         number, ok = body
         group = self._group(number).group
         if not group.stopped and group.failure is None:
@@ -486,20 +502,24 @@ class Node:
             self.schedule(group)
         return None, []
 
-    async def _on_digests(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+    async def _on_digests(
+        self, sender: int, body: Any, attachments: list[Buffer]
+    ) -> tuple[Any, list[Buffer]]:
         number, position = body
         ours = [each for each in self._group(number).group.replica.digests if each.position >= int(position)]
         return [[each.position, each.digest.to_bytes(32, "big"), each.chain] for each in ours], []
 
-    async def _on_confirmed(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+    async def _on_confirmed(
+        self, sender: int, body: Any, attachments: list[Buffer]
+    ) -> tuple[Any, list[Buffer]]:
         """Of a leader: an index not below anything committed before now; of another node: nothing."""
         group = self._group(body[0]).group
-        if group.replica.role is not Role.LEADER or group.stopped or group.failure is not None:
+        if not group.replica.leads() or group.stopped or group.failure is not None:
             return None, []
         future: Future[None] = Future()
         group.begin_barrier(future, STATUS_SECONDS)
         await asyncio.wrap_future(future)
-        return group.replica.driver.commit if group.replica.role is Role.LEADER else None, []
+        return group.replica.driver.commit if group.replica.leads() else None, []
 
     _handlers: Final = {
         "confirmed": _on_confirmed,
@@ -531,7 +551,8 @@ class Node:
         self.schedule(group)
 
     async def _drained(self, group: Group) -> None:
-        while group.writing and group.failure is None:
+        """Waits until the writer has nothing more of this group."""
+        while group.writing and group.failure is None:  # noqa: ASYNC110 - rare, and an event would cost every job
             await asyncio.sleep(self._tick_seconds / 5)
 
     def _restart(self, group: Group) -> None:
@@ -547,7 +568,13 @@ class Node:
             return
         group.stopped = True
         ok = False
-        log.info("shard %d of node %d: fetching the log up to %d from node %d", group.number, self.id, offer.index, offer.sender)
+        log.info(
+            "shard %d of node %d: fetching the log up to %d from node %d",
+            group.number,
+            self.id,
+            offer.index,
+            offer.sender,
+        )
         try:
             await self._drained(group)
             await self._fetch(group, offer)
@@ -562,12 +589,14 @@ class Node:
         finally:
             group.stopped = False
         with contextlib.suppress(SpaceError):
-            await self.transport.request(offer.sender, "caught up", [group.number, ok], timeout=STATUS_SECONDS)
+            await self.transport.request(
+                offer.sender, "caught up", [group.number, ok], timeout=STATUS_SECONDS
+            )
         self.learn_members()
         self.schedule(group)
 
     async def _fetch(self, group: Group, offer: Offer) -> None:
-        replica, host = group.replica, self.parts[group.number].host
+        replica = group.replica
         file, own = replica.state_file, replica.log
         state = file.state
         assert state is not None
@@ -601,7 +630,10 @@ class Node:
 
         def their_link(index: int) -> bytes | None:
             asked = asyncio.run_coroutine_threadsafe(
-                self.transport.request(offer.sender, "links", [group.number, [index]], timeout=STATUS_SECONDS), loop
+                self.transport.request(
+                    offer.sender, "links", [group.number, [index]], timeout=STATUS_SECONDS
+                ),
+                loop,
             )
             links: list[bytes | None] = asked.result()[0]
             return links[0]
@@ -625,7 +657,11 @@ class Node:
         found, _ = await self.transport.request(
             offer.sender, "checkpoint", [group.number, 0, "", 0], timeout=SHIP_SECONDS
         )
-        if not found or found[0] - group.replica.machine.applied.position < CHECKPOINT_GAIN or found[0] > offer.index:
+        if (
+            not found
+            or found[0] - group.replica.machine.applied.position < CHECKPOINT_GAIN
+            or found[0] > offer.index
+        ):
             return
         position, files = found
         for name, size in files:
@@ -662,7 +698,7 @@ class Node:
             group = parts.group
             leader = group.replica.driver.leader
             try:
-                if group.replica.role is Role.LEADER:
+                if group.replica.leads():
                     await self._lead_change(parts, what, node, address)
                     return
                 if leader not in (0, self.id):
@@ -686,17 +722,18 @@ class Node:
             group = parts.group
             if group.failure is not None:
                 raise group.failure
-            if group.replica.role is not Role.LEADER or group.stopped:
+            if not group.replica.leads() or group.stopped:
                 raise group.replica.driver.not_leader()
             try:
                 if _STEPS[what](self, parts, node, address):
                     return
             except ConflictError as error:
-                if error.status is not Status.BUSY:
+                if error.status is not Status.UNAVAILABLE:
                     raise
             await asyncio.sleep(RETRY_SECONDS)
         raise UnavailableError(
-            f"node {node} has not caught up in {CHANGE_SECONDS:.0f} seconds", hint="asking again goes on with it"
+            f"node {node} has not caught up in {CHANGE_SECONDS:.0f} seconds",
+            hint="asking again goes on with it",
         )
 
     def _step_add(self, parts: Parts, node: int, address: str) -> bool:
@@ -742,7 +779,9 @@ class Node:
         if node == self.id:
             return True
         if node not in group.replica.driver.configuration.voters:
-            raise NotFoundError(f"node {node} is no voter of shard {group.number}", hint="space cluster status")
+            raise NotFoundError(
+                f"node {node} is no voter of shard {group.number}", hint="space cluster status"
+            )
         if self._led_since.get(group.number, 0.0) + LEAD_SECONDS < self.now():
             self._led_since[group.number] = self.now()
             group.replica.driver.transfer(node)
@@ -794,17 +833,19 @@ class Node:
     def _spread(self, group: Group) -> None:
         """With several shards, lets each be led by another node, as far as all are well."""
         replica = group.replica
-        if len(self.parts) < 2 or replica.role is not Role.LEADER or group.stopped:
+        if len(self.parts) < 2 or not replica.leads() or group.stopped:
             return
         voters = replica.driver.configuration.voters
         wanted = voters[group.number % len(voters)] if voters else self.id
         known = replica.driver.progress().get(wanted)
         since = self._led_since.setdefault(group.number, self.now())
-        if wanted != self.id and known is not None and known[3] and known[2] == "replicate":
-            if self.now() - since > LEAD_SECONDS and replica.driver.last_index - known[0] <= CAUGHT_UP_POSITIONS:
-                self._led_since[group.number] = self.now()
-                replica.driver.transfer(wanted)
-                self.schedule(group)
+        if wanted == self.id or known is None or not known[3] or known[2] != "replicate":
+            return
+        behind = replica.driver.last_index - known[0]
+        if self.now() - since > LEAD_SECONDS and behind <= CAUGHT_UP_POSITIONS:
+            self._led_since[group.number] = self.now()
+            replica.driver.transfer(wanted)
+            self.schedule(group)
 
     async def _compare_digests(self, parts: Parts) -> None:
         """Whether a majority of the others has another state at a position than this node: then this one is wrong."""
@@ -817,7 +858,10 @@ class Node:
             return
         since = min(ours)
         answers = await asyncio.gather(
-            *(self.transport.request(each, "digests", [group.number, since], timeout=STATUS_SECONDS) for each in voters),
+            *(
+                self.transport.request(each, "digests", [group.number, since], timeout=STATUS_SECONDS)
+                for each in voters
+            ),
             return_exceptions=True,
         )
         theirs = [_digests(each[0]) for each in answers if not isinstance(each, BaseException)]
@@ -829,7 +873,7 @@ class Node:
                 return
 
     async def _differs(self, parts: Parts, mine: Digest, theirs: Digest) -> None:
-        """This replica is not what the others are: it stops, says where, and is rebuilt from the log."""
+        """Stops a replica that is not what the others are, says where, and rebuilds it from the log."""
         group = parts.group
         if mine.chain != theirs.chain:
             group.fail(
@@ -844,7 +888,7 @@ class Node:
         try:
             await self._drained(group)
             difference = await asyncio.to_thread(parts.host.rebuild)
-            text = f"shard {group.number}: state at position {mine.position} differed from the other members'; {difference}"
+            text = f"shard {group.number}: state at {mine.position} differed from the other members'; {difference}"
             log.error("node %d: %s", self.id, text)
             self.differences.append(text)
             del self.differences[:-16]
@@ -887,7 +931,9 @@ def _shard_status(parts: Parts) -> dict[str, Any]:
     group = parts.group
     driver, applied = group.replica.driver, group.replica.machine.applied
     made = driver.configuration
-    role = "leader" if driver.role is Role.LEADER else "learner" if driver.node in made.learners else "follower"
+    role = (
+        "leader" if driver.role is Role.LEADER else "learner" if driver.node in made.learners else "follower"
+    )
     if driver.node not in (*made.voters, *made.learners, *made.voters_outgoing):
         role = "outsider"
     return {

@@ -10,8 +10,8 @@ append message (:class:`Blob`), lie in a bounded cache until they are applied, a
 
 **Answers.**  Every answer is given when all that was decided before it is committed: also a refusal, which was
 decided against batches that may never be; one that is based on nothing under way is confirmed by a ReadIndex.
-What is under way when leadership is lost gets :class:`NotLeaderError`: its outcome is unknown, and a retry with the same
-client id and sequence finds out.
+What is under way when leadership is lost gets :class:`NotLeaderError`: its outcome is unknown, and a retry with
+the same client id and sequence finds out.
 
 **Time.**  The leader's clock, never before the entry before; entries the engine makes itself (a new leader's
 empty one, a change of members) take their time from the entry before or from the change, so that every
@@ -54,7 +54,6 @@ from space.wal.log import Log
 from space.wal.raft_state import Configuration, RaftStateFile
 
 if TYPE_CHECKING:
-
     from space_raft_engine import Entry as RaftEntry
     from space_raft_engine import Message
 
@@ -329,6 +328,10 @@ class Replica:
     def role(self) -> Role:
         """Leader, follower or in between."""
         return self.driver.role
+
+    def leads(self) -> bool:
+        """Whether it is the leader, as far as it knows."""
+        return self.driver.role is Role.LEADER
 
     @property
     def decides(self) -> bool:
@@ -645,7 +648,7 @@ class Replica:
                 self._under_way -= item.cost
                 following = self._chain[0].prepared if self._chain else None
                 if following is not None:
-                    following.overlay.rebase(self._root)  # type: ignore[arg-type]
+                    following.overlay.rebase(self._root)
             item.prepared = None
 
     def _settle(self) -> None:
