@@ -20,6 +20,9 @@ pytestmark = pytest.mark.requires("py:space_raft_engine")
 
 THREE: ConfState = ([1, 2, 3], [], [], [], False)
 ELECTION = 10
+FUZZ = settings(
+    max_examples=max(500, settings().max_examples)
+)  # cheap ones: more than the short profile asks for
 
 
 @define
@@ -919,7 +922,7 @@ def real_messages() -> list[bytes]:
 
 
 @given(st.data())
-@settings(max_examples=500)
+@FUZZ
 def test_garbage_is_an_error(data: st.DataObject) -> None:
     """Any bytes, and real messages with bytes changed, are taken or refused; nothing else comes out."""
     if data.draw(st.booleans()):
@@ -972,7 +975,7 @@ def test_changes_have_words(changes: Any, transition: Any) -> None:
 
 
 @given(st.binary(max_size=100))
-@settings(max_examples=300)
+@FUZZ
 def test_garbage_is_no_change(data: bytes) -> None:
     """Any bytes are a change that survives the wire, or an error."""
     with contextlib.suppress(engine.RaftError):
