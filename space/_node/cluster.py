@@ -276,14 +276,17 @@ class ClusterNode:
             with clear_errors(home):
                 for number in range(config.shards):
                     self.stores.append(self._open(number, on_progress))
-            self._thread = threading.Thread(target=self._run, name="space-node", daemon=True)
-            self._thread.start()
-            self._started.wait(READY_SECONDS)
-            if self.failure is not None:
-                raise self.failure
+            self._start()
         except BaseException:
             self._close_stores()
             raise
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="space-node", daemon=True)
+        self._thread.start()
+        self._started.wait(READY_SECONDS)
+        if self.failure is not None:
+            raise self.failure
 
     def _open(self, number: int, on_progress: Callable[[Any], None] | None) -> Member:
         home = shard_home(self.home, number)

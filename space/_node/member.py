@@ -202,7 +202,7 @@ class Member(Store):
             NotLeaderError: this node does not lead.
         """
         replica = self.group.replica
-        self._ask(lambda: self._freeze())
+        self._ask(self._freeze)
         self._thread.alone = True
         try:
             deadline = time.monotonic() + ALONE_SECONDS

@@ -932,7 +932,7 @@ def _shard_status(parts: Parts) -> dict[str, Any]:
     driver, applied = group.replica.driver, group.replica.machine.applied
     made = driver.configuration
     role = (
-        "leader" if driver.role is Role.LEADER else "learner" if driver.node in made.learners else "follower"
+        "leader" if group.replica.leads() else "learner" if driver.node in made.learners else "follower"
     )
     if driver.node not in (*made.voters, *made.learners, *made.voters_outgoing):
         role = "outsider"
