@@ -423,7 +423,8 @@ class Driver:
 
     def persisted(self, persist: Persist) -> None:
         """The oldest :class:`Persist` handed out is durable.  :meth:`collect` again afterwards."""
-        assert persist is self._persists.popleft(), "persisted out of order"
+        oldest = self._persists.popleft()
+        assert persist is oldest, "persisted out of order"
         if persist.configures:
             self._changing = False
             self._change(self._committed[0])

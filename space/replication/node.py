@@ -462,6 +462,8 @@ class Node:
         parts = self._group(number)
         replica = parts.group.replica
         last = min(int(stop), replica.machine.applied.position)
+        if int(start) > last:
+            raise UnavailableError(f"node {self.id} has applied up to {last} only", hint="ask a little later")
         chunk = await asyncio.to_thread(
             read_chunk,
             replica.log,
