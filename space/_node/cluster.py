@@ -427,13 +427,17 @@ class ClusterNode:
         """Adds, removes, or lets lead; see :meth:`space.replication.node.Node.change_members`."""
         self.call(lambda found_: found_.change_members(what, node, address), seconds=900.0)
 
-    def close(self) -> None:
-        """Hands leadership over, stops the loop and closes the stores; closing twice does nothing."""
+    def stop(self) -> None:
+        """Hands leadership over and stops the loop: whoever waits for a group is told so."""
         loop, stop = self._loop, self._stop
         if loop is not None and stop is not None and not self.ended.is_set():
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(stop.set)
         self._thread.join()
+
+    def close(self) -> None:
+        """Stops, and closes the stores; closing twice does nothing."""
+        self.stop()
         self._close_stores()
 
     def _close_stores(self) -> None:

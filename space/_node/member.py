@@ -260,12 +260,12 @@ class Member(Store):
 
         With infinity, everything within the block is one look at the store.
         """
-        before = getattr(self._thread, "relaxed", None)
+        before = getattr(self._thread, "relaxed", None), getattr(self._thread, "until", 0.0)
         self._thread.relaxed = seconds
         try:
             yield
         finally:
-            self._thread.relaxed = before
+            self._thread.relaxed, self._thread.until = before
 
     @contextlib.contextmanager
     def stale(self) -> Iterator[None]:

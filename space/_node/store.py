@@ -63,7 +63,7 @@ from space.projections.feed import Progress
 from space.statemachine.sequencer import Prepared, prepare
 from space.statemachine.store import Applied, ReadTransaction, WriteTransaction, peek_seal
 from space.statemachine.store import Store as LmdbStore
-from space.statemachine.tables import KEY, RECLAIMED, U32, U64
+from space.statemachine.tables import KEY, RECLAIMED, REPLY, U32, U64
 from space.wal.disk import Disk, RealDisk
 from space.wal.log import Log
 from space.wal.raft_state import read_raft_state
@@ -162,6 +162,7 @@ class Store(Reading):
         self._clock = clock
         self._random_bytes = random_bytes
         self._lock = threading.RLock()
+        self._local = threading.local()
         self._queue: deque[_Ticket] = deque()
         self._closed = False
         self._behind = False
@@ -278,11 +279,31 @@ class Store(Reading):
         Raises:
             SpaceError: it was rejected, or could not be logged; then nothing changed.
         """
+        if not client:
+            client, sequence = getattr(self._local, "signature", (b"", 0))
         request = Request(command, self.actor if actor is None else actor, client, sequence)
         (outcome,) = self.execute_all([request], durability=durability)
         if isinstance(outcome, SpaceError):
             raise outcome
         return outcome
+
+    @contextlib.contextmanager
+    def signed(self, client: bytes, sequence: int) -> Iterator[None]:
+        """In this thread, a command given to :meth:`execute` is carried out once, however often it is handed in.
+
+        For one command: a second, other one within the block would be taken for the first.
+        """
+        self._local.signature = client, sequence
+        try:
+            yield
+        finally:
+            del self._local.signature
+
+    def answered(self, client: bytes, sequence: int) -> int | None:
+        """Position at which a client's command was carried out; None if it was not, or long ago."""
+        with self._read() as txn:
+            position = txn.get(REPLY, client + U64.pack(sequence))
+        return None if position is None else U64.unpack(position)[0]
 
     def execute_all(
         self, requests: Sequence[Request], *, durability: Durability = Durability.DURABLE

@@ -159,6 +159,8 @@ class Node:
         self._installing: dict[int, int] = {}
         self._led_since: dict[int, float] = {}
         self.differences: list[str] = []
+        self.on_call: Callable[[int, str], Any] = _no_calls
+        """Carries out an operation on a shard's store that only its leader can, asked by another node."""
 
     # --- life ------------------------------------------------------------------------------------------
 
@@ -523,7 +525,12 @@ class Node:
         await asyncio.wrap_future(future)
         return group.replica.driver.commit if group.replica.leads() else None, []
 
+    async def _on_call(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
+        number, method = body
+        return await asyncio.to_thread(self.on_call, self._group(number).group.number, str(method)), []
+
     _handlers: Final = {
+        "call": _on_call,
         "confirmed": _on_confirmed,
         "execute": _on_execute,
         "status": _on_status,
@@ -909,6 +916,10 @@ class Node:
 
 
 _STEPS: Final = {"add": Node._step_add, "remove": Node._step_remove, "lead": Node._step_lead}  # noqa: SLF001
+
+
+def _no_calls(number: int, method: str) -> Any:
+    raise UnavailableError("this node answers no calls yet")
 
 
 def _receive(own: Log, raw: bytes) -> None:
