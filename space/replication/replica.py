@@ -320,6 +320,9 @@ class Replica:
         self._tail_bytes = 0
         self._stash.clear()
         self._offer = None
+        for waiting in self._reading.values():  # the new engine knows nothing of these
+            self._next_reading.extend(waiting)
+        self._reading.clear()
         self._start(incarnation)
 
     # --- what it is --------------------------------------------------------------------------------
@@ -447,9 +450,10 @@ class Replica:
         if was is Role.LEADER and self.driver.role is not Role.LEADER:
             self._lose("leadership of the group was lost")
         for persist in self.driver.persists():
-            items = [self._item(entry) for entry in persist.entries]
-            for item in items:
-                self._remember(item)
+            items = []
+            for entry in persist.entries:
+                items.append(self._item(entry))
+                self._remember(items[-1])  # the one after it may take its time from it
             work.jobs.append(Job(persist, items, self.log, self.state_file))
         self._stash.clear()
         return found
@@ -772,21 +776,25 @@ def retained(
 ) -> tuple[tuple[int, int], list[tuple[int, int, int, bytes]]]:
     """The end of a log in the engine's terms: the entry before, and (term, kind, size, change) of each after it.
 
-    At least everything that is not applied; nothing from before the log was replicated (term 0).
+    At least everything that is not applied; nothing applied from before the log was replicated (term 0): a replica
+    without it is sent the log, because as an entry it would become a record of another term.
     """
-    start = max(1, min(applied, log.last_index - count + 1))
-    while start <= log.last_index and log.term(start) == 0:
+    start = max(0, min(applied, log.last_index - count))
+    while start < applied and log.term(start + 1) == 0:
         start += 1
-    if start > log.last_index:
-        return (log.last_index, 0), []
-    before = (start, log.term(start)) if start > 1 else (0, 0)
+    before = (start, _engine_term(log.term(start))) if start else (0, 0)
     entries = []
-    for info in log.records(before[0] + 1):
-        change = change_of(info.metadata)
+    for info in log.records(start + 1):
+        term, change = _engine_term(info.term), change_of(info.metadata)
         if change is not None:
-            entries.append((info.term, KIND_CHANGE, 0, change))
+            entries.append((term, KIND_CHANGE, 0, change))
         elif info.metadata == EMPTY_BATCH and not info.payload_length:
-            entries.append((info.term, 0, 0, b""))
+            entries.append((term, 0, 0, b""))
         else:
-            entries.append((info.term, 0, len(info.metadata) + info.payload_length, b""))
+            entries.append((term, 0, len(info.metadata) + info.payload_length, b""))
     return before, entries
+
+
+def _engine_term(term: int) -> int:
+    """To the engine, term 0 is that of an entry it does not have; a group begins in term 1, and its entries after it."""
+    return max(term, 1)
