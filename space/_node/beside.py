@@ -45,6 +45,7 @@ from space.statemachine.store import Store as LmdbStore
 from space.statemachine.tables import KEY, RECLAIMED, SNAPSHOT, U32, U64, SnapshotRow
 from space.wal.disk import RealDisk
 from space.wal.log import Log
+from space.wal.raft_state import read_raft_state
 
 _BARE: Final = ("@", "-")
 """How moments begin that are never taken for the name of a snapshot: those are looked up in the present state."""
@@ -86,7 +87,8 @@ class PastBeside(Reading):
         with contextlib.ExitStack() as undo:
             self.wal = self._open_log()
             undo.callback(self.wal.close)
-            self.target = history.locate(self.wal, self._understood(moment))
+            self.last = self._last()
+            self.target = history.locate(self.wal, self._understood(moment), self.last)
             self._scratch = history.past_directory(home)
             undo.callback(shutil.rmtree, self._scratch, ignore_errors=True)
             tables = self._tables_at(self._scratch, self.target)
@@ -94,6 +96,13 @@ class PastBeside(Reading):
             self._seen = self.target.position - 1
             super().__init__(tables, self._new_reader())
             self._undo = undo.pop_all()
+
+    def _last(self) -> int:
+        """The end of what counts: on a member of a cluster, what was known to be committed when this was opened."""
+        state = read_raft_state(RealDisk(), str(self.path / WAL), store_id=self._store_id)
+        if state is None or state.configuration.voters == (state.node,):
+            return self.wal.last_index
+        return min(state.commit, self.wal.last_index)
 
     def _open_log(self) -> Log:
         return Log.open(RealDisk(), str(self.path / WAL), store_id=self._store_id, read_only=True)
@@ -117,7 +126,7 @@ class PastBeside(Reading):
         """The moment a snapshot names, as of the end of the log."""
         scratch = history.past_directory(self.path)
         try:
-            tables = self._tables_at(scratch, history.Target(self.wal.last_index))
+            tables = self._tables_at(scratch, history.Target(self.last))
             try:
                 with tables.read() as txn:
                     data = txn.get(SNAPSHOT, name.encode(errors="surrogatepass"))

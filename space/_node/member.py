@@ -174,6 +174,14 @@ class Member(Store):
         exempt = bool(getattr(self._thread, "alone", False))
         return self.group.execute(list(requests), exempt=exempt)
 
+    def begin(self, requests: Sequence[Request]) -> Future[list[Receipt | SpaceError]]:
+        if self._closed:
+            raise UnavailableError(f"store {self.path} is closed")
+        return self.group.start(list(requests))
+
+    def wait(self, future: Future[list[Receipt | SpaceError]]) -> list[Receipt | SpaceError]:
+        return self.node.wait(future)
+
     def execute_soon(self, request: Request) -> Future[Receipt | SpaceError]:
         future: Future[Receipt | SpaceError] = Future()
         self.group.start([request]).add_done_callback(lambda done: future.set_result(done.result()[0]))

@@ -324,6 +324,16 @@ class Store(Reading):
                 self.wal.sync(max(positions))
         return ticket.outcomes
 
+    def begin(self, requests: Sequence[Request]) -> Future[list[Receipt | SpaceError]]:
+        """As :meth:`execute_all`, buffered, for callers that have more to do meanwhile; here it is done at once."""
+        future: Future[list[Receipt | SpaceError]] = Future()
+        future.set_result(self.execute_all(requests, durability=Durability.BUFFERED))
+        return future
+
+    def wait(self, future: Future[list[Receipt | SpaceError]]) -> list[Receipt | SpaceError]:
+        """What came of :meth:`begin`."""
+        return future.result()
+
     def execute_soon(self, request: Request) -> Future[Receipt | SpaceError]:
         """Queues a command to be decided with others by the next :meth:`drain`; used by the asyncio face."""
         future: Future[Receipt | SpaceError] = Future()

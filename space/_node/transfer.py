@@ -148,6 +148,42 @@ def check_names(names: list[bytes]) -> None:
             raise rejection(refused.status, refused.message)
 
 
+def put_again(
+    store: Store,
+    source: BinaryIO,
+    capsule: CapsuleId,
+    *,
+    name: str | bytes | None = None,
+    on_progress: OnBytes | None = None,
+) -> PutResult:
+    """Stores the same bytes once more in the capsule of an attempt that was cut off, and names it.
+
+    Whatever of it is there already is written over with the same.
+
+    Raises:
+        ConflictError: the name is taken, by this capsule too.
+        SpaceError: as for :func:`put`; the capsule stays as far as it is.
+    """
+    size, digest = _stream_in(store, capsule, source, on_progress)
+    if store.stat(capsule).size > size:
+        store.resize(capsule, size)
+    if name is not None:
+        parent, last = _place(store, name)
+        store.execute(cmd.Link(capsule, parent, last), durability=Durability.BUFFERED)
+    store.sync()
+    stat = store.stat(capsule)
+    return PutResult(capsule, stat.change, stat.size, stat.stored, f"blake3:{digest}")
+
+
+def put_result(store: Store, capsule: CapsuleId) -> PutResult:
+    """The result of a put that is over: its digest is computed from what is stored."""
+    hasher = blake3()
+    for piece in store.stream(capsule, 0, None):
+        hasher.update(piece)
+    stat = store.stat(capsule)
+    return PutResult(capsule, stat.change, stat.size, stat.stored, f"blake3:{hasher.hexdigest()}")
+
+
 def make_directories(store: Store, names: list[bytes]) -> CapsuleId:
     """The directory at a path, made with all its parents where missing.
 
@@ -177,18 +213,28 @@ def _stream_in(
     policy = store.policy(capsule)
     hasher = blake3()
     pending: deque[Future[list[Command]]] = deque()
+    writing: deque[Future[list[Receipt | SpaceError]]] = deque()
     size = 0
+
+    def log_oldest() -> None:
+        commands = pending.popleft().result()
+        writing.append(store.begin([Request(command, store.actor) for command in commands]))
+        while len(writing) > WINDOW:
+            _last_position(store.wait(writing.popleft()))
+
     with ThreadPoolExecutor(1, "space-put") as pool:
         for piece in _pieces(stream):
             hasher.update(piece)
             pending.append(pool.submit(store.encode_extents, capsule, size, piece, policy, stat.key))
             size += len(piece)
             if len(pending) >= WINDOW:
-                _log_writes(store, pending.popleft().result())
+                log_oldest()
             if on_progress is not None:
                 on_progress(size)
         while pending:
-            _log_writes(store, pending.popleft().result())
+            log_oldest()
+    for future in writing:
+        _last_position(store.wait(future))
     return size, hasher.hexdigest()
 
 
@@ -210,15 +256,14 @@ def _pieces(stream: BinaryIO) -> Iterator[bytes]:
         yield piece
 
 
-def _log_writes(store: Store, commands: list[Command]) -> None:
-    run(store, commands)
-
-
 def run(store: Store, commands: list[Command], durability: Durability = Durability.BUFFERED) -> int:
     """Carries out commands in order and returns the last position; raises the first that was refused."""
-    outcomes = store.execute_all(
-        [Request(command, store.actor) for command in commands], durability=durability
+    return _last_position(
+        store.execute_all([Request(command, store.actor) for command in commands], durability=durability)
     )
+
+
+def _last_position(outcomes: list[Receipt | SpaceError]) -> int:
     position = 0
     for outcome in outcomes:
         if isinstance(outcome, SpaceError):
