@@ -19,12 +19,13 @@ clients saw is checked for linearizability.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import heapq
 import itertools
 import sys
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any, Final, cast
 
@@ -33,7 +34,7 @@ import attrs
 from space._errors import CorruptionError, DiskFullError, SpaceError, StorageError
 from space.events.commands import Receipt, Request
 from space.replication.driver import Role, Settings
-from space.replication.replica import Job, Offer, Replica, Send, Ticket, encode_change_batch, encode_change_context
+from space.replication.replica import Job, Offer, Replica, Send, Ticket, Work, encode_change_batch, encode_change_context
 from space.statemachine.sequencer import prepare
 from space.wal.faulty_disk import FaultyDisk
 from space.wal.log import Log
@@ -41,11 +42,9 @@ from space.wal.raft_state import Configuration, RaftState, RaftStateFile
 from tests.chaos.linearizability import Operation, Verdict
 from tests.chaos.sim_checks import Oracle, Violation
 from tests.chaos.sim_clients import Client, check_history, draw_task, draw_write, first_commands, result_of
-from tests.chaos.sim_parts import (
+from tests.chaos.sim_machine import (
     EMPTY_CHECKPOINT,
     Checkpoint,
-    LightLog,
-    LightStateFile,
     MemoryMachine,
     PowerLossError,
 )
@@ -85,7 +84,6 @@ class Options:
     Attributes:
         nodes: voters at first.
         ticks: how long faults go on.
-        whole: nodes with a log on a faulty disk; otherwise with a list in its place.
         clients: callers at the same time.
         think: ticks between what a client does, on average.
         delay: ticks a message takes, on average.
@@ -100,7 +98,6 @@ class Options:
 
     nodes: int = 3
     ticks: int = 120
-    whole: bool = True
     clients: int = 3
     think: float = 2.0
     delay: float = 0.2
@@ -116,14 +113,13 @@ class Options:
     settings: Settings = Settings(election=5, heartbeat=1, read_retry=4)
 
     @classmethod
-    def draw(cls, rng: Random, *, whole: bool) -> Options:
+    def draw(cls, rng: Random) -> Options:
         """Those of one run of a swarm."""
         election = rng.choice((4, 5, 8))
-        kinds = [kind for kind in _FAULTS if rng.random() < 0.4 and (whole or kind not in _ONLY_WHOLE)]
+        kinds = [kind for kind in _FAULTS if rng.random() < 0.4]
         return cls(
             nodes=rng.choice((1, 2, 3, 3, 3, 3, 4, 5)),
             ticks=rng.choice((40, 80, 80, 160)),
-            whole=whole,
             clients=rng.randint(1, 4),
             think=rng.choice((0.3, 1.0, 3.0)),
             delay=rng.choice((0.02, 0.1, 0.4, 1.0)),
@@ -147,17 +143,12 @@ class Options:
         )
 
 
-_ONLY_WHOLE: Final = {"kill", "power", "disk_error", "disk_full", "rot"}
-
-
 @attrs.define(eq=False)
 class Member:
     """One simulated node: what of it survives a crash, and what runs."""
 
     id: int
     disk: FaultyDisk
-    light_log: LightLog
-    light_state: LightStateFile
     checkpoint: Checkpoint = EMPTY_CHECKPOINT
     replica: Replica | None = None  # while it runs
     life: int = 0
@@ -193,7 +184,7 @@ class Simulation:
     def __init__(self, seed: int, options: Options | None = None, *, trace: bool = False) -> None:
         self.seed = seed
         self.rng = Random(seed)
-        self.options = options or Options.draw(self.rng, whole=True)
+        self.options = options or Options.draw(self.rng)
         self.counts: Counter[str] = Counter()
         self.oracle = Oracle()
         self.history: list[Operation] = []
@@ -278,36 +269,27 @@ class Simulation:
             log.append(first.metadata(), first.payload, time_ns=EPOCH_NS, term=0)
             log.append(encode_change_batch(founded, EPOCH_NS), time_ns=EPOCH_NS, term=1)
             log.sync()
-            self._close(member, log)
+            log.close()
             self._start(member)
             self._tick_later(member)
 
     def _new_member(self, node: int, state: RaftState) -> Member:
-        member = Member(node, FaultyDisk(self.rng), LightLog(), LightStateFile(state))
+        member = Member(node, FaultyDisk(self.rng))
         member.rate = self.rng.uniform(0.9, 1.1)
         self.members[node] = member
-        if self.options.whole:
-            self._close(member, self._open_log(member))
-            file = RaftStateFile.open(member.disk, DIRECTORY, store_id=STORE)
-            file.save(state, sync=True)
-            file.close()
+        self._open_log(member).close()
+        file = self._open_state(member)
+        file.save(state, sync=True)
+        file.close()
         return member
 
     def _open_log(self, member: Member) -> Log:
-        if not self.options.whole:
-            return cast("Log", member.light_log)
         return Log.open(
             member.disk, DIRECTORY, store_id=STORE, segment_bytes=self.options.segment_bytes
         )
 
     def _open_state(self, member: Member) -> RaftStateFile:
-        if not self.options.whole:
-            return cast("RaftStateFile", member.light_state)
         return RaftStateFile.open(member.disk, DIRECTORY, store_id=STORE)
-
-    def _close(self, member: Member, log: Log) -> None:
-        if self.options.whole:
-            log.close()
 
     def _start(self, member: Member) -> None:
         """A start of the process; what it cannot start from stays down."""
@@ -316,35 +298,26 @@ class Simulation:
         member.stopped = member.writing = False
         member.jobs.clear()
         member.written.clear()
-        try:
+        with self._using_disk(member):
             log = self._open_log(member)
             self._check_log(member, log)
+            state_file = self._open_state(member)
             machine = MemoryMachine(
-                member.id, self.oracle, lambda: self._term(member), member.checkpoint, self.options.checkpoint
+                member.id,
+                self.oracle,
+                lambda: member.replica.driver.term if member.replica else _term_of(state_file),
+                member.checkpoint,
+                self.options.checkpoint,
             )
             member.replica = Replica(
                 log=log,
-                state_file=self._open_state(member),
+                state_file=state_file,
                 machine=machine,
                 settings=self.options.settings,
                 random=self.rng,
                 incarnation=member.incarnation,
             )
-        except PowerLossError:
-            self._lose_power(member)
-        except CorruptionError as error:
-            self._broken(member, error)
-        except StorageError as error:
-            self._note("start refused", member, str(error))
-            self._after(self._exponential(5.0), self._restart, member, member.life)
-        else:
-            member.checkpoint = machine.checkpoint
             self._pump(member)
-
-    def _term(self, member: Member) -> int:
-        if member.replica is not None and hasattr(member.replica, "driver"):
-            return member.replica.driver.term
-        return self._open_state(member).state.term  # type: ignore[union-attr]
 
     def _check_log(self, member: Member, log: Log) -> None:
         """What is found on a disk is a history that others have too; its chain vouches for all before."""
@@ -366,11 +339,7 @@ class Simulation:
         self._down(member)
         member.disk.hook = None
         member.disk.fail_at = None
-        if self.options.whole:
-            member.disk.crash(self.rng)
-        else:
-            member.light_log.crash(self.rng)
-            member.light_state.crash(self.rng)
+        member.disk.crash(self.rng)
         if restart:
             self._after(self._exponential(6.0), self._restart, member, member.life)
 
@@ -379,6 +348,20 @@ class Simulation:
         self._down(member)
         member.disk.kill()
         self._after(self._exponential(3.0), self._restart, member, member.life)
+
+    @contextlib.contextmanager
+    def _using_disk(self, member: Member) -> Iterator[None]:
+        """What becomes of a node whose disk lets it down; the caller looks whether it still runs."""
+        try:
+            yield
+        except PowerLossError:
+            self._lose_power(member)
+        except CorruptionError as error:
+            self._broken(member, error)
+        except StorageError as error:
+            # Nobody knows what the disk has: the process ends, and finds out when it starts again.
+            self._note("disk failed", member, str(error))
+            self._kill(member)
 
     def _restart(self, member: Member, life: int) -> None:
         if member.life == life and member.replica is None and not member.retired and not member.damaged:
@@ -409,10 +392,10 @@ class Simulation:
         if member.stopped or member.replica is None:
             return
         replica = member.replica
-        try:
+        work = Work()
+        with self._using_disk(member):
             work = replica.work(self._clock_ns(member))
-        except CorruptionError as error:
-            self._broken(member, error)
+        if member.replica is None:
             return
         self._look_at(member)
         for send in work.sends:
@@ -521,42 +504,29 @@ class Simulation:
         """The writer takes some of what waits, in order; their sync comes later."""
         if not self._here(member, life, self._write, member, life):
             return
-        count = self.rng.randint(1, len(member.jobs))
-        try:
-            for _ in range(count):
-                job = member.jobs[0]
-                job.write()
-                member.written.append(member.jobs.popleft())
-                for item in job.items:
-                    self.oracle.stored(member.id, item.index, item.term, item.chain)
-        except PowerLossError:
-            self._lose_power(member)
-            return
-        except DiskFullError:
-            self._note("disk was full", member)
-            self._after(self._exponential(3.0), self._write, member, life)
-            return
-        except CorruptionError as error:
-            self._broken(member, error)
-            return
-        except StorageError as error:
-            self._note("disk failed", member, str(error))
-            self._kill(member)
-            return
-        self._after(self._disk_delay(member), self._sync, member, life)
+        with self._using_disk(member):
+            try:
+                for _ in range(self.rng.randint(1, len(member.jobs))):
+                    self._write_job(member, member.jobs[0])
+            except DiskFullError:
+                self._note("disk was full", member)
+                self._after(self._exponential(3.0), self._write, member, life)
+                return
+            self._after(self._disk_delay(member), self._sync, member, life)
+
+    def _write_job(self, member: Member, job: Job) -> None:
+        job.write()
+        member.written.append(member.jobs.popleft())
+        for item in job.items:
+            self.oracle.stored(member.id, item.index, item.term, item.chain)
 
     def _sync(self, member: Member, life: int) -> None:
         if not self._here(member, life, self._sync, member, life):
             return
-        try:
+        with self._using_disk(member):
             for job in member.written:
                 job.sync()
-        except PowerLossError:
-            self._lose_power(member)
-            return
-        except StorageError as error:
-            self._note("disk failed", member, str(error))
-            self._kill(member)
+        if member.life != life:
             return
         jobs, member.written = member.written, []
         member.writing = False
@@ -580,9 +550,10 @@ class Simulation:
 
     def _anew(self, member: Member) -> None:
         member.incarnation += 1
-        member.running.reopen(member.incarnation)
-        member.stopped = False
-        self._pump(member)
+        with self._using_disk(member):
+            member.running.reopen(member.incarnation)
+            member.stopped = False
+            self._pump(member)
 
     # --- far behind ------------------------------------------------------------------------------------
 
@@ -593,25 +564,15 @@ class Simulation:
         if not self._drained(member):
             self._after(0.1, self._install, member, life, offer, cut)
             return
-        sender = self.members[offer.sender]
-        pairs = {(member.id, sender.id), (sender.id, member.id)}
-        if sender.replica is None or pairs & self._blocked:
+        fetched = self._fetch(member, self.members[offer.sender], offer, cut=cut)
+        if fetched is None:
             self._anew(member)
             self._tell_caught_up(member, offer, ok=False)
             return
-        try:
-            done = self._install_step(member, sender.replica.log, offer, cut=cut)
-        except PowerLossError:
-            self._lose_power(member if member.disk.hook else sender)
-            return
-        except CorruptionError as error:
-            self._broken(sender if sender.rotten else member, error)
-            if sender.replica is None:
-                self._anew(member)
-            return
-        except StorageError as error:
-            self._note("disk failed", member, str(error))
-            self._kill(member)
+        done = False
+        with self._using_disk(member):
+            done = self._take(member, fetched, offer) if cut else self._cut_back(member, fetched, offer)
+        if member.life != life:
             return
         if done:
             self._note("installed", member, f"up to {offer.index}")
@@ -620,40 +581,52 @@ class Simulation:
         else:
             self._after(self._disk_delay(member), self._install, member, life, offer, True)
 
-    def _install_step(self, member: Member, theirs: Log, offer: Offer, *, cut: bool) -> bool:
+    def _fetch(self, member: Member, sender: Member, offer: Offer, *, cut: bool) -> list[Any] | None:
+        """What a peer has: first the terms of entries that are not applied here, then batches; None if it is gone."""
+        pairs = {(member.id, sender.id), (sender.id, member.id)}
+        if sender.replica is None or pairs & self._blocked:
+            return None
+        own, theirs = member.running.log, sender.replica.log
+        with self._using_disk(sender):
+            if not cut:
+                first = member.machine.applied.position + 1
+                return [theirs.term(index) for index in range(first, min(own.last_index, offer.index) + 1)]
+            start = own.last_index + 1
+            return [theirs.read_batch(index) for index in range(start, min(start + 8, offer.index + 1))]
+        return None
+
+    def _cut_back(self, member: Member, terms: list[int], offer: Offer) -> bool:
+        """Drops what the peer has otherwise; the term comes first, so that the log is never ahead of it."""
+        file, own = member.running.state_file, member.running.log
+        assert file.state is not None
+        if offer.term > file.state.term:
+            file.save(attrs.evolve(file.state, term=offer.term, vote=0), sync=True)
+        for index, term in enumerate(terms, member.machine.applied.position + 1):
+            if own.term(index) != term:
+                own.truncate_after(index - 1)
+                break
+        return False
+
+    def _take(self, member: Member, batches: list[Any], offer: Offer) -> bool:
+        """Appends what was fetched; with the last of it, state and members follow."""
         replica = member.running
         file, own = replica.state_file, replica.log
-        state = file.state
-        assert state is not None
-        if not cut:
-            if offer.term > state.term:
-                file.save(attrs.evolve(state, term=offer.term, vote=0), sync=True)
-            common = min(own.last_index, offer.index)
-            while common and own.term(common) != theirs.term(common):
-                common -= 1
-            if common < replica.machine.applied.position:
-                raise Violation("state machine safety", f"node {member.id} would cut back to {common}")
-            if common < min(own.last_index, offer.index):
-                own.truncate_after(common)
-            return False
-        for index in range(own.last_index + 1, min(own.last_index + 9, offer.index + 1)):
-            info, payload = theirs.read_batch(index)
+        for info, payload in batches:
             own.append(info.metadata, (payload,), time_ns=info.time_ns, term=info.term)
-            self.oracle.stored(member.id, index, info.term, own.last_chain)
+            self.oracle.stored(member.id, info.index, info.term, own.last_chain)
         own.sync()
         if own.last_index < offer.index:
             return False
         if own.term(offer.index) != offer.index_term:
             raise Violation("an offer is kept", f"entry {offer.index} is not of term {offer.index_term}")
-        file.save(
-            attrs.evolve(
-                state,
-                commit=max(state.commit, offer.index),
-                configuration=offer.configuration,
-                configuration_index=offer.index,
-            ),
-            sync=True,
+        assert file.state is not None
+        state = attrs.evolve(
+            file.state,
+            commit=max(file.state.commit, offer.index),
+            configuration=offer.configuration,
+            configuration_index=offer.index,
         )
+        file.save(state, sync=True)
         replica.machine.catch_up(own, offer.index)
         return True
 
@@ -871,11 +844,12 @@ class Simulation:
         made = leader.running.driver.configuration
         if made.voters_outgoing or (member.id in made.voters and len(made.voters) < 3):
             return
-        names = sorted(name for name in member.disk.listdir(DIRECTORY) if name.endswith(".seg"))[:-1]
-        if not names:
+        image = member.disk.image()
+        sealed = sorted(path for path in image if path.endswith(".seg"))[:-1]
+        if not sealed:
             return
-        path = f"{DIRECTORY}/{self.rng.choice(names)}"
-        spot = (path, self.rng.randrange(member.disk.open(path).size()), self.rng.randrange(8))
+        path = self.rng.choice(sealed)
+        spot = (path, self.rng.randrange(len(image[path])), self.rng.randrange(8))
         self._note("rot", member, str(spot))
         member.disk.flip(*spot)
         member.rotten.append(spot)
@@ -885,9 +859,9 @@ class Simulation:
         """Looks at every byte of a log, as a node does from time to time."""
         if member.replica is None or member.damaged:
             return
-        for finding in member.replica.log.verify():
-            self._broken(member, CorruptionError(f"scrub: {finding}", segment=finding.segment))
-            return
+        with self._using_disk(member):
+            for finding in member.replica.log.verify():
+                raise CorruptionError(f"scrub: {finding}", segment=finding.segment)
 
     # --- members ---------------------------------------------------------------------------------------
 
@@ -1062,7 +1036,7 @@ class Simulation:
             log = self.members[node].running.log
             if log.last_index != count or log.last_chain != self.oracle.committed[-1].chain:
                 raise Violation("nothing acknowledged is lost", f"node {node} has {log.last_index} of {count}")
-            if self.options.whole and not self.members[node].rotten and list(log.verify()):
+            if not self.members[node].rotten and list(log.verify()):
                 raise Violation("no damage without a fault", f"node {node}: {list(log.verify())}")
         for outcome in check_history(self.history):
             if outcome.verdict is Verdict.VIOLATION:
@@ -1074,51 +1048,49 @@ class Simulation:
         self.fingerprint = hash((self.fingerprint, self.oracle.digests[count]))
 
 
+def _term_of(state_file: RaftStateFile) -> int:
+    return state_file.state.term if state_file.state else 0
+
+
 # --- runs ---------------------------------------------------------------------------------------------
 
 
-def options_of(seed: int, *, whole: bool) -> Options:
+def options_of(seed: int) -> Options:
     """The options of a run of the swarm."""
-    return Options.draw(Random(f"options {seed}"), whole=whole)
+    return Options.draw(Random(f"options {seed}"))
 
 
-def replay_command(seed: int, *, whole: bool) -> str:
-    """How to see a run again."""
-    return f"python -m tests.chaos.sim --seed {seed}{'' if whole else ' --light'} --trace"
-
-
-def run_seed(seed: int, *, whole: bool = True, trace: bool = False) -> Simulation:
-    """One run of the swarm.
+def run_seed(seed: int, *, trace: bool = False) -> Simulation:
+    """One run of the swarm.  Whatever it raises carries the command that replays it.
 
     Raises:
-        Violation: with the command that replays it.
+        Violation: something does not hold.
     """
-    simulation = Simulation(seed, options_of(seed, whole=whole), trace=trace)
+    simulation = Simulation(seed, options_of(seed), trace=trace)
     try:
         return simulation.run()
     except Exception as error:
-        error.add_note(f"replay: {replay_command(seed, whole=whole)}")
+        error.add_note(f"replay: python -m tests.chaos.sim --seed {seed} --trace")
         raise
 
 
 def main() -> None:
-    """Replays runs: one with its trace, or many in a row."""
+    """Replays runs of the swarm: one with its trace, or many in a row."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.sim", description="Replay simulated clusters.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--light", action="store_true", help="a list in place of the log")
     parser.add_argument("--trace", action="store_true", help="print every event")
     asked = parser.parse_args()
     counts: Counter[str] = Counter()
     for seed in range(asked.seed, asked.seed + asked.runs):
         if asked.trace:
-            sys.stdout.write(f"{options_of(seed, whole=not asked.light)}\n")
-        simulation = run_seed(seed, whole=not asked.light, trace=asked.trace)
+            sys.stdout.write(f"{options_of(seed)}\n")
+        simulation = run_seed(seed, trace=asked.trace)
         counts += simulation.counts
+        if asked.runs == 1:
+            sys.stdout.write(f"fingerprint {simulation.fingerprint:x}\n")
     for name, count in sorted(counts.items()):
         sys.stdout.write(f"{count:10}  {name}\n")
-    if asked.runs == 1:
-        sys.stdout.write(f"fingerprint {simulation.fingerprint:x}\n")
 
 
 if __name__ == "__main__":
