@@ -29,6 +29,7 @@ from space.statemachine.tables import (
     CAPSULE,
     ENTRY,
     RECLAIMED,
+    REPLY,
     TABLES,
     U32,
     U64,
@@ -47,6 +48,9 @@ LET_PASS_SECONDS: Final = 0.0002
 RECLAIM_RANGES_MAX: Final = 50_000
 PURGE_MAX: Final = 50_000
 BLOCK: Final = 4096
+RETRY_NS: Final = 24 * 3600 * 10**9
+"""How long a client may stay silent and still retry its last commands without their being carried out twice."""
+
 _EVER: Final = 1 << 62
 
 SERVED_FROM: Final = dict.fromkeys(
@@ -502,12 +506,15 @@ class GcReport:
     bytes_given_back: int
     frames: int
     capsules_purged: int
+    clients_forgotten: int
     dry_run: bool
     position: int
 
 
 def gc(store: Store, *, dry_run: bool = False, on_progress: OnProgress | None = None) -> GcReport:
     """Reclaims payload that no present row, snapshot, clone or kept history can reach.
+
+    Replies kept for the retries of clients that have been silent for a day go as well.
 
     What each capsule's ``history`` policy keeps counts from now.  The declaration is logged and durable before
     the first block is punched out of a segment, so a crash in between loses nothing but the space, which the
@@ -525,9 +532,12 @@ def gc(store: Store, *, dry_run: bool = False, on_progress: OnProgress | None = 
             for piece in dead
             if (piece.position, piece.offset) not in declared
         ]
+        silent = _silent_clients(store)
         if dry_run:
             total = sum(length for _, _, length in ranges)
-            return GcReport(total, len(ranges), len(purge), True, store.last)
+            return GcReport(total, len(ranges), len(purge), len(silent), True, store.last)
+        for at in range(0, len(silent), PURGE_MAX):
+            store.execute(cmd.ForgetReplies(silent[at : at + PURGE_MAX]), durability=Durability.BUFFERED)
         for at in range(0, len(purge), PURGE_MAX):
             store.execute(cmd.PurgeCapsules(purge[at : at + PURGE_MAX]), durability=Durability.BUFFERED)
         for at in range(0, len(ranges), RECLAIM_RANGES_MAX):
@@ -540,7 +550,18 @@ def gc(store: Store, *, dry_run: bool = False, on_progress: OnProgress | None = 
         for position, offset, length in _runs(dead):
             store.wal.punch(position, offset, length)
         given = max(0, before - store.wal.bytes_on_disk())
-        return GcReport(given, len(ranges), len(purge), False, store.last)
+        return GcReport(given, len(ranges), len(purge), len(silent), False, store.last)
+
+
+def _silent_clients(store: Store) -> list[bytes]:
+    """Clients whose last command is so old that nobody retries it any more."""
+    newest: dict[bytes, int] = {}
+    with store._read() as txn:
+        for key, value in txn.scan(REPLY, b""):
+            client = key[:ID_BYTES]
+            newest[client] = max(newest.get(client, 0), U64.unpack(value)[0])
+    before = store._clock() - RETRY_NS
+    return [client for client, position in newest.items() if store.wal.time_ns(position) < before]
 
 
 class _Horizons:

@@ -132,6 +132,7 @@ _SPECIAL: Final[dict[tuple[type[Any], str], _Read]] = {
     (cmd.SetPolicy, "key"): _key,
     (cmd.ReclaimPayload, "ranges"): _ranges,
     (cmd.PurgeCapsules, "capsules"): _ids,
+    (cmd.ForgetReplies, "clients"): _ids,
     (cmd.WriteExtent, "frames"): list,
 }
 

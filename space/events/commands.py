@@ -251,6 +251,13 @@ class PurgeCapsules:
     capsules: Sequence[bytes]
 
 
+@attrs.frozen
+class ForgetReplies:
+    """Forgets the replies kept for the retries of these clients (16 bytes each)."""
+
+    clients: Sequence[bytes]
+
+
 Command = (
     InitialiseStore
     | CreateCapsule
@@ -271,6 +278,7 @@ Command = (
     | Undelete
     | ReclaimPayload
     | PurgeCapsules
+    | ForgetReplies
 )
 
 

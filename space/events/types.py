@@ -294,6 +294,17 @@ class MembershipChanged:
     members: bytes = blob(DOCUMENT_BYTES_MAX)
 
 
+@event(24)
+class RepliesForgotten:
+    """Clients that have not been heard of for long: a retry of theirs would be taken for a new command.
+
+    ``clients`` are their ids, 16 bytes each.
+    """
+
+    capsule: bytes = identifier()
+    clients: bytes = blob(FRAMES_BYTES_MAX)
+
+
 Event = (
     StoreInitialised
     | CapsuleCreated
@@ -318,4 +329,5 @@ Event = (
     | CapsulesPurged
     | CapsuleDeleted
     | MembershipChanged
+    | RepliesForgotten
 )

@@ -27,6 +27,7 @@ from space.statemachine.tables import (
     POLICY,
     POLICY_BY_HASH,
     RECLAIMED,
+    REPLY,
     SNAPSHOT,
     U32,
     U64,
@@ -408,6 +409,13 @@ def _purged(state: Overlay, context: Context, link: bytes, event: ev.CapsulesPur
             state.delete(ORPHAN, key)
 
 
+def _replies_forgotten(state: Overlay, context: Context, link: bytes, event: ev.RepliesForgotten) -> None:
+    state.edit(event.capsule).link = link
+    for at in range(0, len(event.clients), ID_BYTES):
+        for key, _ in list(state.scan(REPLY, event.clients[at : at + ID_BYTES])):
+            state.delete(REPLY, key)
+
+
 def _lose_name(state: Overlay, context: Context, capsule: bytes) -> None:
     """A directory that led to ``capsule`` is purged; without any name left it is an orphan itself."""
     row = state.capsule(capsule)
@@ -454,4 +462,5 @@ HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.CapsulesPurged: _purged,
     ev.CapsuleDeleted: _deleted,
     ev.MembershipChanged: _membership,
+    ev.RepliesForgotten: _replies_forgotten,
 }

@@ -641,6 +641,13 @@ def _purge(state: Overlay, command: cmd.PurgeCapsules, payload: PayloadPlacer) -
     return [ev.CapsulesPurged(bytes(ROOT), b"".join(command.capsules))] if command.capsules else []
 
 
+def _forget_replies(state: Overlay, command: cmd.ForgetReplies, payload: PayloadPlacer) -> Decision:
+    for client in command.clients:
+        if len(client) != ID_BYTES:
+            return Rejected(Status.INVALID, f"not a client id of {ID_BYTES} bytes: {client!r}")
+    return [ev.RepliesForgotten(bytes(ROOT), b"".join(command.clients))] if command.clients else []
+
+
 _RULES: Final[dict[type[Any], Rule]] = {
     cmd.InitialiseStore: _initialise,
     cmd.CreateCapsule: _create,
@@ -661,4 +668,5 @@ _RULES: Final[dict[type[Any], Rule]] = {
     cmd.Undelete: _undelete,
     cmd.ReclaimPayload: _reclaim,
     cmd.PurgeCapsules: _purge,
+    cmd.ForgetReplies: _forget_replies,
 }

@@ -284,7 +284,7 @@ def test_upkeep(run: Run, stored: str) -> None:
     assert keys(verified) == {"segments", "batches", "events", "payload_bytes", "repaired", "findings"}
     assert verified["findings"] == []
     freed = run("gc", "--dry-run", "--json").json
-    assert keys(freed) == {"bytes_given_back", "frames", "capsules_purged", "dry_run", "position"}
+    assert keys(freed) == {"bytes_given_back", "frames", "capsules_purged", "clients_forgotten", "dry_run", "position"}
     assert run("gc").status == 0
 
 

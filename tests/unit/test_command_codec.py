@@ -41,6 +41,7 @@ SAMPLES = [
     cmd.Undelete(A, B, b"n"),
     cmd.ReclaimPayload([(1, 2, 3), (4, 5, 6)]),
     cmd.PurgeCapsules([A, B]),
+    cmd.ForgetReplies([A, B]),
 ]
 
 

@@ -49,6 +49,7 @@ SAMPLES: Final[dict[str, ev.Event]] = {
     "20.1": ev.PayloadReclaimed(ONE, bytes(16)),
     "21.1": ev.CapsulesPurged(ONE, TWO),
     "22.1": ev.CapsuleDeleted(ONE),
+    "24.1": ev.RepliesForgotten(ONE, TWO),
     "23.1": ev.MembershipChanged(ONE, b"change", b"members"),
 }
 READ_AS: Final = {"2.1": ev.CapsuleCreated(ONE, 1, 0o644, 1, 2, 3, 2**63 - 1, 4096, 5, 0, b"target")}
@@ -152,6 +153,7 @@ def test_numbers_are_frozen() -> None:
         21: "CapsulesPurged",
         22: "CapsuleDeleted",
         23: "MembershipChanged",
+        24: "RepliesForgotten",
     }
 
 
