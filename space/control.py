@@ -3,9 +3,12 @@
 The owner of a data directory listens on ``control.sock`` in it (mode 0600; only its own user and root are
 heard).  One connection carries one call:
 
-    request   {"method": name, "arguments": {…}}, with at most one file descriptor beside it
+    request   {"method": name, "arguments": {…}} and terms, with at most one file descriptor beside it
     answers   any number of {"progress": {…}}, {"item": {…}} and {"ended": true},
               then {"result": {…}} or {"error": {…}}
+
+Terms are ``stale`` (true: reads show what is applied where they are asked), and ``client`` (32 hexadecimal
+digits) with ``sequence``, the same in every attempt at one call: so it is carried out once.  Each may be left out.
 
 After ``ended`` (the source of a put has) the client sends one byte: a program killed together with the one
 whose output it was storing must not leave half of it under a name.
@@ -28,8 +31,6 @@ import stat as statmod
 import struct
 import threading
 import time
-import types
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self, cast
@@ -47,6 +48,7 @@ from space._errors import (
 from space._node.caller import CHUNK_BYTES, Caller
 
 if TYPE_CHECKING:
+    from space._node.calls import Target
     from space._node.service import Service
     from space._node.store import Store
 
@@ -60,6 +62,7 @@ PROGRESS_SECONDS: Final = 0.1
 ITEMS_BYTES: Final = 1 << 16
 CONNECTIONS_MAX: Final = 64
 DESCRIPTORS_MAX: Final = 1
+RETIRE_POLL_SECONDS: Final = 0.02
 PIPE_BYTES: Final = 4096  # PIPE_BUF: what a pipe that polls writable takes without blocking (pipe(7))
 
 _LENGTH: Final = struct.Struct(">I")
@@ -68,7 +71,7 @@ _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid (unix(7), SO_PEERCRED
 Message = dict[str, Any]
 
 
-class _ProtocolError(Exception):
+class ProtocolError(Exception):
     """The other side does not speak this protocol."""
 
 
@@ -79,7 +82,12 @@ class _CallerGoneError(UnavailableError):
 # --- messages --------------------------------------------------------------------------------------
 
 
-def _pack(message: Message, limit: int) -> bytes:
+def pack(message: Message, limit: int) -> bytes:
+    """A message with its length before it.
+
+    Raises:
+        UsageError: it cannot be sent, or is longer than ``limit``.
+    """
     try:
         body: bytes = msgpack.packb(message, unicode_errors="surrogateescape")
     except (OverflowError, ValueError, TypeError) as error:
@@ -92,21 +100,21 @@ def _pack(message: Message, limit: int) -> bytes:
 def _read(stream: BinaryIO, size: int) -> bytes:
     data = stream.read(size)
     if len(data) < size:
-        raise _ProtocolError
+        raise ProtocolError
     return data
 
 
-def _unpack(stream: BinaryIO, head: bytes, limit: int) -> Message:
+def unpack(stream: BinaryIO, head: bytes, limit: int) -> Message:
     """The message whose length begins with ``head``."""
     (length,) = _LENGTH.unpack(head + _read(stream, _LENGTH.size - len(head)))
     if length > limit:
-        raise _ProtocolError
+        raise ProtocolError
     try:
         message = msgpack.unpackb(_read(stream, length), unicode_errors="surrogateescape")
     except (ValueError, msgpack.UnpackException) as error:
-        raise _ProtocolError from error
+        raise ProtocolError from error
     if not isinstance(message, dict):
-        raise _ProtocolError
+        raise ProtocolError
     return message
 
 
@@ -141,12 +149,12 @@ class _RemoteCaller(Caller):
 
     def item(self, item: Any) -> None:
         """One of a stream: sent with others, at the latest when the stream pauses."""
-        self._unsent += _pack({"item": item}, ANSWER_BYTES_MAX)
+        self._unsent += pack({"item": item}, ANSWER_BYTES_MAX)
         if len(self._unsent) >= ITEMS_BYTES:
             self._flush()
 
     def send(self, message: Message) -> None:
-        self._unsent += _pack(message, ANSWER_BYTES_MAX)
+        self._unsent += pack(message, ANSWER_BYTES_MAX)
         self._flush()
 
     def _flush(self) -> None:
@@ -199,14 +207,17 @@ class _RemoteCaller(Caller):
 class ControlServer:
     """Answers on the control socket of a store this process has open, one thread a connection."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, target: Target | Store) -> None:
         """Begins to listen.
 
         Raises:
             StorageError: the socket cannot be made.
         """
-        self._store = store
-        self._path = store.path / SOCKET
+        from space._node.calls import StoreTarget
+        from space._node.store import Store
+
+        self._target = StoreTarget(target) if isinstance(target, Store) else target
+        self._path = target.path / SOCKET
         self._open: set[socket.socket] = set()
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
@@ -254,14 +265,14 @@ class ControlServer:
     def _serve(self, stream: socket.socket) -> None:
         descriptors: list[int] = []
         try:
-            with stream, contextlib.suppress(OSError, _ProtocolError, _CallerGoneError):
+            with stream, contextlib.suppress(OSError, ProtocolError, _CallerGoneError):
                 stream.settimeout(REQUEST_SECONDS)
                 if _peer_is_ours(stream):
                     head, descriptors, _, _ = socket.recv_fds(
                         stream, _LENGTH.size, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
                     )
                     with stream.makefile("rb") as rest:
-                        request = _unpack(rest, head, REQUEST_BYTES_MAX) if head else None
+                        request = unpack(rest, head, REQUEST_BYTES_MAX) if head else None
                     if request is not None:
                         stream.settimeout(ANSWER_SECONDS)
                         self._answer(stream, request, descriptors)
@@ -294,21 +305,12 @@ class ControlServer:
             caller.send({"error": error_document(SpaceError(f"{type(error).__name__}: {error}"))})
 
     def _call(self, caller: _RemoteCaller, request: Message, descriptors: list[int]) -> Any:
-        from space._node.service import Service, methods
+        from space._node.calls import carry_out
 
-        method = methods().get(str(request.get("method")))
-        arguments = request.get("arguments")
-        if method is None or not isinstance(arguments, dict):
-            raise UsageError(f"no such operation: {request.get('method')!r}", hint="is that node older?")
-        if descriptors:
-            arguments["descriptor"] = descriptors[0]
-        elif "descriptor" in arguments:
-            raise UsageError("a descriptor travels beside the request")
-        check_arguments(method, arguments)
-        return method(Service(self._store, caller), **arguments)
+        return carry_out(self._target, request, caller, descriptors[0] if descriptors else None)
 
-    def close(self) -> None:
-        """Hangs up on everybody and removes the socket; what was running ends before this returns."""
+    def retire(self, seconds: float) -> None:
+        """Takes no more calls, and gives those being answered so long to end; then it hangs up on them."""
         self._closing.set()
         with contextlib.suppress(OSError):
             self._path.unlink()
@@ -316,12 +318,24 @@ class ControlServer:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._accepting.join()
+        deadline = time.monotonic() + seconds
+        while self._running() and time.monotonic() < deadline:
+            time.sleep(RETIRE_POLL_SECONDS)
         with self._lock:
-            streams, threads = list(self._open), list(self._threads)
+            streams = list(self._open)
         for stream in streams:
             with contextlib.suppress(OSError):
                 stream.shutdown(socket.SHUT_RDWR)
-        for thread in threads:
+
+    def _running(self) -> list[threading.Thread]:
+        with self._lock:
+            return list(self._threads)
+
+    def close(self) -> None:
+        """Hangs up on everybody and removes the socket; what was running ends before this returns."""
+        if not self._closing.is_set():
+            self.retire(0)
+        for thread in self._running():
             thread.join()
 
     def __enter__(self) -> Self:
@@ -335,55 +349,35 @@ def _refuse(stream: socket.socket) -> None:
     with stream, contextlib.suppress(OSError):
         stream.settimeout(PROGRESS_SECONDS)
         busy = UnavailableError("as many calls as can be are being answered already", hint="try again")
-        stream.sendall(_pack({"error": error_document(busy)}, ANSWER_BYTES_MAX))
-
-
-def check_arguments(method: Callable[..., Any], arguments: Message) -> None:
-    """Refuses arguments a method does not have, lacks, or of other types than it is annotated with.
-
-    Raises:
-        UsageError: naming the argument.
-    """
-    hints = _hints(method)
-    needed = set(hints) - set(method.__kwdefaults__ or ())
-    for name in needed - set(arguments):
-        raise UsageError(f"{method.__name__} needs the argument {name}")
-    for name, value in arguments.items():
-        if name not in hints:
-            raise UsageError(f"{method.__name__} has no argument {name!r}", hint="is that node older?")
-        if not isinstance(value, hints[name]) or (isinstance(value, bool) and bool not in hints[name]):
-            raise UsageError(f"argument {name} of {method.__name__} cannot be {value!r:.80}")
-
-
-def _hints(method: Callable[..., Any]) -> dict[str, tuple[type, ...]]:
-    """Types each argument of a method may have."""
-    found = typing.get_type_hints(method)
-    found.pop("return", None)
-    return {name: tuple(_plain(hint)) for name, hint in found.items()}
-
-
-def _plain(hint: Any) -> Iterator[type]:
-    if isinstance(hint, types.UnionType):
-        for part in typing.get_args(hint):
-            yield from _plain(part)
-    else:
-        yield typing.get_origin(hint) or hint
+        stream.sendall(pack({"error": error_document(busy)}, ANSWER_BYTES_MAX))
 
 
 # --- client ----------------------------------------------------------------------------------------
 
 
-class RemoteService:
-    """The methods of :class:`space._node.service.Service`, answered by the process behind a socket."""
+class NoAnswerError(UnavailableError):
+    """Nobody answers there: the call was not heard by anyone."""
 
-    def __init__(self, path: str | Path, *, caller: Caller | None = None) -> None:
-        """Remembers where to ask; ``caller`` is told of progress.
+
+class BrokenError(UnavailableError):
+    """The connection ended before the answer did: the call may have been carried out."""
+
+
+class SocketEndpoint:
+    """The process behind a control socket, asked one call a connection."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def check(self) -> None:
+        """Whether anybody listens.
 
         Raises:
-            UnavailableError: nothing answers there.
+            NoAnswerError: nobody does.
         """
-        self._path = Path(path)
-        self._caller = caller or Caller()
         self._connect().close()
 
     def _connect(self) -> socket.socket:
@@ -395,50 +389,28 @@ class RemoteService:
         except (OSError, UnavailableError) as error:
             stream.close()
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise UnavailableError(f"nothing answers at {self._path}: {reason}") from None
+            raise NoAnswerError(f"nothing answers at {self._path}: {reason}") from None
         if not ours:
             stream.close()
-            raise UnavailableError(f"the process behind {self._path} is another user's")
+            raise NoAnswerError(f"the process behind {self._path} is another user's")
         return stream
 
-    def __getattr__(self, method: str) -> Callable[..., Any]:
-        if method.startswith("_"):
-            raise AttributeError(method)
-        return lambda **arguments: self._call(method, arguments)
+    def ask(self, request: Message, descriptor: int | None) -> Iterator[Message]:
+        """Sends a request; its answers as they come.
 
-    def _call(self, method: str, arguments: Message) -> Any:
-        descriptor = arguments.pop("descriptor", None)
-        request = _pack({"method": method, "arguments": arguments}, REQUEST_BYTES_MAX)
-        answers = self._answers(request, descriptor)
-        first = next(answers)
-        if "item" in first:
-            return self._items(first, answers)
-        result = first.get("result")
-        return iter(()) if result is None else result
-
-    def _items(self, first: Message, answers: Iterator[Message]) -> Iterator[Any]:
-        yield first["item"]
-        yield from (message["item"] for message in answers if "item" in message)
-
-    def _answers(self, request: bytes, descriptor: int | None) -> Iterator[Message]:
-        """Items and the result, as they come."""
+        Raises:
+            NoAnswerError: nobody heard it.
+            BrokenError: the answers ended before their end.
+        """
+        packed = pack(request, REQUEST_BYTES_MAX)
         with self._connect() as stream, stream.makefile("rb") as answers:
-            self._send(stream, request, descriptor)
+            self._send(stream, packed, descriptor)
             while True:
                 message = self._receive(answers)
-                if "progress" in message:
-                    self._caller.progress(message["progress"])
-                elif "ended" in message:
-                    stream.sendall(b"\1")
-                elif "error" in message:
-                    error = message["error"] if isinstance(message["error"], dict) else {}
-                    if error.get("kind") == "BrokenPipeError":
-                        raise BrokenPipeError
-                    raise error_of(error)
+                if "ended" in message:
+                    self._confirm(stream)
                 else:
                     yield message
-                    if "item" not in message:
-                        return
 
     def _send(self, stream: socket.socket, request: bytes, descriptor: int | None) -> None:
         # a server that has no room answers and hangs up before it reads
@@ -449,11 +421,78 @@ class RemoteService:
 
     def _receive(self, stream: BinaryIO) -> Message:
         try:
-            return _unpack(stream, b"", ANSWER_BYTES_MAX)
-        except (OSError, _ProtocolError):
-            raise UnavailableError(
-                f"the process that answered at {self._path} has ended", hint="what was acknowledged is kept"
-            ) from None
+            return unpack(stream, b"", ANSWER_BYTES_MAX)
+        except (OSError, ProtocolError):
+            raise self._broken() from None
+
+    def _confirm(self, stream: socket.socket) -> None:
+        try:
+            stream.sendall(b"\1")
+        except OSError:
+            raise self._broken() from None
+
+    def _broken(self) -> BrokenError:
+        return BrokenError(
+            f"the process that answered at {self._path} has ended", hint="what was acknowledged is kept"
+        )
+
+
+def understood(answers: Iterator[Message], caller: Caller) -> Iterator[Message]:
+    """Items and the result among the answers to a call, as they come; the caller is told of progress.
+
+    Raises:
+        SpaceError: the call failed.
+    """
+    for message in answers:
+        if "progress" in message:
+            caller.progress(message["progress"])
+        elif "error" in message:
+            error = message["error"] if isinstance(message["error"], dict) else {}
+            if error.get("kind") == "BrokenPipeError":
+                raise BrokenPipeError
+            raise error_of(error)
+        else:
+            yield message
+            if "item" not in message:
+                return
+
+
+class RemoteService(SocketEndpoint):
+    """The methods of :class:`space._node.service.Service`, answered by the process behind a socket."""
+
+    def __init__(self, path: str | Path, *, caller: Caller | None = None) -> None:
+        """Remembers where to ask; ``caller`` is told of progress.
+
+        Raises:
+            NoAnswerError: nothing answers there.
+        """
+        super().__init__(path)
+        self._caller = caller or Caller()
+        self.check()
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        if method.startswith("_"):
+            raise AttributeError(method)
+        return lambda **arguments: self._call(method, arguments)
+
+    def _call(self, method: str, arguments: Message) -> Any:
+        descriptor = arguments.pop("descriptor", None)
+        answers = understood(self.ask({"method": method, "arguments": arguments}, descriptor), self._caller)
+        return result_of(answers)
+
+
+def result_of(answers: Iterator[Message]) -> Any:
+    """The result of a call; a stream's items as an iterator."""
+    first = next(answers)
+    if "item" in first:
+        return _items(first, answers)
+    result = first.get("result")
+    return iter(()) if result is None else result
+
+
+def _items(first: Message, answers: Iterator[Message]) -> Iterator[Any]:
+    yield first["item"]
+    yield from (message["item"] for message in answers if "item" in message)
 
 
 def connect(path: str | Path, *, caller: Caller | None = None) -> Service:

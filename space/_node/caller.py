@@ -5,10 +5,27 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
+import attrs
+
 Document = dict[str, Any]
 """A JSON-able mapping."""
 
 CHUNK_BYTES: Final = 1 << 20
+
+
+@attrs.frozen
+class Terms:
+    """How a call is to be carried out, beside what it asks for.
+
+    Attributes:
+        stale: reads show what is applied on the node that answers, without asking the others.
+        client: id of the caller, 16 bytes, if it may repeat the call; empty if it will not.
+        sequence: number of the call among that caller's.
+    """
+
+    stale: bool = False
+    client: bytes = b""
+    sequence: int = 0
 
 
 class Caller:

@@ -14,16 +14,18 @@ import os
 import stat as statmod
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
 import attrs
 
-from space._errors import ConflictError, NotFoundError, Status, StorageError, UsageError
+from space._errors import ConflictError, NotFoundError, SpaceError, Status, StorageError, UsageError
 from space._node import maintenance, transfer
-from space._node.caller import CHUNK_BYTES, Caller, Document
+from space._node.caller import CHUNK_BYTES, Caller, Document, Terms
 from space._node.reading import split_path
-from space.events.ids import AtPosition, CapsuleId, format_time, parse_moment
+from space.events.codec import decode_batch
+from space.events.commands import Receipt
+from space.events.ids import NIL, AtPosition, CapsuleId, format_time, parse_moment
 from space.events.types import Kind
 
 if TYPE_CHECKING:
@@ -36,12 +38,52 @@ FOLLOW_SECONDS: Final = 0.1
 _ZEROS: Final = bytes(CHUNK_BYTES)
 
 
+@attrs.frozen
+class _Done:
+    """What came of a command: where it is in the log, and the capsule it made, if it made one."""
+
+    position: int
+    capsule: CapsuleId
+
+    def document(self) -> Document:
+        return {"id": str(self.capsule), "position": self.position}
+
+
 class Service:
     """The operations on one store, for one caller."""
 
-    def __init__(self, store: Store, caller: Caller) -> None:
+    def __init__(self, store: Store, caller: Caller, terms: Terms = Terms()) -> None:  # noqa: B008 - frozen
         self.store = store
         self._caller = caller
+        self._terms = terms
+
+    # --- calls that are repeated -------------------------------------------------------------------
+
+    def _once(self, work: Callable[[], Receipt | CapsuleId]) -> _Done:
+        """Carries out a call's one command, once however often the call is repeated."""
+        if not self._terms.client:
+            found = work()
+        else:
+            if (done := self._answered()) is not None:
+                return done
+            with self.store.signed(self._terms.client, self._terms.sequence):
+                found = work()
+            if (done := self._answered()) is not None:
+                return done  # of the first attempt, if that one came to its end meanwhile
+        if isinstance(found, Receipt):
+            return _Done(found.position, CapsuleId(NIL))
+        return _Done(self.store.position, found)
+
+    def _answered(self) -> _Done | None:
+        """What came of this call before; the log knows which capsule it made."""
+        client, sequence = self._terms.client, self._terms.sequence
+        position = self.store.answered(client, sequence) if client else None
+        if position is None:
+            return None
+        for entry in decode_batch(self.store.wal.read(position).metadata):
+            if (entry.client, entry.sequence) == (client, sequence):
+                return _Done(position, CapsuleId(entry.events[0][1].capsule))
+        raise AssertionError(f"no entry at {position}")
 
     @contextmanager
     def _reading(self, at: str | None) -> Iterator[Reading]:
@@ -61,16 +103,67 @@ class Service:
         name: str | None = None,
         id: str | None = None,  # noqa: A002 - the public word
         policy: Document | None = None,
+        earlier: str = "",
     ) -> Document:
-        """Stores what ``descriptor`` yields until its end as a new capsule."""
-        result = self.store.put(
-            cast("BinaryIO", _Source(descriptor, self._caller)),
-            name=name,
-            id=None if id is None else CapsuleId.parse(id),
-            policy=_policy(policy),
-            on_progress=lambda size: self._caller.progress({"bytes": size}),
-        )
+        """Stores what ``descriptor`` yields until its end as a new capsule.
+
+        ``earlier`` are the ids of attempts at the same put whose outcome the caller did not learn: one that
+        has the name is the answer; the others are taken away, unless ``id`` says to go on with it.
+        """
+        before = [CapsuleId.parse(each) for each in earlier.split()]
+        try:
+            done = self._done_before(name, before)
+            result = done or self._put(
+                descriptor, name, None if id is None else CapsuleId.parse(id), policy, before
+            )
+        except ConflictError:
+            done = self._done_before(name, before)  # an attempt came to its end meanwhile
+            if done is None:
+                raise
+            result = done
+        for each in before:
+            if each != result.id:
+                self._take_away(each)
         return {**attrs.asdict(result), "id": str(result.id)}
+
+    def _put(
+        self,
+        descriptor: int,
+        name: str | None,
+        id: CapsuleId | None,  # noqa: A002 - the public word
+        policy: Document | None,
+        before: list[CapsuleId],
+    ) -> transfer.PutResult:
+        source = cast("BinaryIO", _Source(descriptor, self._caller))
+
+        def told(size: int) -> None:
+            self._caller.progress({"bytes": size})
+
+        if id is not None and id in before and self._exists(id):
+            return transfer.put_again(self.store, source, id, name=name, on_progress=told)
+        return self.store.put(source, name=name, id=id, policy=_policy(policy), on_progress=told)
+
+    def _done_before(self, name: str | None, before: list[CapsuleId]) -> transfer.PutResult | None:
+        """The result of an earlier attempt that has the name."""
+        if name is None or not before:
+            return None
+        try:
+            found = self.store.resolve(name, follow=False)
+        except NotFoundError:
+            return None
+        return transfer.put_result(self.store, found) if found in before else None
+
+    def _exists(self, capsule: CapsuleId) -> bool:
+        try:
+            self.store.stat(capsule)
+        except NotFoundError:
+            return False
+        return True
+
+    def _take_away(self, attempt: CapsuleId) -> None:
+        with suppress(SpaceError):
+            if not self.store.paths_of(attempt):
+                self.store.rm(attempt)
 
     def get(
         self,
@@ -124,15 +217,29 @@ class Service:
         size: int = 0,
         block_size: int = 0,
         name: str | None = None,
+        id: str | None = None,  # noqa: A002 - the public word
         policy: Document | None = None,
     ) -> Document:
         """Makes an empty capsule of ``size`` bytes that all read as zeros."""
         parent, last = (None, b"") if name is None else self._place(name)
-        capsule = self.store.create(
-            Kind.FILE, parent=parent, name=last, size=size, block_size=block_size, policy=_policy(policy)
+        made = self._once(
+            lambda: self.store.create(
+                Kind.FILE,
+                parent=parent,
+                name=last,
+                id=None if id is None else CapsuleId.parse(id),
+                size=size,
+                block_size=block_size,
+                policy=_policy(policy),
+            )
         )
-        stat = self.store.stat(capsule)
-        return {"id": str(capsule), "size": stat.size, "block_size": stat.block_size, "position": stat.change}
+        stat = self.store.stat(made.capsule)
+        return {
+            "id": str(made.capsule),
+            "size": stat.size,
+            "block_size": stat.block_size,
+            "position": stat.change,
+        }
 
     def _place(self, name: str) -> tuple[CapsuleId, bytes]:
         names = split_path(name)
@@ -143,19 +250,24 @@ class Service:
 
     def resize(self, *, capsule: str, size: int) -> Document:
         """Sets the size of a capsule."""
-        return {"position": self.store.resize(capsule, size).position}
+        return {"position": self._once(lambda: self.store.resize(capsule, size)).position}
 
     def mkdir(self, *, path: str, parents: bool = False) -> Document:
         """Makes a directory."""
-        return {"id": str(self.store.mkdir(path, parents=parents)), "position": self.store.position}
+        if parents:  # as many commands as directories, and none of them matters twice
+            return {"id": str(self.store.mkdir(path, parents=True)), "position": self.store.position}
+        return self._once(lambda: self.store.mkdir(path)).document()
 
     def rm(self, *, capsule: str, recursive: bool = False) -> Document:
         """Removes a path, or a capsule with all its names."""
-        return {"position": self.store.rm(capsule, recursive=recursive).position}
+        if not capsule.startswith("/") and self._answered() is None:
+            for path in self.store.paths_of(self.store.resolve(capsule))[1:]:
+                self.store.rm(path, recursive=recursive)
+        return {"position": self._once(lambda: self.store.rm(capsule, recursive=recursive)).position}
 
     def mv(self, *, source: str, target: str) -> Document:
         """Renames a path."""
-        return {"position": self.store.mv(source, target).position}
+        return {"position": self._once(lambda: self.store.mv(source, target)).position}
 
     def ls(self, *, path: str = "/", recursive: bool = False, at: str | None = None) -> Iterator[Document]:
         """What a directory holds, in byte order; a file lists itself."""
@@ -192,7 +304,7 @@ class Service:
 
     def snapshot(self, *, capsule: str, name: str) -> Document:
         """Names the present moment of a capsule or tree."""
-        return {"name": name, "position": self.store.snapshot(capsule, name).position}
+        return {"name": name, "position": self._once(lambda: self.store.snapshot(capsule, name)).position}
 
     def snapshots(self) -> Iterator[Document]:
         """All snapshots, by name."""
@@ -208,15 +320,15 @@ class Service:
 
     def drop_snapshot(self, *, name: str) -> Document:
         """Forgets the name of a moment."""
-        return {"name": name, "position": self.store.drop_snapshot(name).position}
+        return {"name": name, "position": self._once(lambda: self.store.drop_snapshot(name)).position}
 
     def clone(self, *, source: str, target: str, at: str | None = None) -> Document:
         """Copies a file or tree at a moment, sharing every stored byte."""
-        return {"id": str(self.store.clone(source, target, at=at)), "position": self.store.position}
+        return self._once(lambda: self.store.clone(source, target, at=at)).document()
 
     def undelete(self, *, capsule: str, to: str | None = None) -> Document:
         """Brings a deleted capsule back."""
-        return {"id": str(self.store.undelete(capsule, to)), "position": self.store.position}
+        return self._once(lambda: self.store.undelete(capsule, to)).document()
 
     def deleted(self) -> Iterator[Document]:
         """What :meth:`undelete` can bring back."""
@@ -311,7 +423,8 @@ class Service:
         """Lets a capsule follow another policy from now on."""
         from space.policy.model import Policy
 
-        return {"position": self.store.set_policy(capsule, Policy.from_document(policy)).position}
+        wanted = Policy.from_document(policy)
+        return {"position": self._once(lambda: self.store.set_policy(capsule, wanted)).position}
 
     def owner(self) -> Document:
         """The process that has the store open, and where the store is."""

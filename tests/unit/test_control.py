@@ -23,9 +23,10 @@ import space
 from space import _errors, control
 from space._errors import CorruptionError, Status, UnavailableError, UsageError
 from space._node.caller import Caller
+from space._node.calls import check_arguments, hints_of
 from space._node.service import Service, methods
 from space._node.store import Store
-from space.control import ControlServer, RemoteService, check_arguments
+from space.control import ControlServer, RemoteService
 
 ERRORS: Final = [
     each for each in vars(_errors).values() if isinstance(each, type) and issubclass(each, space.SpaceError)
@@ -110,7 +111,7 @@ def test_every_operation_can_be_checked() -> None:
     for name, method in methods().items():
         parameters = list(inspect.signature(method).parameters.values())[1:]
         assert all(each.kind is each.KEYWORD_ONLY for each in parameters), name
-        hints = control._hints(method)
+        hints = hints_of(method)
         assert set(hints) == {each.name for each in parameters}
         assert {kind for kinds in hints.values() for kind in kinds} <= {str, int, bool, dict, type(None)}
         returned = inspect.signature(method).return_annotation
@@ -223,7 +224,7 @@ def test_an_error_of_a_stream_ends_it(remote: Service) -> None:
 def test_only_public_operations_are_called(store: Store, method: str) -> None:
     """Anything but a public method of the service is refused."""
     with connection(store) as stream:
-        stream.sendall(control._pack({"method": method, "arguments": {}}, 1000))
+        stream.sendall(control.pack({"method": method, "arguments": {}}, 1000))
         answer = everything_sent(stream)
     assert msgpack.unpackb(answer[4:])["error"]["kind"] == "UsageError"
 
@@ -253,7 +254,7 @@ def test_a_number_is_not_a_descriptor(store: Store) -> None:
     """A descriptor is passed by the kernel; a number in the arguments cannot name one of the owner's."""
     with connection(store) as stream:
         request = {"method": "get", "arguments": {"capsule": "/a/hello.txt", "descriptor": 1}}
-        stream.sendall(control._pack(request, 1000))
+        stream.sendall(control.pack(request, 1000))
         answer = everything_sent(stream)
     assert msgpack.unpackb(answer[4:])["error"]["kind"] == "UsageError"
 
@@ -285,10 +286,10 @@ def test_only_the_same_user_and_root_are_heard(uid: int, heard: bool) -> None:
         b"\0\0\0\1\x05",
         b"\0\0\0\5\xdd\xff\xff\xff\xff",
         b"\0\0\0\2\x80",
-        control._pack({}, 10),
-        control._pack({"method": "ls"}, 100),
-        control._pack({"method": ["ls"], "arguments": {}}, 100),
-        control._pack({"method": "ls", "arguments": {1: 2}}, 100),
+        control.pack({}, 10),
+        control.pack({"method": "ls"}, 100),
+        control.pack({"method": ["ls"], "arguments": {}}, 100),
+        control.pack({"method": "ls", "arguments": {1: 2}}, 100),
     ],
 )
 def test_garbage_is_hung_up_on(store: Store, remote: Service, garbage: bytes) -> None:
@@ -306,7 +307,7 @@ def test_garbage_is_hung_up_on(store: Store, remote: Service, garbage: bytes) ->
     garbage=st.binary(max_size=200)
     | st.builds(lambda body: struct.pack(">I", len(body)) + body, st.binary(max_size=200))
     | st.builds(
-        lambda method, arguments: control._pack({"method": method, "arguments": arguments}, 1 << 20),
+        lambda method, arguments: control.pack({"method": method, "arguments": arguments}, 1 << 20),
         st.sampled_from(sorted(set(methods()) - {"replay", "verify", "gc", "log", "import_tree", "export_tree"})),
         st.dictionaries(
             st.sampled_from(["path", "capsule", "name", "at", "offset", "size", "policy", "to", "id", "x"]),
@@ -338,7 +339,7 @@ def test_a_caller_that_goes_leaves_no_name(store: Store) -> None:
     for close_source_first in (False, True):
         reader, writer = os.pipe()
         stream = connection(store)
-        request = control._pack({"method": "put", "arguments": {"name": "/half"}}, 1000)
+        request = control.pack({"method": "put", "arguments": {"name": "/half"}}, 1000)
         socket.send_fds(stream, [request], [reader])
         os.close(reader)
         os.write(writer, b"half of it")
