@@ -154,6 +154,7 @@ class Group:
         self._forwards: deque[_Call] = deque()
         self._homeless: deque[_Call] = deque()
         self._flushing = False
+        self._asking: dict[asyncio.Future[tuple[Any, list[Buffer]]], int] = {}  # and whom
         self.writing = 0
 
     # --- from any thread -----------------------------------------------------------------------------
@@ -252,7 +253,11 @@ class Group:
             call.future.set_result([error] * len(call.requests))
 
     def wake(self) -> None:
-        """Tries again what waits for a leader."""
+        """Tries again what waits for a leader, or for the answer of one that was followed by another."""
+        leader = self.replica.driver.leader
+        for asking, whom in self._asking.items():
+            if whom != leader != 0:
+                asking.cancel()  # it may be dead, and the time-out would be waited for
         waiting, self._homeless = self._homeless, deque()
         for call in waiting:
             self._try(call)
@@ -281,9 +286,7 @@ class Group:
         try:
             if leader in (0, self._node.id):
                 raise NotLeaderError("the leader changed")
-            answer, _ = await self._node.transport.request(
-                leader, "execute", [self.number, document, exempt], attachments, timeout=FORWARD_SECONDS
-            )
+            answer = await self._ask(leader, [self.number, document, exempt], attachments)
             outcomes = _outcomes(answer, len(requests))
         except SpaceError as error:
             for call in calls:
@@ -293,6 +296,28 @@ class Group:
         for call in calls:
             self._decided(call, outcomes[at : at + len(call.requests)])
             at += len(call.requests)
+
+    async def _ask(self, leader: int, body: list[Any], attachments: list[Buffer]) -> Any:
+        """The leader's answer to requests.
+
+        Raises:
+            NotLeaderError: another one leads before there is an answer.
+            SpaceError: there is none, or it is an error.
+        """
+        asking = asyncio.ensure_future(
+            self._node.transport.request(leader, "execute", body, attachments, timeout=FORWARD_SECONDS)
+        )
+        self._asking[asking] = leader
+        try:
+            return (await asking)[0]
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise  # the node stops
+            raise NotLeaderError("the leader changed") from None
+        finally:
+            asking.cancel()
+            del self._asking[asking]
 
     async def serve(self, document: Any, attachments: list[Buffer], *, exempt: bool) -> list[Any]:
         """Decides requests that another node sent here, if this one leads.
@@ -379,6 +404,8 @@ class Group:
             self._node.write(self, work.jobs)
         for answer in work.answers:
             answer()
+        if work.more:
+            self._node.call_soon(self.schedule)
         if work.reopen:
             self._node.spawn(self._node.reopen(self))
         elif work.offer is not None:
