@@ -1,0 +1,187 @@
+"""One node of a test's cluster, as a process of its own, with what a test needs beside the operations of users.
+
+``python -m tests.chaos.node_process HOME [--retained N] [--segment-bytes N] [--checkpoint-gain N]`` runs the node
+whose directory is HOME until SIGTERM, or until its standard input ends: so that no node outlives its test.  It
+prints one JSON line when it is ready, and one if it fails.
+
+The control socket answers everything :class:`space._node.service.Service` has, and the methods of :class:`Probe`:
+raw commands with the client's own id and sequence (so that a retry on another node can be told from a new
+command), what the store holds as digests, what the log holds, and ways to do damage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+import space._node.cluster as cluster_module
+import space.replication.node as node_module
+from space._errors import NotFoundError, SpaceError, error_document
+from space._node.cluster import ClusterNode, NodeConfig
+from space._node.member import Member
+from space._node.service import Service
+from space.control import ControlServer
+from space.events.codec import decode_batch
+from space.events.command_codec import decode_requests
+from space.events.commands import Receipt, Request
+from space.events.ids import CapsuleId
+from space.events.types import Kind
+from space.replication.driver import Settings
+from space.statemachine.tables import CAPSULE, CapsuleRow
+
+Document = dict[str, Any]
+running: list[ClusterNode] = []
+
+
+class Probe(Service):
+    """What tests ask of a node; its methods are lent to :class:`Service` in this process."""
+
+    store: Member
+
+    def probe_execute(self, *, requests: list[Any]) -> Document:
+        """Carries out encoded requests under the client ids they carry; an outcome for each."""
+        return {"outcomes": _outcomes(self.store, decode_requests(requests, []))}
+
+    def probe_write(
+        self, *, descriptor: int, capsule: str, offset: int, client: bytes, sequence: int
+    ) -> Document:
+        """Writes what ``descriptor`` holds at an offset; extent n of it has sequence + n."""
+        with open(os.dup(descriptor), "rb") as source:  # noqa: PTH123
+            data = source.read()
+        found = CapsuleId.parse(capsule)
+        with self.store.relaxed(math.inf):
+            key, policy = self.store.stat(found).key, self.store.policy(found)
+            commands = self.store.encode_extents(found, offset, data, policy, key)
+        requests = [Request(each, "chaos", client, sequence + n) for n, each in enumerate(commands)]
+        return {"outcomes": _outcomes(self.store, requests)}
+
+    def probe_status(self) -> Document:
+        """The cluster as this node sees it."""
+        return running[0].status()
+
+    def probe_members(self, *, what: str, node: int, address: str = "") -> Document:
+        """Adds, removes, or lets lead."""
+        running[0].change_members(what, node, address)
+        return {}
+
+    def probe_here(self) -> Document:
+        """Position and digest of the state as it stands here, and what this node is; asks nobody."""
+        applied = self.store.applied_now
+        group = self.store.group
+        return {
+            "position": applied.position,
+            "digest": f"{applied.digest:064x}",
+            "role": group.replica.role.value,
+            "leader": group.replica.driver.leader,
+            "term": group.replica.driver.term,
+            "stopped": group.stopped,
+            "differences": list(running[0].node.differences),
+        }
+
+    def probe_inventory(self) -> Iterator[Document]:
+        """Everything below the root as it stands here, file bytes as digests."""
+        with self.store.stale():
+            for path, stat in self.store.walk(self.store.resolve("/")):
+                document: Document = {"path": path.decode(), "id": str(stat.id), "kind": stat.kind.name}
+                document["xattrs"] = {k.decode(): v.decode() for k, v in self.store.xattrs(stat.id).items()}
+                if stat.kind == Kind.FILE:
+                    hasher = blake3()
+                    for piece in self.store.stream(stat.id):
+                        hasher.update(piece)
+                    document |= {"size": stat.size, "digest": hasher.hexdigest()}
+                yield document
+
+    def probe_audit(self) -> Iterator[Document]:
+        """For each applied batch its chain link, and client id and sequence of each command in it."""
+        last = self.store.applied_now.position
+        for record in self.store.wal.records(max(1, self.store.wal.first_index), last + 1):
+            done = [[entry.client, entry.sequence] for entry in decode_batch(record.metadata) if entry.client]
+            yield {"position": record.index, "chain": record.chain, "term": record.term, "commands": done}
+
+    def probe_checkpoint(self) -> Document:
+        """Makes a checkpoint now."""
+        self.store.checkpoint()
+        return {}
+
+    def probe_rot(self, *, capsule: str) -> Document:
+        """Changes the row of a capsule behind everybody's back, as bad memory would."""
+        found = CapsuleId.parse(capsule)
+        with self.store._tables.write() as txn:
+            raw = txn.get(CAPSULE, found)
+            if raw is None:
+                raise NotFoundError(f"no capsule {capsule}")
+            row = CapsuleRow.decode(raw)
+            row.uid ^= 4
+            txn.put(CAPSULE, found, row.encode())
+        return {}
+
+
+def _outcomes(store: Member, requests: list[Request]) -> list[Any]:
+    return [
+        [each.position, each.repeated] if isinstance(each, Receipt) else error_document(each)
+        for each in store.execute_all(requests)
+    ]
+
+
+def lend_probes() -> None:
+    """Makes the methods of :class:`Probe` callable through the control socket of this process."""
+    for name, method in vars(Probe).items():
+        if name.startswith("probe_"):
+            setattr(Service, name, method)
+
+
+def tell(document: Document) -> None:
+    """A line for the test."""
+    sys.stdout.write(json.dumps(document) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Runs the node."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("home", type=Path)
+    parser.add_argument("--retained", type=int, default=Settings().retained)
+    parser.add_argument("--segment-bytes", type=int, default=0)
+    parser.add_argument("--checkpoint-gain", type=int, default=0)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    if options.segment_bytes:
+        cluster_module.Member = functools.partial(Member, segment_bytes=options.segment_bytes)  # type: ignore[misc,assignment]
+    if options.checkpoint_gain:
+        node_module.CHECKPOINT_GAIN = options.checkpoint_gain  # type: ignore[misc]
+    lend_probes()
+    over = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: over.set())
+    threading.Thread(target=lambda: (os.read(0, 1), over.set()), daemon=True).start()
+    config = NodeConfig.load(options.home)
+    assert config is not None
+    try:
+        node = ClusterNode(options.home, config, settings=Settings(retained=options.retained))
+    except SpaceError as error:
+        tell({"failed": error_document(error)})
+        return 1
+    running.append(node)
+    with node, ControlServer(node.store):
+        tell({"ready": config.node, "pid": os.getpid(), "position": node.store.applied_now.position})
+        while not over.wait(0.05) and not node.ended.is_set():
+            pass
+    if node.failure is not None and not over.is_set():
+        tell({"failed": error_document(node.failure)})
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
