@@ -71,6 +71,8 @@ class Settings:
         message_bytes: payload a single append message carries, at most (one batch always fits).
         inflight: append messages under way to one follower.
         read_retry: ticks after which an unanswered ReadIndex is asked anew.
+        snapshot_retry: ticks after which a snapshot whose outcome nobody told is offered anew.
+        retained: entries the engine keeps; see :data:`RETAINED_ENTRIES`.
     """
 
     election: int = 16
@@ -78,6 +80,7 @@ class Settings:
     message_bytes: int = 4 << 20
     inflight: int = 64
     read_retry: int = 8
+    snapshot_retry: int = 64
     retained: int = RETAINED_ENTRIES
 
 
@@ -203,6 +206,7 @@ class Driver:
         self._reads: dict[object, _Read] = {}
         self._read_number = 0
         self._answered: list[tuple[object, int]] = []
+        self._offered: dict[int, int] = {}  # followers in need of a snapshot, and the tick of the last offer
         self._role, self._leader = Role.FOLLOWER, 0
         self._term_start = 0
         self.must_reopen = False
@@ -264,6 +268,7 @@ class Driver:
             if self._ticks - read.asked >= self._settings.read_retry:
                 self._ask(token)  # rule 8
         self._leave_joint()
+        self._offer_again()
 
     def receive(self, message: bytes) -> None:
         """A message of a peer; snapshots are not for here (see :meth:`space.replication.replica.Replica.receive`)."""
@@ -348,6 +353,18 @@ class Driver:
     def unreachable(self, node: int) -> None:
         """Messages to ``node`` were lost."""
         self._engine.report_unreachable(node)
+
+    def _offer_again(self) -> None:
+        """The engine sends nothing to a follower before it hears what became of a snapshot, and either may be lost."""
+        if self._role is not Role.LEADER:
+            self._offered.clear()
+            return
+        pending = {node for node, known in self.progress().items() if known[2] == "snapshot"}
+        self._offered = {node: self._offered.get(node, self._ticks) for node in sorted(pending)}
+        for node, since in self._offered.items():
+            if self._ticks - since >= self._settings.snapshot_retry:
+                self._engine.report_snapshot(node, False)
+                self._offered[node] = self._ticks
 
     def caught_up(self, node: int, *, ok: bool) -> None:
         """Whether ``node`` has carried out the snapshot it was sent."""
@@ -434,10 +451,10 @@ class Driver:
 
     # --- committed entries ---------------------------------------------------------------------------
 
-    def committed(self) -> list[Entry]:
+    def committed(self, limit: int) -> list[Entry]:
         """What may be applied now, in order, not handed out before; a membership change only once it is in effect."""
         out: list[Entry] = []
-        while self._committed and not self._changing and not self.must_reopen:
+        while len(out) < limit and self._committed and not self._changing and not self.must_reopen:
             if self._committed[0][2] == KIND_CHANGE and self._committed[0][0] > self._effective:
                 break
             out.append(self._committed.popleft())

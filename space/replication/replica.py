@@ -63,6 +63,9 @@ TAIL_BYTES: Final = 64 << 20
 UNDER_WAY_BYTES: Final = 64 << 20
 """Payload proposed and not yet applied: bounds memory and what one append message can carry."""
 
+APPLY_BATCHES: Final = 256
+"""Batches applied before messages and ticks have their turn again: a replica that has much to apply still votes."""
+
 UNDER_WAY_BATCHES: Final = 32
 QUEUED_REQUESTS: Final = 16_384
 """More than this many requests waiting to be decided are refused: the caller tries again."""
@@ -216,6 +219,8 @@ class Work:
     answers: list[Callable[[], None]] = attrs.field(factory=list)
     offer: Offer | None = None
     reopen: bool = False
+    more: bool = False
+    """Whether there is more to apply: :meth:`Replica.work` again, when others had their turn."""
 
 
 class _Root:
@@ -278,6 +283,7 @@ class Replica:
         self._root = _Root()
         self._last_time = 0
         self._done: list[Callable[[], None]] = []
+        self._to_apply = APPLY_BATCHES
         self._offer: Offer | None = None
         self.frozen = False
         """While set, only exempt tickets are decided: for work that must not race with writers (gc)."""
@@ -291,8 +297,9 @@ class Replica:
         if state is None:
             raise CorruptionError("this log belongs to no cluster", segment="raft")
         commit = min(max(state.commit, self.machine.applied.position), self.log.last_index)
-        if self.machine.applied.position < commit:
-            self.machine.catch_up(self.log, commit)
+        effective = self._effective(max(self.machine.applied.position, state.configuration_index), commit)
+        if self.machine.applied.position < effective:
+            self.machine.catch_up(self.log, effective)
         applied = self.machine.applied.position
         if applied < state.configuration_index:
             raise CorruptionError(
@@ -309,6 +316,15 @@ class Replica:
             engine=self._engine,
         )
         self._last_time = self.log.last_time_ns
+
+    def _effective(self, start: int, commit: int) -> int:
+        """How much of what is committed may be applied: a change of members is not before its configuration is
+        durable (rule 2), so the driver has to bring it into effect first.
+        """
+        for info in self.log.records(start + 1, commit):
+            if change_of(info.metadata) is not None:
+                return info.index - 1
+        return commit
 
     def reopen(self, incarnation: int) -> None:
         """Starts the consensus anew from what is durable; every job handed out must have been carried out.
@@ -427,6 +443,7 @@ class Replica:
     def work(self, now_ns: int) -> Work:
         """Carries on with everything that can be carried on; returns what the shell has to do."""
         work = Work()
+        self._to_apply = APPLY_BATCHES
         moved = True
         while moved and not self.driver.must_reopen:
             moved = self._collect(work)
@@ -442,6 +459,7 @@ class Replica:
         work.answers, self._done = self._done, []
         work.offer, self._offer = self._offer, None
         work.reopen = self.driver.must_reopen
+        work.more = self._to_apply == 0
         return work
 
     def _collect(self, work: Work) -> bool:
@@ -449,23 +467,25 @@ class Replica:
         found = self.driver.collect()
         if was is Role.LEADER and self.driver.role is not Role.LEADER:
             self._lose("leadership of the group was lost")
+        # What the engine appends replaces the tail from there on; what was proposed here comes again with it.
+        replaced: dict[int, Item] = {}
         for persist in self.driver.persists():
             items = []
             for entry in persist.entries:
-                items.append(self._item(entry))
+                while self._tail and (latest := next(reversed(self._tail))) >= entry[0]:
+                    replaced[latest] = self._forget(latest)
+                items.append(self._item(entry, replaced))
                 self._remember(items[-1])  # the one after it may take its time from it
             work.jobs.append(Job(persist, items, self.log, self.state_file))
         self._stash.clear()
         return found
 
-    def _item(self, entry: RaftEntry) -> Item:
+    def _item(self, entry: RaftEntry, replaced: dict[int, Item]) -> Item:
         """The batch of an entry that goes to the log."""
         index, term, kind, size, change = entry
-        known = self._tail.get(index)
+        known = replaced.get(index)
         if known is not None and known.term == term:
             return known  # proposed here
-        while self._tail and (latest := next(reversed(self._tail))) >= index:
-            self._forget(latest)
         if kind == KIND_CHANGE:
             return self._special(index, term, change)
         if size == 0:
@@ -491,12 +511,14 @@ class Replica:
         return self.log.time_ns(index - 1) if index > 1 else 0
 
     def _remember(self, item: Item) -> None:
-        if item.index not in self._tail:
-            self._tail[item.index] = item
-            self._tail_bytes += item.cost
+        assert item.index not in self._tail, "an entry that was not forgotten"
+        self._tail[item.index] = item
+        self._tail_bytes += item.cost
 
-    def _forget(self, index: int) -> None:
-        self._tail_bytes -= self._tail.pop(index).cost
+    def _forget(self, index: int) -> Item:
+        item = self._tail.pop(index)
+        self._tail_bytes -= item.cost
+        return item
 
     def _trim(self, applied: int) -> None:
         """Lets go of applied batches beyond what is worth keeping."""
@@ -618,7 +640,8 @@ class Replica:
     # --- applying ------------------------------------------------------------------------------------
 
     def _apply(self) -> bool:
-        entries = [] if self.held else self.driver.committed()
+        entries = [] if self.held else self.driver.committed(self._to_apply)
+        self._to_apply -= len(entries)
         if not entries:
             return False
         run: list[Item] = []
@@ -757,12 +780,13 @@ def encode_change_batch(change: bytes, time_ns: int) -> bytes:
     return encode_batch([Entry(b"", 0, time_ns, _ACTOR, ((link, event),))])
 
 
+_CHANGE_HEAD: Final = 32  # the actor of a change is in these bytes: other batches need not be decoded
 _MEMBERSHIP: Final = BY_CLASS[MembershipChanged].number
 
 
 def change_of(metadata: bytes) -> bytes | None:
     """The membership change a batch is, or None if it is another batch."""
-    if len(metadata) > 1 << 16:
+    if _ACTOR.encode() not in metadata[:_CHANGE_HEAD] or len(metadata) > 1 << 16:
         return None
     rows = batch_rows(metadata)
     if len(rows) != 1 or len(rows[0][4]) != 1 or rows[0][4][0][0] != _MEMBERSHIP:
