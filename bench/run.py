@@ -20,7 +20,7 @@ from typing import Any, Final
 from bench.measure import DATA, Row, Scale
 from space._errors import SpaceError, UsageError
 
-NAMES: Final = ("wal", "replay", "putget", "open", "view")
+NAMES: Final = ("wal", "replay", "putget", "open", "view", "cluster")
 """In the order they run when none is named."""
 
 
