@@ -35,17 +35,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self, cast
 
-import msgpack
-
 from space._errors import (
     SpaceError,
     StorageError,
     UnavailableError,
-    UsageError,
     error_document,
     error_of,
 )
 from space._node.caller import CHUNK_BYTES, Caller
+from space._node.messages import (
+    ANSWER_BYTES_MAX,
+    LENGTH,
+    REQUEST_BYTES_MAX,
+    CallerGoneError,
+    Message,
+    ProtocolError,
+    pack,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from space._node.calls import Target
@@ -54,8 +61,6 @@ if TYPE_CHECKING:
 
 SOCKET: Final = "control.sock"
 
-REQUEST_BYTES_MAX: Final = 1 << 20  # a policy document and a few paths; more is a mistake or an attack
-ANSWER_BYTES_MAX: Final = 64 << 20  # a capsule with very many extended attributes
 REQUEST_SECONDS: Final = 10.0  # a request is sent in one go
 ANSWER_SECONDS: Final = 600.0  # somebody may look at a page of a pager for a while
 PROGRESS_SECONDS: Final = 0.1
@@ -65,57 +70,7 @@ DESCRIPTORS_MAX: Final = 1
 RETIRE_POLL_SECONDS: Final = 0.02
 PIPE_BYTES: Final = 4096  # PIPE_BUF: what a pipe that polls writable takes without blocking (pipe(7))
 
-_LENGTH: Final = struct.Struct(">I")
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid (unix(7), SO_PEERCRED)
-
-Message = dict[str, Any]
-
-
-class ProtocolError(Exception):
-    """The other side does not speak this protocol."""
-
-
-class _CallerGoneError(UnavailableError):
-    """Nobody waits for the answer any more."""
-
-
-# --- messages --------------------------------------------------------------------------------------
-
-
-def pack(message: Message, limit: int) -> bytes:
-    """A message with its length before it.
-
-    Raises:
-        UsageError: it cannot be sent, or is longer than ``limit``.
-    """
-    try:
-        body: bytes = msgpack.packb(message, unicode_errors="surrogateescape")
-    except (OverflowError, ValueError, TypeError) as error:
-        raise UsageError(f"cannot be sent to the owner of the store: {error}") from None
-    if len(body) > limit:
-        raise UsageError(f"a message of {len(body)} bytes to or from the owner of the store; at most {limit}")
-    return _LENGTH.pack(len(body)) + body
-
-
-def _read(stream: BinaryIO, size: int) -> bytes:
-    data = stream.read(size)
-    if len(data) < size:
-        raise ProtocolError
-    return data
-
-
-def unpack(stream: BinaryIO, head: bytes, limit: int) -> Message:
-    """The message whose length begins with ``head``."""
-    (length,) = _LENGTH.unpack(head + _read(stream, _LENGTH.size - len(head)))
-    if length > limit:
-        raise ProtocolError
-    try:
-        message = msgpack.unpackb(_read(stream, length), unicode_errors="surrogateescape")
-    except (ValueError, msgpack.UnpackException) as error:
-        raise ProtocolError from error
-    if not isinstance(message, dict):
-        raise ProtocolError
-    return message
 
 
 @contextlib.contextmanager
@@ -162,7 +117,7 @@ class _RemoteCaller(Caller):
         try:
             self._stream.sendall(unsent)
         except OSError:
-            raise _CallerGoneError("the caller has gone") from None
+            raise CallerGoneError("the caller has gone") from None
 
     def progress(self, done: Message) -> None:
         now = time.monotonic()
@@ -185,7 +140,7 @@ class _RemoteCaller(Caller):
         except OSError:
             confirmed = b""
         if not confirmed:
-            raise _CallerGoneError("the caller has gone")
+            raise CallerGoneError("the caller has gone")
 
     def idle(self, seconds: float) -> None:
         self._flush()
@@ -200,7 +155,7 @@ class _RemoteCaller(Caller):
             poll.register(descriptor, events)
         ready = dict(poll.poll(None if seconds is None else seconds * 1000))
         if self._stream.fileno() in ready:
-            raise _CallerGoneError("the caller has gone")
+            raise CallerGoneError("the caller has gone")
         return descriptor in ready
 
 
@@ -265,11 +220,11 @@ class ControlServer:
     def _serve(self, stream: socket.socket) -> None:
         descriptors: list[int] = []
         try:
-            with stream, contextlib.suppress(OSError, ProtocolError, _CallerGoneError):
+            with stream, contextlib.suppress(OSError, ProtocolError, CallerGoneError):
                 stream.settimeout(REQUEST_SECONDS)
                 if _peer_is_ours(stream):
                     head, descriptors, _, _ = socket.recv_fds(
-                        stream, _LENGTH.size, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
+                        stream, LENGTH.size, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
                     )
                     with stream.makefile("rb") as rest:
                         request = unpack(rest, head, REQUEST_BYTES_MAX) if head else None

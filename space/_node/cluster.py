@@ -423,9 +423,9 @@ class ClusterNode:
         found_ = self.call(lambda node: node.cluster_status(), seconds=READY_SECONDS)
         return status_document(self.config, found_)
 
-    def change_members(self, what: str, node: int, address: str = "") -> None:
+    def change_members(self, what: str, node: int, address: str = "", shard: int | None = None) -> None:
         """Adds, removes, or lets lead; see :meth:`space.replication.node.Node.change_members`."""
-        self.call(lambda found_: found_.change_members(what, node, address), seconds=900.0)
+        self.call(lambda found_: found_.change_members(what, node, address, shard), seconds=900.0)
 
     def stop(self) -> None:
         """Hands leadership over and stops the loop: whoever waits for a group is told so."""

@@ -82,6 +82,19 @@ def _read_note(path: Path) -> Document | None:
     return {**note, "name": path.stem} if whole else None
 
 
+def find(home: Path, wanted: str) -> Document:
+    """The view with that name or target.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    target = os.path.realpath(wanted)
+    found = [note for note in listed(home) if wanted == note["name"] or target == note["target"]]
+    if not found:
+        raise NotFoundError(f"no view {wanted}", hint="space project ls shows what there is")
+    return found[-1]
+
+
 def stop(home: Path, wanted: str) -> Document:
     """Ends the view with that name or target and waits until it is gone.
 
@@ -92,11 +105,7 @@ def stop(home: Path, wanted: str) -> Document:
         RefusedError: its process is another user's.
         UnavailableError: it has not ended yet.
     """
-    target = os.path.realpath(wanted)
-    found = [note for note in listed(home) if wanted == note["name"] or target == note["target"]]
-    if not found:
-        raise NotFoundError(f"no view {wanted}", hint="space project ls shows what there is")
-    note = found[-1]
+    note = find(home, wanted)
     if note["state"] == "running":
         _end(note)
     else:

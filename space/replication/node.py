@@ -694,15 +694,17 @@ class Node:
 
     # --- members ---------------------------------------------------------------------------------------------------
 
-    async def change_members(self, what: str, node: int, address: str = "") -> None:
-        """Adds (learner first, then voter), removes, or lets lead, in every shard; may be asked again at any time.
+    async def change_members(
+        self, what: str, node: int, address: str = "", shard: int | None = None
+    ) -> None:
+        """Adds (learner first, then voter), removes, or lets lead, in one shard or all; may be asked again any time.
 
         Raises:
             SpaceError: it is impossible, or not finished in time.
         """
         if node < 1:
             raise UsageError(f"not the id of a node: {node}", hint="ids are numbers from 1")
-        for parts in list(self.parts.values()):
+        for parts in [self._group(shard)] if shard is not None else list(self.parts.values()):
             await self._change(parts, what, node, address)
 
     async def _change(self, parts: Parts, what: str, node: int, address: str) -> None:

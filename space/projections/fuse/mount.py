@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Coroutine, Iterator
@@ -233,6 +234,34 @@ def _make_directories(path: str) -> list[Path]:
 # --- serving -----------------------------------------------------------------------------------------
 
 
+class Ending:
+    """Ends a mount that is served by another thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._end: Callable[[], object] | None = None
+        self._wanted = False
+
+    def end(self) -> None:
+        """Takes no more requests: :func:`serve` returns soon.  From any thread, at any time."""
+        with self._lock:
+            self._wanted = True
+            if self._end is not None:
+                self._end()
+
+    def begun(self, loop: asyncio.AbstractEventLoop, terminate: Callable[[], None]) -> None:
+        """The mount is served by ``loop``, and ``terminate``, called there, ends it."""
+        with self._lock:
+            self._end = lambda: loop.call_soon_threadsafe(terminate)
+            if self._wanted:
+                self._end()
+
+    def over(self) -> None:
+        """There is nothing to end any more."""
+        with self._lock:
+            self._end = None
+
+
 def serve(
     files: FileSystem,
     target: str,
@@ -240,11 +269,13 @@ def serve(
     fsname: str = "space",
     allow_other: bool = False,
     on_ready: Callable[[Ready], None] = lambda _: None,
+    ending: Ending | None = None,
 ) -> None:
-    """Mounts ``files`` at ``target`` and serves it until it is unmounted, or SIGTERM or SIGINT comes.
+    """Mounts ``files`` at ``target`` and serves it until it is unmounted, or told to end.
 
-    A read-only file system is mounted so.  On return everything is durable and nothing is left mounted.
-    Call it from the main thread.
+    That is SIGTERM or SIGINT, and then this is called from the main thread; with ``ending`` it is that alone, and
+    any thread will do.  A read-only file system is mounted so.  On return everything is durable and nothing is
+    left mounted.
 
     Raises:
         UnavailableError: something is missing on this machine, or the kernel refuses.
@@ -265,7 +296,7 @@ def serve(
         with _mounted(
             pyfuse3, Operations(files, begun.set), path, _options(files, fsname, allow_other=allow_other)
         ):
-            _run(_serve(pyfuse3, files, begun, ready))
+            _run(_serve(pyfuse3, files, begun, ready, ending))
     finally:
         with contextlib.suppress(OSError):
             for each in made:
@@ -308,16 +339,27 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
         uvloop.run(main)
 
 
-async def _serve(pyfuse3: Any, files: FileSystem, begun: asyncio.Event, ready: Callable[[], None]) -> None:
+async def _serve(
+    pyfuse3: Any,
+    files: FileSystem,
+    begun: asyncio.Event,
+    ready: Callable[[], None],
+    ending: Ending | None,
+) -> None:
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, pyfuse3.terminate)
+    if ending is None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, pyfuse3.terminate)
+    else:
+        ending.begun(loop, pyfuse3.terminate)
     serving = asyncio.create_task(pyfuse3.main())
     syncing = asyncio.create_task(_sync_now_and_then(files))
     announcing = asyncio.create_task(_announce(begun, ready, pyfuse3))
     try:
         await serving
     finally:
+        if ending is not None:
+            ending.over()
         for task in (syncing, announcing):
             task.cancel()
         results = await asyncio.gather(syncing, announcing, return_exceptions=True)
