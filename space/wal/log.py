@@ -375,7 +375,7 @@ class Log:
             payload_crc=found_crc if payload_crc is None else payload_crc,
         )
         place = tail.end + payload_offset(tail.end, len(metadata), payload_length)
-        self._write(record.buffers, tail.end, tail.end + record.length, _blocks_inside(place, holes))
+        self._write(record.buffers, tail.end, tail.end + record.length, blocks_inside(place, holes))
         if payload_crc not in {None, found_crc}:
             self._holed = tail.index + is_batch
         if is_batch:
@@ -500,7 +500,7 @@ class Log:
                 self._clear_garbage()
             active.file.pwritev(buffers, offset)
             for start, stop in holes:
-                _punch(active.file, start, stop)
+                punch_blocks(active.file, start, stop)
         except OSError as error:
             self._garbage_end = max(self._garbage_end, end)
             with contextlib.suppress(OSError):
@@ -890,12 +890,12 @@ class Log:
         self._check_writable()
         segment, place = self._place(index)
         _check_range(place, index, offset, length)
-        blocks = _blocks_inside(place.offset, [(offset, length)])
+        blocks = blocks_inside(place.offset, [(offset, length)])
         if not blocks:
             return 0
         self._protect(index)
         with storage_errors("cannot reclaim payload"):
-            return _punch(self._file(segment), *blocks[0])
+            return punch_blocks(self._file(segment), *blocks[0])
 
     def _protect(self, index: int) -> None:
         """Make the watermark above a batch durable: recovery takes a bad payload above it for a torn one."""
@@ -1050,7 +1050,7 @@ def _resume(file: File, bad: BadRecord, span: _Span) -> tuple[int, int]:
     return span.end, span.last_index
 
 
-def _blocks_inside(place: int, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def blocks_inside(place: int, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Start and end in the file of the whole blocks inside ranges of a payload that starts at ``place``."""
     blocks = [
         (align(place + offset, BLOCK_BYTES), (place + offset + length) & -BLOCK_BYTES)
@@ -1059,7 +1059,7 @@ def _blocks_inside(place: int, ranges: Sequence[tuple[int, int]]) -> list[tuple[
     return [(start, end) for start, end in blocks if start < end]
 
 
-def _punch(file: File, start: int, end: int) -> int:
+def punch_blocks(file: File, start: int, end: int) -> int:
     """Give blocks back to the disk; returns how many bytes, 0 where the file system cannot."""
     try:
         file.punch_hole(start, end - start)

@@ -61,7 +61,7 @@ from space.wal.watermark import WATERMARK_NAME, Watermark, WatermarkFile, Waterm
 
 TERM_UNKNOWN: Final = -1  # no segment header has it: the last batch may be in the segment before
 
-_SEGMENT_NAME: Final = re.compile(r"\d{20}\.seg")
+SEGMENT_NAME: Final = re.compile(r"\d{20}\.seg")
 _READ_ONLY_TRIES: Final = 8  # a rotation between two reads looks like damage; eight in a row are damage
 _HINT: Final = "nothing was changed; restore the file from a backup or a replica, then run `space verify`"
 
@@ -285,7 +285,7 @@ class _Recovery:
                 raise NotFoundError(f"there is no log in {self._directory}")
             self._disk.mkdir(self._directory)
         names = self._disk.listdir(self._directory)
-        return sorted(int(name[:20]) for name in names if _SEGMENT_NAME.fullmatch(name))
+        return sorted(int(name[:20]) for name in names if SEGMENT_NAME.fullmatch(name))
 
     def _open_watermark(self) -> WatermarkFile | None:
         path = self._path(WATERMARK_NAME)
@@ -315,7 +315,7 @@ class _Recovery:
                 size = file.size()
                 header = parse_segment_header(file.pread(SEGMENT_HEADER_BYTES, 0))
                 problem = self._header_problem(header, first) or _link_problem(segments, seal, header)
-                if first == firsts[-1] and (segments or problem) and _is_unborn(file, size, first, mark):
+                if first == firsts[-1] and (segments or problem) and is_unborn(file, size, first, mark):
                     self._dropped.append(first)
                     return segments
                 if problem is not None:
@@ -375,7 +375,7 @@ class _Recovery:
         file = self._open(segment)
         clean = _is_clean(mark)
         here = mark if mark and mark.segment == segment.first_index else None
-        found = (self._read_sidecar(file, segment, here) if clean and here else None) or _ActiveScan(
+        found = (self._read_sidecar(file, segment, here) if clean and here else None) or ActiveScan(
             file, segment, here, cutting=self._cutting
         ).run()
         tail = found.tail
@@ -445,7 +445,7 @@ class _Recovery:
         return watermark
 
 
-def _is_unborn(file: File, size: int, first: int, mark: Watermark | None) -> bool:
+def is_unborn(file: File, size: int, first: int, mark: Watermark | None) -> bool:
     """Whether the rotation that made this last segment may not have been finished.
 
     Only a finished one moves the watermark here, and only after it records follow.  Without either, the
@@ -488,7 +488,7 @@ class _Found(NamedTuple):
 
 
 @final
-class _ActiveScan:
+class ActiveScan:
     """Finds the end of the last segment.
 
     The first pass walks the records and gathers how far they are known to be durable; what stops it

@@ -409,10 +409,15 @@ def append_shipped(log: Log, batch: ShippedBatch) -> None:
     Raises:
         StorageError: the disk refused.
     """
-    if not batch.reclaimed:
-        payload = [piece.data for piece in batch.pieces]
-        log.append(batch.metadata, payload, time_ns=batch.time_ns, term=batch.term)
-        return
+    payload, holes = stored_payload(batch)
+    log.append(
+        batch.metadata, payload, time_ns=batch.time_ns, term=batch.term,
+        payload_crc=batch.payload_crc if batch.reclaimed else None, holes=holes,
+    )  # fmt: skip
+
+
+def stored_payload(batch: ShippedBatch) -> tuple[list[Buffer], list[tuple[int, int]]]:
+    """A payload's bytes with zeros for what was reclaimed, and offset and length of each hole."""
     buffers: list[Buffer] = []
     holes: list[tuple[int, int]] = []
     end = 0
@@ -422,10 +427,7 @@ def append_shipped(log: Log, batch: ShippedBatch) -> None:
             buffers += (_ZEROS[: offset - at] for at in range(end, offset, len(_ZEROS)))
         buffers.append(data)
         end = offset + len(data)
-    log.append(
-        batch.metadata, buffers, time_ns=batch.time_ns, term=batch.term,
-        payload_crc=batch.payload_crc, holes=holes,
-    )  # fmt: skip
+    return buffers, holes
 
 
 def link_at(log: Log, index: int) -> bytes:
