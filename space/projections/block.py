@@ -71,7 +71,11 @@ class BlockDevice(Protocol):
     async def compare_and_write(
         self, offset: int, expected: Buffer, data: Buffer, *, durable: bool, actor: str
     ) -> int:
-        """Writes ``data`` if the range holds ``expected``, with nothing in between; -1, or the first byte that differs."""
+        """Writes ``data`` if the range holds ``expected``, with nothing in between.
+
+        Returns:
+            -1, or the offset in the range of the first byte that differs; then nothing was written.
+        """
 
     async def flush(self) -> None:
         """Makes everything acknowledged before durable."""
