@@ -321,7 +321,7 @@ class Replica:
         """How much of what is committed may be applied: a change of members is not before its configuration is
         durable (rule 2), so the driver has to bring it into effect first.
         """
-        for info in self.log.records(start + 1, commit):
+        for info in self.log.records(start + 1, commit + 1):
             if change_of(info.metadata) is not None:
                 return info.index - 1
         return commit
