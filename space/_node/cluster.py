@@ -34,7 +34,7 @@ from space._errors import (
     UsageError,
 )
 from space._node.caller import Document
-from space._node.member import Member, MemberMachine
+from space._node.member import HEAL_FILE, Member, MemberMachine
 from space._node.store import FORMAT_FILE, WAL, Store, clear_errors, read_format
 from space.events.ids import ROOT, CapsuleId
 from space.replication.certificates import Tls, create_authority, issue
@@ -296,18 +296,23 @@ class ClusterNode:
             return Member(home, node=self.config.node, store=store, on_progress=on_progress)
 
         try:
-            return open_()
-        except CorruptionError as error:
-            if not self.config.peers:
-                raise
-            log.warning(
-                "shard %d of node %d is damaged (%s): fetching it from its peers",
-                number,
-                self.config.node,
-                error,
-            )
-            asyncio.run(_heal(self, number, home, store))
-            return open_()
+            if not (home / HEAL_FILE).exists():
+                return open_()
+            error = CorruptionError(f"damage was found in {home} when it was last open")
+        except CorruptionError as found_:
+            error = found_
+        if not self.config.peers:
+            raise error
+        log.warning(
+            "shard %d of node %d is damaged (%s): fetching it from its peers",
+            number,
+            self.config.node,
+            error,
+        )
+        asyncio.run(_heal(self, number, home, store))
+        (home / HEAL_FILE).unlink(missing_ok=True)
+        return open_()
+
 
     @property
     def node(self) -> Node:
@@ -407,14 +412,7 @@ class ClusterNode:
         """
         if self._loop is None or self.ended.is_set():
             raise self.failure or UnavailableError(f"node {self.config.node} has stopped")
-        future = asyncio.run_coroutine_threadsafe(work(self.node), self._loop)
-        try:
-            return future.result(seconds)
-        except TimeoutError:
-            future.cancel()
-            raise UnavailableError(
-                f"not done in {seconds:.0f} seconds", hint="space cluster status"
-            ) from None
+        return self.node.run(work(self.node), seconds=seconds)
 
     # --- what people ask ---------------------------------------------------------------------------
 

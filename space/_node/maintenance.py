@@ -361,6 +361,10 @@ def verify(store: Store, *, repair: bool = False, on_progress: OnProgress | None
     damaged_payload = {}
     for finding in store.wal.verify():
         if finding.what is Damage.PAYLOAD:
+            declared = any(position == finding.index for position, _ in reclaimed)
+            if repair and not declared and store.restore(finding.index):
+                report.repaired += 1
+                continue
             damaged_payload[finding.index] = finding
         else:
             report.add(
@@ -373,6 +377,8 @@ def verify(store: Store, *, repair: bool = False, on_progress: OnProgress | None
             report.add(str(error), segment=error.segment, offset=error.offset, position=error.position)
     if not report.findings:
         _verify_tables(store, report, repair)
+    elif repair:
+        store.heal_later()
     return report
 
 
@@ -392,7 +398,7 @@ def _verify_events(
 
     links: dict[bytes, bytes] = {}
     progress = Progress()
-    for record in store.wal.records(max(1, store.wal.first_index)):
+    for record in store.wal.records(max(1, store.wal.first_index), store.last + 1):
         report.batches += 1
         report.payload_bytes += record.payload_length
         for entry in decode_batch(record.metadata):

@@ -12,6 +12,7 @@ What differs from :class:`space._node.store.Store`:
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import shutil
 import threading
@@ -43,7 +44,7 @@ from space._node.store import (
     write_format,
 )
 from space.events.codec import decode_batch
-from space.events.commands import Durability, Receipt, Request
+from space.events.commands import Buffer, Durability, Receipt, Request
 from space.events.types import PayloadReclaimed
 from space.projections.feed import Progress, fold
 from space.replication.group import Group
@@ -56,10 +57,16 @@ from space.wal.disk import Disk
 from space.wal.log import Log
 from space.wal.raft_state import RaftStateFile
 from space.wal.segment_format import RecordInfo
+from space.wal.shipping import decode_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+HEAL_FILE: Final = "heal"
+"""While it is there, the next start looks at every byte of the log and fetches from the peers what is damaged."""
+
+FETCH_SECONDS: Final = 10.0
+log: Final = logging.getLogger("space.cluster")
 FETCHED: Final = "checkpoint-fetched"
 REBUILD_POSITIONS: Final = 100_000
 """How far a checkpoint must be ahead of the tables to replace them instead of folding what is between."""
@@ -444,6 +451,50 @@ class Member(Store):
             if not target.exists():
                 directory.rename(target)
         shutil.rmtree(directory, ignore_errors=True)
+
+    def heal_later(self) -> None:
+        """The next start of this node heals the log before anything else."""
+        with contextlib.suppress(OSError):
+            (self.path / HEAL_FILE).touch()
+            log.warning(
+                "the log in %s is damaged: restart this node, and it is healed from its peers", self.path
+            )
+
+    def restore(self, position: int) -> bool:
+        """Fetches the payload of one batch from a peer that has the same batch, and puts it in its place."""
+        if position < 1 or self._node is None:
+            return False
+        try:
+            chain = self.wal.read(position).chain
+        except SpaceError:
+            self.heal_later()
+            return False
+        for peer in [each for each in self.members() if each != self._node_id]:
+            with contextlib.suppress(SpaceError):
+                chunk = decode_chunk(b"".join(self._fetch(peer, position)))
+                batch = chunk.batches[0]
+                if batch.chain == chain and not batch.reclaimed:
+                    self.wal.restore_payload(position, b"".join(piece.data for piece in batch.pieces))
+                    log.warning(
+                        "payload of position %d in %s was damaged; restored from node %d",
+                        position,
+                        self.path,
+                        peer,
+                    )
+                    return True
+        return False
+
+    def _fetch(self, peer: int, position: int) -> list[Buffer]:
+        number = self.group.number
+
+        async def ask() -> list[Buffer]:
+            return (
+                await self.node.transport.request(
+                    peer, "chunk", [number, position, position], timeout=FETCH_SECONDS
+                )
+            )[1]
+
+        return self.node.run(ask(), seconds=FETCH_SECONDS)
 
     def is_reclaimed(self, info: RecordInfo, payload: bytes) -> bool:
         """Whether payload of a batch that is not as it was written was given back on purpose."""

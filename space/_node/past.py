@@ -68,6 +68,9 @@ class Past(Reading):
     def _located(self, error: CorruptionError) -> CorruptionError:
         return self._store._located(error)
 
+    def restore(self, position: int) -> bool:
+        return self._store.restore(position)
+
     def close(self) -> None:
         """Removes the tables; closing twice does nothing."""
         if self._scratch.exists():

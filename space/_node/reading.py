@@ -486,11 +486,18 @@ class Reading:
             try:
                 pieces.append(self._content.read(extent.frames, extent.position, extent.skip, extent.length))
             except CorruptionError as error:
-                raise self._located(error) from None
+                located = self._located(error)
+                if not self.restore(error.position):
+                    raise located from None
+                pieces.append(self._content.read(extent.frames, extent.position, extent.skip, extent.length))
             at = extent.end
         if at < end:
             pieces.append(bytes(end - at))
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def restore(self, position: int) -> bool:
+        """Whether damaged payload of a batch could be fetched from somewhere else, and is whole again."""
+        return False
 
     def _located(self, error: CorruptionError) -> CorruptionError:
         """Damaged content, known by batch and payload offset, with the segment and the offset in it."""

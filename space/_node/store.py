@@ -435,6 +435,9 @@ class Store(Reading):
         """The last position there is, for whoever reads the log."""
         return self.wal.last_index
 
+    def heal_later(self) -> None:
+        """Notes damage of the log that only a start with peers can heal; a store without peers has none to ask."""
+
     def alone(self) -> AbstractContextManager[object]:
         """While it is held, nobody else's command is decided."""
         return self._lock

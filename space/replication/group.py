@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from space._errors import (
+    CorruptionError,
     NotLeaderError,
     SpaceError,
     StorageError,
@@ -386,6 +387,8 @@ class Group:
         try:
             work = self.replica.work(self._node.time_ns())
         except SpaceError as error:
+            if isinstance(error, CorruptionError):
+                self._node.parts[self.number].host.heal_later()
             self.fail(error)
             return
         except BaseException as error:

@@ -98,6 +98,9 @@ class Host(Protocol):
     def adopt_checkpoint(self, position: int) -> None:
         """Makes the fetched checkpoint one of the store's own, if it is whole and fits the log."""
 
+    def heal_later(self) -> None:
+        """Has the next start look at every byte of the log, and fetch from the peers what is damaged."""
+
     def is_reclaimed(self, info: RecordInfo, payload: bytes) -> bool:
         """Whether payload of a batch that is not as it was written was given back on purpose."""
 
@@ -245,6 +248,24 @@ class Node:
                 log.warning("node %d: %s", self.id, error)
             else:
                 log.error("node %d: a task broke", self.id, exc_info=error)
+
+    def run(self, work: Coroutine[Any, Any, T], *, seconds: float) -> T:
+        """Runs something in the loop for another thread, and waits for it.
+
+        Raises:
+            UnavailableError: the node has ended, or it takes longer.
+        """
+        if self._loop is None or self._stopping.is_set() or threading.get_ident() == self._thread:
+            work.close()
+            raise UnavailableError(f"node {self.id} does not run, or cannot wait for itself")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(seconds)
+        except TimeoutError:
+            future.cancel()
+            raise UnavailableError(
+                f"not done in {seconds:.0f} seconds", hint="space cluster status"
+            ) from None
 
     def wait(self, future: Future[T]) -> T:
         """Waits for something the loop does.
@@ -694,9 +715,7 @@ class Node:
 
     # --- members ---------------------------------------------------------------------------------------------------
 
-    async def change_members(
-        self, what: str, node: int, address: str = "", shard: int | None = None
-    ) -> None:
+    async def change_members(self, what: str, node: int, address: str = "", shard: int | None = None) -> None:
         """Adds (learner first, then voter), removes, or lets lead, in one shard or all; may be asked again any time.
 
         Raises:

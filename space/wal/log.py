@@ -867,6 +867,25 @@ class Log:
         with self._reading(segment):
             return sum_payload(self._file(segment).pread, place.offset, place.length) == place.crc
 
+    def restore_payload(self, index: int, payload: Buffer) -> None:
+        """Write a batch's payload once more where it is stored, durably: for one whose bytes have rotted.
+
+        Raises:
+            NotFoundError: there is no such batch.
+            StorageError: the disk refused.
+            UsageError: it is not what was written there.
+        """
+        self._check_writable()
+        segment, place = self._place(index)
+        if len(payload) != place.length or crc32c(payload) != place.crc:
+            raise UsageError(f"this is not the payload of position {index}")
+        try:
+            file = self._file(segment)
+            file.pwritev([payload], place.offset)
+            file.fdatasync()
+        except OSError as error:
+            raise storage_error(f"cannot restore the payload of position {index}", error) from error
+
     def _place(self, index: int) -> tuple[Segment, _Place]:
         place = self._places.get(index)
         if place is None or index > self._tail.index:
