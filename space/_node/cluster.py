@@ -296,13 +296,13 @@ class ClusterNode:
             return Member(home, node=self.config.node, store=store, on_progress=on_progress)
 
         try:
-            if not (home / HEAL_FILE).exists():
+            if not self.config.peers or not (home / HEAL_FILE).exists():
                 return open_()
             error = CorruptionError(f"damage was found in {home} when it was last open")
         except CorruptionError as found_:
             error = found_
         if not self.config.peers:
-            raise error
+            raise error  # nobody to ask
         log.warning(
             "shard %d of node %d is damaged (%s): fetching it from its peers",
             number,
@@ -312,7 +312,6 @@ class ClusterNode:
         asyncio.run(_heal(self, number, home, store))
         (home / HEAL_FILE).unlink(missing_ok=True)
         return open_()
-
 
     @property
     def node(self) -> Node:
