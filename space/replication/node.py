@@ -602,8 +602,17 @@ class Node:
         """
         if group.stopped:
             return
+        # What is here already must stay: only the leader does not know, and the offer's members may be old.
+        ok = offer.index <= group.replica.driver.commit or await self._bring_forward(group, offer)
+        with contextlib.suppress(SpaceError):
+            await self.transport.request(
+                offer.sender, "caught up", [group.number, ok], timeout=STATUS_SECONDS
+            )
+        self.learn_members()
+        self.schedule(group)
+
+    async def _bring_forward(self, group: Group, offer: Offer) -> bool:
         group.stopped = True
-        ok = False
         log.info(
             "shard %d of node %d: fetching the log up to %d from node %d",
             group.number,
@@ -615,21 +624,16 @@ class Node:
             await self._drained(group)
             await self._fetch(group, offer)
             self._restart(group)
-            ok = True
         except SpaceError as error:
             log.warning("shard %d of node %d: %s", group.number, self.id, error)
             if isinstance(error, CorruptionError | StorageError):
                 group.fail(error)
             else:
                 self._restart(group)
+            return False
         finally:
             group.stopped = False
-        with contextlib.suppress(SpaceError):
-            await self.transport.request(
-                offer.sender, "caught up", [group.number, ok], timeout=STATUS_SECONDS
-            )
-        self.learn_members()
-        self.schedule(group)
+        return True
 
     async def _fetch(self, group: Group, offer: Offer) -> None:
         replica = group.replica

@@ -201,7 +201,10 @@ class Send:
 
 @attrs.frozen
 class Offer:
-    """A peer says that this replica is too far behind for single entries: it has the log up to ``index``."""
+    """A peer says that this replica is too far behind for single entries: it has the log up to ``index``.
+
+    It has to be told in any case: if that much is committed here, then only the peer has not heard of it.
+    """
 
     sender: int
     term: int
@@ -399,7 +402,7 @@ class Replica:
 
     def _offered(self, sender: int, found: Any) -> None:
         index, term, made = found.snapshot
-        if found.term < self.driver.term or index <= self.driver.commit:
+        if found.term < self.driver.term:
             return
         from space.replication.driver import configuration
 
