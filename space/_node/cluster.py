@@ -14,10 +14,11 @@ import json
 import logging
 import os
 import random
+import ssl
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Self
@@ -420,6 +421,24 @@ class ClusterNode:
         found_ = self.call(lambda node: node.cluster_status(), seconds=READY_SECONDS)
         return status_document(self.config, found_)
 
+    def local_status(self) -> Document:
+        """This node's own ``status`` and what it knows of its ``peers``, without asking anybody."""
+
+        async def look(node: Node) -> Document:  # noqa: RUF029 - it has to run in the loop
+            peers = {
+                number: {**attrs.asdict(peer, recurse=False), "queued_bytes": _by_name(peer.queued_bytes)}
+                for number, peer in node.transport.peers().items()
+            }
+            return {"status": node.status(), "peers": peers}
+
+        found_: Document = self.call(look, seconds=READY_SECONDS)
+        return found_
+
+    @property
+    def server_tls(self) -> ssl.SSLContext | None:
+        """For connections of clients; None without certificates."""
+        return None if self._tls is None else self._tls.server
+
     def change_members(self, what: str, node: int, address: str = "", shard: int | None = None) -> None:
         """Adds, removes, or lets lead; see :meth:`space.replication.node.Node.change_members`."""
         self.call(lambda found_: found_.change_members(what, node, address, shard), seconds=900.0)
@@ -447,6 +466,10 @@ class ClusterNode:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _by_name(queued: Mapping[Any, int]) -> dict[str, int]:
+    return {lane.name.lower(): size for lane, size in queued.items()}
 
 
 def _check_local(listen: str) -> None:
