@@ -4,8 +4,9 @@
 complains about.  :func:`heal` goes from the first batch to the last with a *verified end*: index, link and time
 after everything that is known to be right.  Segments that are whole carry it on.  A run of damaged or missing
 ones is built anew beside them, from the peer's batches, which must continue the verified end and come out
-at the header of the next sound segment: that proves them to be what was there.  Only then are the
-damaged files copied aside and replaced.  A peer with another history changes nothing.
+at the header of the next sound segment: that proves them to be what was there.  Only when that is done for all
+of them are the damaged files copied aside and replaced, the end of the log first.  A peer with another history
+changes nothing.
 
 A last segment has no next header: it is built from its own good prefix, byte for byte, and what the peer has
 after that, up to the position the caller says must be reached.  *That must be at least everything this
@@ -169,7 +170,7 @@ def heal(
 
     Raises:
         CorruptionError: as for :func:`survey`.
-        DivergenceError: the peer's batches do not fit to what is whole here.  Nothing was replaced by them.
+        DivergenceError: the peer's batches do not fit to what is whole here.  Nothing was replaced.
         GapError: the peer's batches do not start where they were asked for.
         StorageError: the disk refused; heal it again.
         UnavailableError: the peer does not have all that is needed.
@@ -450,16 +451,35 @@ class _Healing:
             self._disk.mkdir(self._directory)
             self._disk.sync_dir(posixpath.dirname(self._directory) or ".")
         self._remove_unfinished()
+        try:
+            built = list(self._build_all(found))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._remove_unfinished()
+            raise
+        # The end first: what is wrong before it keeps the log from being opened with a part of its end missing.
+        for run, builder in reversed(built):
+            self._replace(run, builder)
+            if builder.is_last:
+                self._write_watermark(builder)
+        mark = self._survey.mark
+        return RepairReport(
+            tuple(sorted(self._rebuilt)),
+            tuple(sorted(self._kept)),
+            self._at.first_index - 1,
+            mark.index if mark else -1,
+        )
+
+    def _build_all(self, found: list[SegmentHealth]) -> Iterator[tuple[list[SegmentHealth], _Builder]]:
+        """Everything that is damaged, made anew beside it, with the proof that it is what was there."""
         while found:
             run = self._take_run(found)
             if run[-1].good is not None and not any(each.damage for each in run):
                 self._at = run[-1].good
-            else:
-                self._rebuild(run, found[0] if found else None)
-        mark = self._survey.mark
-        return RepairReport(
-            tuple(self._rebuilt), tuple(self._kept), self._at.first_index - 1, mark.index if mark else -1
-        )
+                continue
+            builder = self._build(run, found[0] if found else None)
+            self._at = builder.at
+            yield run, builder
 
     def _take_run(self, found: list[SegmentHealth]) -> list[SegmentHealth]:
         """The next segment if it is whole; or damaged ones up to the next whose header tells what they held."""
@@ -472,24 +492,16 @@ class _Healing:
             run.append(found.pop(0))
         return run
 
-    def _rebuild(self, run: Sequence[SegmentHealth], following: SegmentHealth | None) -> None:
-        """Make what a run of segments held anew, and put it in their place."""
+    def _build(self, run: Sequence[SegmentHealth], following: SegmentHealth | None) -> _Builder:
+        """Make what a run of segments held anew."""
         builder = _Builder(self._disk, self._directory, self._segment_bytes, self._at)
-        try:
+        with contextlib.closing(builder):
             if following is not None:
                 assert following.header is not None  # that ended the run
                 self._build_sealed(builder, following.header)
             else:
                 self._build_last(builder, run[0] if len(run) == 1 else None)
-        except BaseException:
-            builder.close()
-            with contextlib.suppress(OSError):
-                self._remove_unfinished()
-            raise
-        self._replace(run, builder)
-        if following is None:
-            self._write_watermark(builder)
-        self._at = builder.at
+        return builder
 
     def _build_sealed(self, builder: _Builder, following: SegmentHeader) -> None:
         self._fill(builder, following.first_index - 1)

@@ -379,6 +379,9 @@ SCENES = {
     "last": lambda image: damaged(image, SEGMENTS[-1], 4150),
     "last two": lambda image: damaged(without(image, SEGMENTS[-1]), SEGMENTS[-2], 4150),
     "end without watermark": lambda image: without(image, SEGMENTS[-1], SEGMENTS[-2], "/log/watermark"),
+    "end that looks torn": lambda image: damaged(
+        without(image, SEGMENTS[1], "/log/watermark"), SEGMENTS[-1], PEER._locate(LAST)[1] + 50
+    ),
     "headers": lambda image: damaged(damaged(image, SEGMENTS[2], 20), SEGMENTS[3], 20),
 }
 
