@@ -12,9 +12,10 @@ durability meanwhile shares one fdatasync, which runs outside the loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ParamSpec, Self, TypeVar
 
@@ -91,7 +92,7 @@ class AsyncStore(AsyncReading):
     def __init__(self, store: Store) -> None:
         super().__init__(store)
         self._store = store
-        self._draining = False
+        self._waiting: list[tuple[Request, asyncio.Future[Receipt | SpaceError]]] = []
         self._syncing: asyncio.Future[None] | None = None
         self._sync_thread = ThreadPoolExecutor(1, "space-sync")
 
@@ -103,10 +104,11 @@ class AsyncStore(AsyncReading):
         Raises:
             SpaceError: it was rejected, or could not be logged; then nothing changed.
         """
-        future = asyncio.wrap_future(self._store.execute_soon(request))
-        if not self._draining:
-            self._draining = True
-            asyncio.get_running_loop().call_soon(self._drain)
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._begin, loop)
+        future: asyncio.Future[Receipt | SpaceError] = loop.create_future()
+        self._waiting.append((request, future))
         outcome = await future
         if isinstance(outcome, SpaceError):
             raise outcome
@@ -114,9 +116,20 @@ class AsyncStore(AsyncReading):
             await self._durable(outcome.position)
         return outcome
 
-    def _drain(self) -> None:
-        self._draining = False
-        self._store.drain()
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Hands in everything submitted in this turn of the loop, with one step between threads for all of it."""
+        waiting, self._waiting = self._waiting, []
+        try:
+            begun = self._store.begin([request for request, _ in waiting])
+        except Exception as error:  # noqa: BLE001 - it is theirs who wait
+            for _, future in waiting:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        if begun.done():
+            _settle(waiting, begun)
+        else:
+            begun.add_done_callback(lambda _: _call_in(loop, _settle, waiting, begun))
 
     async def _durable(self, position: int) -> None:
         while self._store.wal.durable_index < position:
@@ -221,6 +234,20 @@ class AsyncStore(AsyncReading):
         """Makes everything durable and closes."""
         await super().close()
         self._sync_thread.shutdown()
+
+
+def _settle(
+    waiting: list[tuple[Request, asyncio.Future[Receipt | SpaceError]]],
+    begun: Future[list[Receipt | SpaceError]],
+) -> None:
+    for (_, future), outcome in zip(waiting, begun.result(), strict=True):
+        if not future.done():  # else its task was cancelled
+            future.set_result(outcome)
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+        loop.call_soon_threadsafe(function, *arguments)
 
 
 class _Opening:

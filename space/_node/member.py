@@ -189,14 +189,6 @@ class Member(Store):
     def wait(self, future: Future[list[Receipt | SpaceError]]) -> list[Receipt | SpaceError]:
         return self.node.wait(future)
 
-    def execute_soon(self, request: Request) -> Future[Receipt | SpaceError]:
-        future: Future[Receipt | SpaceError] = Future()
-        self.group.start([request]).add_done_callback(lambda done: future.set_result(done.result()[0]))
-        return future
-
-    def drain(self) -> None:
-        """Nothing to do: the group decides by itself."""
-
     def sync(self) -> None:
         """Nothing to do: what is acknowledged is durable on a quorum."""
 

@@ -125,7 +125,6 @@ class _Ticket:
     """Commands of one caller waiting to be decided together."""
 
     requests: list[Request]
-    future: Future[Receipt | SpaceError] | None = None
     outcomes: list[Receipt | SpaceError] = attrs.field(factory=list)
     done: bool = False
 
@@ -334,17 +333,6 @@ class Store(Reading):
         """What came of :meth:`begin`."""
         return future.result()
 
-    def execute_soon(self, request: Request) -> Future[Receipt | SpaceError]:
-        """Queues a command to be decided with others by the next :meth:`drain`; used by the asyncio face."""
-        future: Future[Receipt | SpaceError] = Future()
-        self._queue.append(_Ticket([request], future))
-        return future
-
-    def drain(self) -> None:
-        """Decides everything queued now; resolves the futures of :meth:`execute_soon`."""
-        with self._lock:
-            self._drain()
-
     def _drain(self) -> None:
         tickets = []
         while self._queue:
@@ -369,8 +357,6 @@ class Store(Reading):
             ticket.outcomes = outcomes[at : at + len(ticket.requests)]
             ticket.done = True
             at += len(ticket.requests)
-            if ticket.future is not None:
-                ticket.future.set_result(ticket.outcomes[0])
         if unexpected is not None:
             raise unexpected
 

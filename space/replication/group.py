@@ -73,18 +73,20 @@ class _Lanes:
     def sign(self, requests: Sequence[Request]) -> tuple[list[Request], list[tuple[_Lane, int]]]:
         """The requests with a client id and sequence each; those that have one keep it."""
         signed, taken = [], []
-        lane: _Lane | None = None
+        lane, room = self._roomy(), 0
         for request in requests:
             if request.client:
                 signed.append(request)
                 continue
-            if lane is None or lane.room() < 1:
+            if room < 1:
                 lane = self._roomy()
+                room = lane.room()
+            room -= 1
             sequence = lane.next
             lane.next += 1
             lane.open[sequence] = None
             taken.append((lane, sequence))
-            signed.append(attrs.evolve(request, client=lane.client, sequence=sequence))
+            signed.append(Request(request.command, request.actor, lane.client, sequence))
         return signed, taken
 
     def _roomy(self) -> _Lane:

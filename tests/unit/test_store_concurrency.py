@@ -11,7 +11,7 @@ import pytest
 
 import space
 from space._node import history
-from space._node.store import Store
+from space._node.store import Store, _Ticket
 from space.events.commands import CreateCapsule, Request
 from space.statemachine.store import read_seal
 
@@ -120,7 +120,8 @@ def test_reading_a_store_that_was_closed_is_an_error_of_ours(tmp_path: Path) -> 
 def test_an_unexpected_error_leaves_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure nobody foresaw reaches the caller at work, and the others get a clear error instead of nothing."""
     with space.open(tmp_path / "data") as store:
-        waiting = store.execute_soon(Request(CreateCapsule(store.new_id(), parent=store.root, name=b"a")))
+        waiting = _Ticket([Request(CreateCapsule(store.new_id(), parent=store.root, name=b"a"))])
+        store._queue.append(waiting)
 
         def broken(*_: object, **__: object) -> None:
             raise ZeroDivisionError
@@ -129,6 +130,7 @@ def test_an_unexpected_error_leaves_nobody_waiting(tmp_path: Path, monkeypatch: 
             patch.setattr("space._node.store.prepare", broken)
             with pytest.raises(ZeroDivisionError):
                 store.create(parent=store.root, name=b"b")
-        assert isinstance(waiting.result(0), space.StorageError)
+        assert waiting.done
+        assert isinstance(waiting.outcomes[0], space.StorageError)
         store.create(parent=store.root, name=b"c")
         assert [entry.name for entry in store.ls("/")] == [b"c"]
