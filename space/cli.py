@@ -7,13 +7,11 @@ storage.  Imports wait until a command needs them, as a command is often over in
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import stat as statmod
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
@@ -21,39 +19,46 @@ import typer
 
 from space._errors import (
     CorruptionError,
-    DiskFullError,
     NotFoundError,
     SpaceError,
-    StorageError,
-    UnavailableError,
     UsageError,
 )
-from space._node.caller import Caller, Document
+from space._node.caller import Document
+from space.cli_cluster import cluster_app, serve
+from space.cli_project import project_app
+from space.cli_session import (
+    At,
+    Capsule,
+    PolicyFile,
+    Session,
+    answering,
+    clean,
+    emit,
+    formatted,
+    note,
+    parse_size_option,
+    policy_document,
+    system_error,
+    to_json,
+)
 
 if TYPE_CHECKING:
-    from space._node.reading import Reading
     from space._node.service import Service
-    from space._node.store import Store
 
 DATA_ENVIRONMENT: Final = "SPACE_DATA"
 NODE_ENVIRONMENT: Final = "SPACE_NODE"
+CERTIFICATE_ENVIRONMENT: Final = "SPACE_CERTIFICATE"
 
-IN_USE_SECONDS: Final = 3.0
-"""How long a command waits for another to let go of the directory; anew for each that had it."""
-
-IN_USE_POLL_SECONDS: Final = 0.02
-PROGRESS_AFTER_SECONDS: Final = 1.0
-PROGRESS_SECONDS: Final = 0.1
 INTERRUPTED: Final = 130
 TERMINATED: Final = 143
 
-_GLOBAL_FLAGS: Final = ("--json", "--debug")
-_GLOBAL_VALUES: Final = ("--data", "--node")
+_GLOBAL_FLAGS: Final = ("--json", "--debug", "--stale")
+_GLOBAL_VALUES: Final = ("--data", "--node", "--certificate")
 
 _SETTINGS: Final[dict[str, Any]] = {
     "name": "space",
     "help": "Event-sourced storage: every change is an event in a log, and every view is rebuilt from it.",
-    "epilog": "--data, --node, --json and --debug are accepted before and after the command.",
+    "epilog": "--data, --node, --certificate, --stale, --json and --debug are accepted before and after the command.",
     "no_args_is_help": True,
     "add_completion": False,
     "rich_markup_mode": None,
@@ -62,215 +67,10 @@ _SETTINGS: Final[dict[str, Any]] = {
 }
 app = typer.Typer(**_SETTINGS)
 policy_app = typer.Typer(no_args_is_help=True, help="Check, show and set policies.")
-project_app = typer.Typer(no_args_is_help=False, help="Views of capsules and trees: mount, list, stop.")
 app.add_typer(policy_app, name="policy")
 app.add_typer(project_app, name="project")
-
-At = Annotated[
-    str | None, typer.Option("--at", metavar="MOMENT", help="@POSITION, ISO-8601, -5m, or a snapshot.")
-]
-Capsule = Annotated[str, typer.Argument(metavar="CAPSULE", help="A UUID or a path in the tree.")]
-PolicyFile = Annotated[str | None, typer.Option("--policy-file", metavar="FILE", help="Policy (YAML).")]
-
-
-# --- session ---------------------------------------------------------------------------------------
-
-
-class _Progress(Caller):
-    """A line on a terminal's stderr, for what takes longer than a second."""
-
-    def __init__(self) -> None:
-        self._begun = time.monotonic()
-        self._shown = 0.0
-        self._terminal = _is_terminal()
-
-    def progress(self, done: Document) -> None:
-        now = time.monotonic()
-        if (
-            self._terminal
-            and now - self._begun > PROGRESS_AFTER_SECONDS
-            and now - self._shown > PROGRESS_SECONDS
-        ):
-            self._shown = now
-            sys.stderr.write(f"\r\x1b[K{progress_text(done, now - self._begun)}")
-            sys.stderr.flush()
-
-    def clear(self) -> None:
-        """Leaves no half line behind."""
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-
-
-def _is_terminal() -> bool:
-    return sys.stderr.isatty()
-
-
-def progress_text(done: Document, seconds: float) -> str:
-    """How far something is, and how fast, in words."""
-    from space.policy.units import format_size
-
-    parts = []
-    if done.get("last"):
-        parts.append(f"{100 * done['position'] // done['last']} %")
-    if "files" in done:
-        parts.append(f"{done['files']} files")
-    if "events" in done:
-        parts.append(f"{done['events']} events ({done['events'] / seconds:,.0f}/s)")
-    if "bytes" in done:
-        parts.append(f"{format_size(done['bytes'])} ({format_size(int(done['bytes'] / seconds))}/s)")
-    return ", ".join(parts)
-
-
-class Session:
-    """What the global options say, and the way to the store they mean."""
-
-    def __init__(self, data: Path, node: str | None, *, as_json: bool) -> None:
-        self.data = data
-        self.node = node
-        self.json = as_json
-
-    @contextlib.contextmanager
-    def service(self, *, create: bool = False) -> Iterator[Service]:
-        """The store's operations: of the node named, else of the process that has it open, else our own.
-
-        Raises:
-            UnavailableError: another process has it open and does not answer.
-        """
-        caller = _Progress()
-        try:
-            store, asked = (
-                (None, _node(self.node, caller)) if self.node else _open(self.data, caller, create=create)
-            )
-            if asked is not None:
-                yield asked
-            elif store is not None:
-                from space._node.service import Service
-
-                with store:
-                    yield Service(store, caller)
-        finally:
-            caller.clear()
-
-    def show(self, document: Any, text: str) -> None:
-        """One JSON document, or words."""
-        _print(_json(document) if self.json else text)
-
-    def show_list(self, items: Iterable[Document], line: Callable[[Document], str]) -> None:
-        """A JSON list, or a line each; never held whole."""
-        if not self.json:
-            for item in items:
-                _print(line(item))
-            return
-        separator = "["
-        for item in items:
-            _print(separator + _json(item), end="")
-            separator = ",\n"
-        _print("]" if separator != "[" else "[]")
-
-
-def _open(data: Path, caller: Caller, *, create: bool) -> tuple[Store | None, Service | None]:
-    """The store, opened here; or the process that has it open, if it answers.
-
-    Raises:
-        UnavailableError: another process has it open, and neither answers nor ends soon.
-    """
-    owner, deadline = "", 0.0
-    while True:
-        if (asked := _ask(data, caller)) is not None:
-            return None, asked
-        # before the store is opened: others wait for it
-        from space._node import service  # noqa: F401
-        from space._node.store import Store
-
-        try:
-            return Store(data, create=create), None
-        except UnavailableError as error:
-            if str(error) != owner:
-                owner, deadline = str(error), time.monotonic() + IN_USE_SECONDS
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(IN_USE_POLL_SECONDS)
-
-
-def _ask(data: Path, caller: Caller) -> Service | None:
-    """The process that has the store open, if it answers."""
-    socket = data / "control.sock"
-    if not socket.exists():
-        return None
-    from space.control import connect
-
-    try:
-        return connect(socket, caller=caller)
-    except UnavailableError:
-        return None  # left behind by a process that was killed
-
-
-def _node(address: str, caller: Caller) -> Service:
-    scheme, separator, path = address.partition("://")
-    if not separator or scheme not in {"unix", "http", "https"} or "," in address:
-        raise UsageError(f"not the address of a node: {address!r}", hint="write unix:///PATH/control.sock")
-    if scheme != "unix":
-        raise UnavailableError(
-            f"cannot reach {address}: nodes are reached over unix sockets only",
-            hint="use unix:///PATH/control.sock",
-        )
-    from space.control import connect
-
-    return connect(Path(path), caller=caller)
-
-
-def _json(document: Any) -> str:
-    return json.dumps(document, ensure_ascii=False)
-
-
-def _print(text: str, end: str = "\n") -> None:
-    sys.stdout.write(text + end)
-
-
-def _clean(text: str) -> str:
-    """Text that cannot move a terminal's cursor or break a line."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
-
-
-def _size(text: str | None, what: str) -> int | None:
-    from space.policy.units import parse_size
-
-    try:
-        return None if text is None else parse_size(text)
-    except UsageError as error:
-        raise UsageError(f"{what}: {Exception.__str__(error)}", hint=error.hint) from None
-
-
-def _formatted(size: int) -> str:
-    from space.policy.units import format_size
-
-    return format_size(size)
-
-
-def _policy_document(file: str | None) -> Document | None:
-    if file is None:
-        return None
-    from space.policy.model import load_policy
-
-    return load_policy(file).to_document()
-
-
-def _system_error(error: OSError, what: str) -> SpaceError:
-    """What the operating system said about a file of the user's, in our words."""
-    import errno
-
-    reason = error.strerror or str(error)
-    if error.errno == errno.ENOENT:
-        return NotFoundError(f"{what}: no such file or directory")
-    if error.errno in {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}:
-        return UsageError(f"{what}: {reason}")
-    if error.errno == errno.ENOSPC:
-        return DiskFullError(f"{what}: {reason}")
-    return StorageError(f"{what}: {reason}")
-
+app.add_typer(cluster_app, name="cluster")
+app.command()(serve)
 
 # --- global options --------------------------------------------------------------------------------
 
@@ -282,7 +82,7 @@ def _version(wanted: bool) -> None:
         found = "(not installed)"
         with contextlib.suppress(PackageNotFoundError):
             found = version("space-store")
-        _print(f"space {found}")
+        emit(f"space {found}")
         raise typer.Exit
 
 
@@ -293,8 +93,16 @@ def _root(
         str | None, typer.Option("--data", metavar="DIR", help=f"Data directory (or {DATA_ENVIRONMENT}).")
     ] = None,
     node: Annotated[
-        str | None, typer.Option("--node", metavar="URL", help=f"Running node (or {NODE_ENVIRONMENT}).")
+        str | None,
+        typer.Option("--node", metavar="URL[,URL…]", help=f"Running nodes (or {NODE_ENVIRONMENT})."),
     ] = None,
+    certificate: Annotated[
+        str | None,
+        typer.Option("--certificate", metavar="DIR", help=f"For https nodes (or {CERTIFICATE_ENVIRONMENT})."),
+    ] = None,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Read what the node has, without asking the others.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
@@ -306,7 +114,14 @@ def _root(
     found = data or os.environ.get(DATA_ENVIRONMENT) or _default_data()
     # an explicit directory on the command line outranks a node in the environment
     address = node or (None if data else os.environ.get(NODE_ENVIRONMENT))
-    context.obj = Session(Path(found).expanduser(), address, as_json=as_json)
+    proof = certificate or os.environ.get(CERTIFICATE_ENVIRONMENT)
+    context.obj = Session(
+        Path(found).expanduser(),
+        address,
+        as_json=as_json,
+        stale=stale,
+        certificate=Path(proof).expanduser() if proof else None,
+    )
 
 
 def _default_data() -> str:
@@ -327,7 +142,7 @@ def put(
 ) -> None:
     """Store a file as a capsule; print its id."""
     session: Session = context.obj
-    policy = _policy_document(policy_file)
+    policy = policy_document(policy_file)
     with _source(file) as descriptor, session.service(create=True) as service:
         result = service.put(descriptor=descriptor, name=name, id=id, policy=policy)
     session.show(result, result["id"])
@@ -341,7 +156,7 @@ def _source(file: str) -> Iterator[int]:
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise _system_error(error, file) from None
+        raise system_error(error, file) from None
     try:
         if statmod.S_ISDIR(os.fstat(descriptor).st_mode):
             raise UsageError(f"{file} is a directory", hint="space import takes directories")
@@ -363,8 +178,8 @@ def get(
     session: Session = context.obj
     wanted: Document = {
         "capsule": capsule,
-        "offset": _size(offset, "--offset"),
-        "length": _size(length, "--length"),
+        "offset": parse_size_option(offset, "--offset"),
+        "length": parse_size_option(length, "--length"),
         "at": at,
     }
     with session.service() as service:
@@ -373,7 +188,7 @@ def get(
             service.get(descriptor=sys.stdout.fileno(), **wanted)
             return
         result = _get_file(service, output, wanted)
-    session.show({**result, "file": output}, f"{output}: {_formatted(result['size'])}")
+    session.show({**result, "file": output}, f"{output}: {formatted(result['size'])}")
 
 
 def _get_file(service: Service, output: str, wanted: Document) -> Document:
@@ -382,7 +197,7 @@ def _get_file(service: Service, output: str, wanted: Document) -> Document:
     try:
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise _system_error(error, output) from None
+        raise system_error(error, output) from None
     try:
         return service.get(descriptor=descriptor, replace=True, **wanted)
     except BaseException:
@@ -402,7 +217,7 @@ def import_(
 ) -> None:
     """Copy a directory tree into the store."""
     session: Session = context.obj
-    policy = _policy_document(policy_file)
+    policy = policy_document(policy_file)
     source = Path(directory).absolute()
     if not os.path.lexists(source):
         raise NotFoundError(f"{directory}: no such file or directory")
@@ -429,7 +244,7 @@ def export_(
 
 def _transferred(verb: str, result: Document) -> str:
     counts = f"{result['files']} files, {result['directories']} directories, {result['others']} others"
-    return f"{verb} {counts}, {_formatted(result['bytes'])} at position {result['position']}"
+    return f"{verb} {counts}, {formatted(result['bytes'])} at position {result['position']}"
 
 
 # --- names -------------------------------------------------------------------------------------------
@@ -447,8 +262,8 @@ def create(
     session: Session = context.obj
     if block_size not in {0, 512, 4096}:
         raise UsageError(f"--block-size {block_size}: blocks have 512 or 4096 bytes")
-    policy = _policy_document(policy_file)
-    wanted = _size(size, "--size") or 0
+    policy = policy_document(policy_file)
+    wanted = parse_size_option(size, "--size") or 0
     with session.service(create=True) as service:
         result = service.create(size=wanted, block_size=block_size, name=name, policy=policy)
     session.show(result, result["id"])
@@ -462,10 +277,10 @@ def resize(
 ) -> None:
     """Set the size of a capsule; new bytes are zeros."""
     session: Session = context.obj
-    wanted = _size(size, "SIZE") or 0
+    wanted = parse_size_option(size, "SIZE") or 0
     with session.service() as service:
         result = service.resize(capsule=capsule, size=wanted)
-    session.show({**result, "size": wanted}, f"{capsule}: {_formatted(wanted)}")
+    session.show({**result, "size": wanted}, f"{capsule}: {formatted(wanted)}")
 
 
 @app.command()
@@ -487,7 +302,7 @@ def _ls_line(each: Document, *, full: bool) -> str:
     name = (each["path"] if full else each["name"]) or each["id"]
     suffix = {"directory": "/", "symlink": f" -> {each.get('target')}"}.get(each["kind"], "")
     when = each["mtime"][:16].replace("T", " ")
-    return f"{each['permissions']} {_formatted(each['size']):>10} {when} {_clean(name + suffix)}"
+    return f"{each['permissions']} {formatted(each['size']):>10} {when} {clean(name + suffix)}"
 
 
 @app.command()
@@ -507,7 +322,7 @@ def _fields(document: Document, indent: str = "") -> Iterator[str]:
                 yield from _fields(value, indent + "  ")
         elif value is not None and not key.endswith("_ns"):
             text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-            yield f"{indent}{_clean(key)}: {_clean(text)}"
+            yield f"{indent}{clean(key)}: {clean(text)}"
 
 
 @app.command()
@@ -523,7 +338,7 @@ def rm(
     with session.service() as service:
         results = [{"capsule": each, **service.rm(capsule=each, recursive=recursive)} for each in capsules]
     if session.json:
-        _print(_json(results))
+        emit(to_json(results))
 
 
 @app.command()
@@ -537,7 +352,7 @@ def mv(
     with session.service() as service:
         result = service.mv(source=source, target=target)
     if session.json:
-        _print(_json(result))
+        emit(to_json(result))
 
 
 @app.command()
@@ -551,7 +366,7 @@ def mkdir(
     with session.service(create=True) as service:
         result = service.mkdir(path=path, parents=parents)
     if session.json:
-        _print(_json(result))
+        emit(to_json(result))
 
 
 # --- moments -----------------------------------------------------------------------------------------
@@ -578,7 +393,7 @@ def snapshot(
             result = service.drop_snapshot(name=drop)
         else:
             result = service.snapshot(capsule=str(capsule), name=str(name))
-    session.show(result, f"{_clean(result['name'])} @{result['position']}")
+    session.show(result, f"{clean(result['name'])} @{result['position']}")
 
 
 @app.command()
@@ -588,7 +403,7 @@ def snapshots(context: typer.Context) -> None:
     with session.service() as service:
         session.show_list(
             service.snapshots(),
-            lambda each: f"{each['moment']:<12} {each['time'][:19]} {each['id']} {_clean(each['name'])}",
+            lambda each: f"{each['moment']:<12} {each['time'][:19]} {each['id']} {clean(each['name'])}",
         )
 
 
@@ -621,8 +436,8 @@ def undelete(
             session.show_list(
                 service.deleted(),
                 lambda each: (
-                    f"@{each['position']:<10} {each['time'][:19]} {_formatted(each['size']):>10} "
-                    f"{each['id']} {_clean(each['path'])}"
+                    f"@{each['position']:<10} {each['time'][:19]} {formatted(each['size']):>10} "
+                    f"{each['id']} {clean(each['path'])}"
                 ),
             )
             return
@@ -654,9 +469,9 @@ def log(
 ) -> None:
     """Print events, oldest first; with --json, one object a line."""
     session: Session = context.obj
-    with session.service() as service, _answering(service) if follow else contextlib.nullcontext():
+    with session.service() as service, answering(service) if follow else contextlib.nullcontext():
         for event in service.log(capsule=capsule, start=start, stop=stop, follow=follow):
-            _print(_json(event) if session.json else _log_line(event))
+            emit(to_json(event) if session.json else _log_line(event))
             if follow:
                 sys.stdout.flush()
 
@@ -665,21 +480,7 @@ def _log_line(event: Document) -> str:
     place = f"@{event['position']}.{event['event']}"
     detail = " ".join(f"{key}={value}" for key, value in event["detail"].items())
     line = f"{place:<10} {event['time'][:23]} {event['actor']} {event['kind']} {event['capsule']} {detail}"
-    return _clean(line.rstrip())
-
-
-@contextlib.contextmanager
-def _answering(service: Service) -> Iterator[None]:
-    """While this process keeps the store for long, others can use it through the control socket."""
-    from space.control import RemoteService
-
-    if isinstance(service, RemoteService):
-        yield
-        return
-    from space.control import ControlServer
-
-    with ControlServer(service.store):
-        yield
+    return clean(line.rstrip())
 
 
 @app.command()
@@ -713,7 +514,7 @@ def verify(
     lines = [_finding(each) for each in report["findings"]]
     lines.append(
         f"{report['segments']} segments, {report['batches']} batches, {report['events']} events, "
-        f"{_formatted(report['payload_bytes'])} of payload, {report['repaired']} repaired: "
+        f"{formatted(report['payload_bytes'])} of payload, {report['repaired']} repaired: "
         f"{len(report['findings'])} findings"
     )
     session.show(report, "\n".join(lines))
@@ -729,7 +530,7 @@ def verify(
 
 
 def _finding(each: Document) -> str:
-    return _clean(f"{each['segment']} offset {each['offset']} position {each['position']}: {each['what']}")
+    return clean(f"{each['segment']} offset {each['offset']} position {each['position']}: {each['what']}")
 
 
 @app.command()
@@ -744,7 +545,7 @@ def gc(
     verb = "would give back" if dry_run else "gave back"
     session.show(
         report,
-        f"{verb} {_formatted(report['bytes_given_back'])} ({report['bytes_given_back']} bytes) in "
+        f"{verb} {formatted(report['bytes_given_back'])} ({report['bytes_given_back']} bytes) in "
         f"{report['frames']} frames; {report['capsules_purged']} capsules purged",
     )
 
@@ -758,7 +559,7 @@ def policy_check(
 ) -> None:
     """Check a policy file; print it with every key."""
     session: Session = context.obj
-    document = _policy_document(file) or {}
+    document = policy_document(file) or {}
     session.show(document, "\n".join(_fields(document)))
 
 
@@ -779,209 +580,11 @@ def policy_set(
 ) -> None:
     """Let a capsule follow another policy from now on."""
     session: Session = context.obj
-    document = _policy_document(file) or {}
+    document = policy_document(file) or {}
     with session.service() as service:
         result = service.set_policy(capsule=capsule, policy=document)
     if session.json:
-        _print(_json(result))
-
-
-# --- views -------------------------------------------------------------------------------------------
-
-VIEWS: Final = ("fuse",)
-VIEWS_LATER: Final = ("nvme", "nfs", "csi")
-
-PathOption = Annotated[str | None, typer.Option("--path", metavar="PATH", help="A tree or file.")]
-Target = Annotated[str | None, typer.Option("--target", metavar="DIR", help="Where to mount it.")]
-ReadOnly = Annotated[bool, typer.Option("--read-only", help="Refuse changes.")]
-Background = Annotated[bool, typer.Option("--background", help="Return as soon as it is ready.")]
-
-
-@project_app.callback(invoke_without_command=True)
-def project(
-    context: typer.Context,
-    view: Annotated[str | None, typer.Option("--view", metavar="NAME", help="What to serve: fuse.")] = None,
-    id: Annotated[list[str] | None, typer.Option("--id", metavar="C", help="A capsule.")] = None,  # noqa: A002
-    path: PathOption = None,
-    target: Target = None,
-    read_only: ReadOnly = False,
-    background: Background = False,
-    at: At = None,
-) -> None:
-    """Serve a view in the foreground until interrupted."""
-    if context.invoked_subcommand is not None:
-        return
-    if view is None:
-        raise UsageError(
-            "say which view: --view fuse, or one of: mount, ls, stop", hint="space project --help"
-        )
-    if view in VIEWS_LATER:
-        raise UsageError(f"view {view} is not built yet", hint=f"there is: {', '.join(VIEWS)}")
-    if view not in VIEWS:
-        raise UsageError(f"no view {view!r}", hint=f"there is: {', '.join(VIEWS)}")
-    if id is not None and len(id) > 1:
-        raise UsageError(
-            "a fuse view shows one capsule or tree", hint="give one --id, or --path of a directory"
-        )
-    mount(context, id[0] if id else None, path, target, read_only, background, at)
-
-
-@project_app.command()
-def mount(
-    context: typer.Context,
-    id: Annotated[str | None, typer.Option("--id", metavar="C", help="A capsule.")] = None,  # noqa: A002
-    path: PathOption = None,
-    target: Target = None,
-    read_only: ReadOnly = False,
-    background: Background = False,
-    at: At = None,
-) -> None:
-    """Mount a tree, or one capsule as DIR/content, through the kernel (FUSE)."""
-    session: Session = context.obj
-    if (id is None) == (path is None):
-        raise UsageError("say what to mount: --id C or --path PATH")
-    if target is None:
-        raise UsageError("say where to mount it: --target DIR")
-    if session.node:
-        raise UsageError("a mount is made where the store is", hint="leave --node out, and say --data DIR")
-    begun = time.monotonic()
-    source, place = id or path or "/", str(Path(target).absolute())
-
-    def serve(announce: Callable[[Document], None]) -> int:
-        _serve_mount(session.data, source, place, at=at, read_only=read_only, begun=begun, announce=announce)
-        return 0
-
-    if not background:
-        serve(_announced)
-        return
-    from space.projections.fuse.mount import daemonize
-
-    _announced(daemonize(serve, log_file=session.data.absolute() / "mount.log"))
-
-
-def _announced(ready: Document) -> None:
-    for notice in ready.pop("notices"):
-        _note(notice)
-    _print(_json(ready))
-    sys.stdout.flush()
-    _note(f"{ready['source']} is at {ready['target']}; end it with: space project stop {ready['target']}")
-
-
-def _note(text: str) -> None:
-    with contextlib.suppress(OSError):
-        sys.stderr.write(f"space: {_clean(text)}\n")
-        sys.stderr.flush()
-
-
-def _serve_mount(
-    data: Path,
-    source: str,
-    target: str,
-    *,
-    at: str | None,
-    read_only: bool,
-    begun: float,
-    announce: Callable[[Document], None],
-) -> None:
-    """Opens the store, or a past moment of it, mounts, and serves until it is told to end."""
-    from space._node import views
-    from space._node.local_vfs import LocalFileSystem
-    from space.projections.fuse import mount as fuse
-
-    fuse.check_available()
-    with contextlib.ExitStack() as stack:
-        reading = _reading(stack, data, at=at, create=source == "/")
-        files = LocalFileSystem(reading, reading.resolve(source), read_only=read_only)
-
-        def ready(found: fuse.Ready) -> None:
-            view = {
-                "view": "fuse",
-                "name": f"fuse-{os.getpid()}",
-                "source": source,
-                "at": at,
-                "read_only": files.read_only,
-                "target": found.target,
-                "address": found.target,
-                "pid": os.getpid(),
-                "started_ns": time.time_ns(),
-            }
-            stack.enter_context(views.registered(data, view))
-            ready_ms = round((time.monotonic() - begun) * 1000, 1)
-            announce({**view, "ready_ms": ready_ms, "notices": list(found.notices)})
-
-        fuse.serve(files, target, fsname=f"space:{source}", on_ready=ready)
-
-
-def _reading(stack: contextlib.ExitStack, data: Path, *, at: str | None, create: bool) -> Reading:
-    """The present, owned by this process and answering on the control socket; or a past moment beside any owner.
-
-    Raises:
-        UnavailableError: the present is wanted, and another process keeps it.
-        NotFoundError, UsageError: there is no such store or moment.
-    """
-    if at is not None:
-        from space._node.beside import open_beside
-
-        return stack.enter_context(open_beside(data, at))
-    from space.control import ControlServer
-
-    store = stack.enter_context(_owned(data, create=create))
-    stack.enter_context(ControlServer(store))
-    return store
-
-
-def _owned(data: Path, *, create: bool) -> Store:
-    """The store, opened by this process and no other.
-
-    Raises:
-        UnavailableError: another process keeps it; the message says which, and what it serves.
-    """
-    store, asked = _open(data, Caller(), create=create)
-    if store is not None:
-        return store
-    assert asked is not None
-    from space._node import views
-
-    pid = asked.owner()["pid"]
-    serving = [view for view in views.listed(data) if view["pid"] == pid]
-    what = f", which serves {serving[0]['view']} at {serving[0]['target']}" if serving else ""
-    how = f"space project stop {serving[0]['target']}" if serving else f"wait for it, or: kill {pid}"
-    raise UnavailableError(
-        f"store {data} is in use by process {pid}{what}", hint=f"its present has one mount at a time; {how}"
-    )
-
-
-@project_app.command("ls")
-def project_ls(context: typer.Context) -> None:
-    """List views that are being served, and dead ones that were not ended."""
-    from space._node import views
-
-    session: Session = context.obj
-    session.show_list(views.listed(_home(session)), _view_line)
-
-
-def _view_line(each: Document) -> str:
-    mode = "read-only" if each.get("read_only") else "read-write"
-    when = f" {each['at']}" if each.get("at") else ""
-    return _clean(f"{each['name']} {each['state']} {mode} {each.get('source')}{when} {each['target']}")
-
-
-@project_app.command("stop")
-def project_stop(
-    context: typer.Context,
-    wanted: Annotated[str, typer.Argument(metavar="NAME|TARGET", help="What project ls shows.")],
-) -> None:
-    """End a view and wait until it is gone."""
-    from space._node import views
-
-    session: Session = context.obj
-    ended = views.stop(_home(session), wanted)
-    session.show(ended, f"ended {_clean(ended['name'])} at {_clean(ended['target'])}")
-
-
-def _home(session: Session) -> Path:
-    """The data directory, also of a node named by its socket."""
-    return Path(_node(session.node, Caller()).owner()["data"]) if session.node else session.data
+        emit(to_json(result))
 
 
 # --- this machine ------------------------------------------------------------------------------------
@@ -1003,7 +606,7 @@ def doctor(context: typer.Context) -> None:
 def _check_line(check: Document) -> str:
     mark = "ok" if check["ok"] else "MISSING" if check["needed"] else "without"
     hint = f" ({check['hint']})" if check["hint"] and not check["ok"] else ""
-    return _clean(f"{mark:<8} {check['name']:<14} {check['value']}{hint}")
+    return clean(f"{mark:<8} {check['name']:<14} {check['value']}{hint}")
 
 
 @app.command()
@@ -1081,7 +684,7 @@ def run(arguments: Sequence[str]) -> int:
     except SpaceError as error:
         if debug:
             raise
-        _note(str(error))
+        note(str(error))
         return error.kind.exit_status
     except BrokenPipeError:
         return 1
@@ -1090,7 +693,7 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if debug:
             raise
-        _note(str(error))
+        note(str(error))
         return 1
     except typer.Abort:
         return INTERRUPTED
@@ -1099,7 +702,7 @@ def run(arguments: Sequence[str]) -> int:
             return _misused(message(), getattr(error, "ctx", None))
         if debug:
             raise
-        _note(f"{type(error).__name__}: {error} (a defect: please report it, with --debug)")
+        note(f"{type(error).__name__}: {error} (a defect: please report it, with --debug)")
         return 1
     return status if isinstance(status, int) else 0
 
@@ -1110,7 +713,7 @@ def _misused(message: str, context: typer.Context | None) -> int:
     if context is not None and message == context.get_help():
         sys.stderr.write(f"{message}\n")
     else:
-        _note(f"{message} (see: {path} --help)")
+        note(f"{message} (see: {path} --help)")
     return UsageError.kind.exit_status
 
 

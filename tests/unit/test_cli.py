@@ -11,7 +11,7 @@ from typing import Any, Final
 import pytest
 
 import space
-from space import cli
+from space import cli, cli_session
 from space._node import doctor, views
 from space._node.caller import Caller
 from space._node.service import Service
@@ -495,7 +495,7 @@ def test_a_damaged_store_is_told(run: Run, data: Path, tmp_path: Path) -> None:
 
 def test_a_store_in_use_is_told(run: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While another keeps the directory and does not answer, a command waits a little and ends with 7."""
-    monkeypatch.setattr(cli, "IN_USE_SECONDS", 0.05)
+    monkeypatch.setattr(cli_session, "IN_USE_SECONDS", 0.05)
     with space.open(data):
         outcome = run("ls")
     assert outcome.status == 7
@@ -594,9 +594,9 @@ def test_names_cannot_break_lines(run: Run, hello: Path) -> None:
 
 def test_progress_is_shown_on_a_terminal_only(run: Run, hello: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal a long put shows a line and takes it away again; elsewhere nothing is written."""
-    monkeypatch.setattr(cli, "PROGRESS_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(cli_session, "PROGRESS_AFTER_SECONDS", 0.0)
     assert run("put", hello).err == ""
-    monkeypatch.setattr(cli, "_is_terminal", lambda: True)
+    monkeypatch.setattr(cli_session, "is_terminal", lambda: True)
     shown = run("put", hello).err
     assert "5 B (" in shown
     assert shown.endswith("\r\x1b[K")
@@ -612,7 +612,7 @@ def test_progress_is_shown_on_a_terminal_only(run: Run, hello: Path, monkeypatch
 )
 def test_progress_says_how_far_and_how_fast(done: dict[str, int], text: str) -> None:
     """Each kind of progress has its words."""
-    assert cli.progress_text(done, 2.0) == text
+    assert cli_session.progress_text(done, 2.0) == text
 
 
 def test_no_views_is_an_empty_list(run: Run, data: Path) -> None:
@@ -661,7 +661,7 @@ def test_doctor_fails_when_something_needed_is_missing(run: Run, monkeypatch: py
 def test_every_command_is_documented() -> None:
     """The page about the command line names every command there is."""
     page = (ROOT / "docs" / "cli.md").read_text()
-    for prefix, application in (("", cli.app), ("policy ", cli.policy_app), ("project ", cli.project_app)):
+    for prefix, application in (("", cli.app), ("policy ", cli.policy_app), ("project ", cli.project_app), ("cluster ", cli.cluster_app)):
         for each in application.registered_commands:
             assert each.callback is not None
             assert f"`{prefix}{each.name or each.callback.__name__}" in page

@@ -1,0 +1,247 @@
+"""``space project``: views of capsules and trees, mounted, listed and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
+
+import typer
+
+from space._errors import UnavailableError, UsageError
+from space._node.caller import Caller, Document
+from space.cli_session import At, Session, ask_owner, clean, emit, note, open_or_ask, to_json
+
+if TYPE_CHECKING:
+    from space._node.reading import Reading
+    from space._node.store import Store
+
+project_app = typer.Typer(no_args_is_help=False, help="Views of capsules and trees: mount, list, stop.")
+
+NODE_POLL_SECONDS: Final = 0.5
+VIEWS: Final = ("fuse",)
+VIEWS_LATER: Final = ("nvme", "nfs", "csi")
+
+PathOption = Annotated[str | None, typer.Option("--path", metavar="PATH", help="A tree or file.")]
+Target = Annotated[str | None, typer.Option("--target", metavar="DIR", help="Where to mount it.")]
+ReadOnly = Annotated[bool, typer.Option("--read-only", help="Refuse changes.")]
+Background = Annotated[bool, typer.Option("--background", help="Return as soon as it is ready.")]
+
+
+@project_app.callback(invoke_without_command=True)
+def project(
+    context: typer.Context,
+    view: Annotated[str | None, typer.Option("--view", metavar="NAME", help="What to serve: fuse.")] = None,
+    id: Annotated[list[str] | None, typer.Option("--id", metavar="C", help="A capsule.")] = None,  # noqa: A002
+    path: PathOption = None,
+    target: Target = None,
+    read_only: ReadOnly = False,
+    background: Background = False,
+    at: At = None,
+) -> None:
+    """Serve a view in the foreground until interrupted."""
+    if context.invoked_subcommand is not None:
+        return
+    if view is None:
+        raise UsageError(
+            "say which view: --view fuse, or one of: mount, ls, stop", hint="space project --help"
+        )
+    if view in VIEWS_LATER:
+        raise UsageError(f"view {view} is not built yet", hint=f"there is: {', '.join(VIEWS)}")
+    if view not in VIEWS:
+        raise UsageError(f"no view {view!r}", hint=f"there is: {', '.join(VIEWS)}")
+    if id is not None and len(id) > 1:
+        raise UsageError(
+            "a fuse view shows one capsule or tree", hint="give one --id, or --path of a directory"
+        )
+    mount(context, id[0] if id else None, path, target, read_only, background, at)
+
+
+@project_app.command()
+def mount(
+    context: typer.Context,
+    id: Annotated[str | None, typer.Option("--id", metavar="C", help="A capsule.")] = None,  # noqa: A002
+    path: PathOption = None,
+    target: Target = None,
+    read_only: ReadOnly = False,
+    background: Background = False,
+    at: At = None,
+) -> None:
+    """Mount a tree, or one capsule as DIR/content, through the kernel (FUSE)."""
+    session: Session = context.obj
+    if (id is None) == (path is None):
+        raise UsageError("say what to mount: --id C or --path PATH")
+    if target is None:
+        raise UsageError("say where to mount it: --target DIR")
+    if session.node:
+        raise UsageError("a mount is made where the store is", hint="leave --node out, and say --data DIR")
+    begun = time.monotonic()
+    source, place = id or path or "/", str(Path(target).absolute())
+
+    asked = ask_owner(session.data, Caller())
+    if asked is not None and at is None and asked.owner().get("node") is not None:
+        _mount_in_node(session, asked, source, place, read_only=read_only, background=background)
+        return
+
+    def serve(announce: Callable[[Document], None]) -> int:
+        _serve_mount(session.data, source, place, at=at, read_only=read_only, begun=begun, announce=announce)
+        return 0
+
+    if not background:
+        serve(_announced)
+        return
+    from space.projections.fuse.mount import daemonize
+
+    _announced(daemonize(serve, log_file=session.data.absolute() / "mount.log"))
+
+
+def _mount_in_node(
+    session: Session, node: Any, source: str, target: str, *, read_only: bool, background: bool
+) -> None:
+    """Has the running node that owns the directory mount it; in the foreground, until this command is ended."""
+    ready = node.mount(source=source, target=target, read_only=read_only)
+    _announced(ready)
+    if background:
+        return
+    over = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: over.set())
+    from space._node import views
+
+    while not over.wait(NODE_POLL_SECONDS):
+        if not any(view["target"] == ready["target"] for view in views.listed(session.data)):
+            return
+    node.unmount(target=ready["target"])
+
+
+def _announced(ready: Document) -> None:
+    for notice in ready.pop("notices"):
+        note(notice)
+    emit(to_json(ready))
+    sys.stdout.flush()
+    note(f"{ready['source']} is at {ready['target']}; end it with: space project stop {ready['target']}")
+
+
+def _serve_mount(
+    data: Path,
+    source: str,
+    target: str,
+    *,
+    at: str | None,
+    read_only: bool,
+    begun: float,
+    announce: Callable[[Document], None],
+) -> None:
+    """Opens the store, or a past moment of it, mounts, and serves until it is told to end."""
+    from space._node import views
+    from space._node.local_vfs import LocalFileSystem
+    from space.projections.fuse import mount as fuse
+
+    fuse.check_available()
+    with contextlib.ExitStack() as stack:
+        reading = _reading(stack, data, at=at, create=source == "/")
+        files = LocalFileSystem(reading, reading.resolve(source), read_only=read_only)
+
+        def ready(found: fuse.Ready) -> None:
+            view = {
+                "view": "fuse",
+                "name": f"fuse-{os.getpid()}",
+                "source": source,
+                "at": at,
+                "read_only": files.read_only,
+                "target": found.target,
+                "address": found.target,
+                "pid": os.getpid(),
+                "started_ns": time.time_ns(),
+            }
+            stack.enter_context(views.registered(data, view))
+            ready_ms = round((time.monotonic() - begun) * 1000, 1)
+            announce({**view, "ready_ms": ready_ms, "notices": list(found.notices)})
+
+        fuse.serve(files, target, fsname=f"space:{source}", on_ready=ready)
+
+
+def _reading(stack: contextlib.ExitStack, data: Path, *, at: str | None, create: bool) -> Reading:
+    """The present, owned by this process and answering on the control socket; or a past moment beside any owner.
+
+    Raises:
+        UnavailableError: the present is wanted, and another process keeps it.
+        NotFoundError, UsageError: there is no such store or moment.
+    """
+    if at is not None:
+        from space._node.beside import open_beside
+
+        return stack.enter_context(open_beside(data, at))
+    from space.control import ControlServer
+
+    store = stack.enter_context(_owned(data, create=create))
+    stack.enter_context(ControlServer(store))
+    return store
+
+
+def _owned(data: Path, *, create: bool) -> Store:
+    """The store, opened by this process and no other.
+
+    Raises:
+        UnavailableError: another process keeps it; the message says which, and what it serves.
+    """
+    store, asked = open_or_ask(data, Caller(), create=create)
+    if store is not None:
+        return store
+    assert asked is not None
+    from space._node import views
+
+    pid = asked.owner()["pid"]
+    serving = [view for view in views.listed(data) if view["pid"] == pid]
+    what = f", which serves {serving[0]['view']} at {serving[0]['target']}" if serving else ""
+    how = f"space project stop {serving[0]['target']}" if serving else f"wait for it, or: kill {pid}"
+    raise UnavailableError(
+        f"store {data} is in use by process {pid}{what}", hint=f"its present has one mount at a time; {how}"
+    )
+
+
+@project_app.command("ls")
+def project_ls(context: typer.Context) -> None:
+    """List views that are being served, and dead ones that were not ended."""
+    from space._node import views
+
+    session: Session = context.obj
+    session.show_list(views.listed(_home(session)), _view_line)
+
+
+def _view_line(each: Document) -> str:
+    mode = "read-only" if each.get("read_only") else "read-write"
+    when = f" {each['at']}" if each.get("at") else ""
+    return clean(f"{each['name']} {each['state']} {mode} {each.get('source')}{when} {each['target']}")
+
+
+@project_app.command("stop")
+def project_stop(
+    context: typer.Context,
+    wanted: Annotated[str, typer.Argument(metavar="NAME|TARGET", help="What project ls shows.")],
+) -> None:
+    """End a view and wait until it is gone."""
+    from space._node import views
+
+    session: Session = context.obj
+    home = _home(session)
+    found = views.find(home, wanted)
+    if found.get("node") and found["state"] == "running" and (owner := ask_owner(home, Caller())):
+        ended = cast("Any", owner).unmount(target=found["target"])
+    else:
+        ended = views.stop(home, wanted)
+    session.show(ended, f"ended {clean(ended['name'])} at {clean(ended['target'])}")
+
+
+def _home(session: Session) -> Path:
+    """The data directory, also of a node named by its socket."""
+    if not session.node:
+        return session.data
+    with session.running() as node:
+        return Path(node.owner()["data"])
