@@ -27,7 +27,7 @@ from typing import Any, Final
 import attrs
 from blake3 import blake3
 
-from space._errors import CorruptionError, SpaceError, StorageError, UnavailableError, error_of
+from space._errors import SpaceError, StorageError, UnavailableError, error_of
 from space.events import commands as cmd
 from space.events.command_codec import encode_requests
 from space.events.commands import Request
@@ -47,6 +47,7 @@ REGISTER_CALLS: Final = 60
 """Calls after which the next register is used: the checker's work grows with the length of one history."""
 
 RETRY_SECONDS: Final = 0.02
+SUSPECTED_SECONDS: Final = 5.0
 
 
 @attrs.define
@@ -98,13 +99,21 @@ class Worker(threading.Thread):
         self.failure: BaseException | None = None
         self._stop_wanted = threading.Event()
         self._names = itertools.count()
+        self._suspected: dict[int, float] = {}
+        self._asked = 0
 
     # --- asking ----------------------------------------------------------------------------------
 
     def client_of_any(self) -> Any:
-        """Some node, drawn anew for every attempt."""
-        nodes = list(self.load.cluster.nodes)
-        return self.load.cluster.client(self.rng.choice(nodes))
+        """Some node, drawn anew for every attempt; rarely one that did not answer a moment ago."""
+        nodes = sorted(self.load.cluster.nodes)
+        trusted = [node for node in nodes if self._suspected.get(node, 0.0) < time.monotonic()]
+        self._asked = self.rng.choice(trusted or nodes)
+        return self.load.cluster.client(self._asked)
+
+    def suspect(self) -> None:
+        """The node asked last gave no answer."""
+        self._suspected[self._asked] = time.monotonic() + SUSPECTED_SECONDS
 
     def insist(self, ask: Callable[[Any], Any]) -> Any:
         """Asks one node after the other until one answers; errors that are an answer are raised."""
@@ -114,8 +123,7 @@ class Worker(threading.Thread):
                 return ask(self.client_of_any())
             except (UnavailableError, StorageError) as error:
                 last: SpaceError = error
-            except CorruptionError:
-                raise
+            self.suspect()
             self.counts.retries += 1
             if time.monotonic() > deadline:
                 raise GaveUpError(f"{self.name}: no node answers: {last}")
@@ -207,6 +215,7 @@ class Worker(threading.Thread):
             try:
                 done = self.client_of_any().put(descriptor=file.fileno(), name=f"/{path}")
             except (UnavailableError, StorageError):
+                self.suspect()
                 self.counts.unknown["put"] += 1
                 return
         del self.maybe[path]
@@ -344,6 +353,7 @@ class Worker(threading.Thread):
             try:
                 found = self.client_of_any().stat(capsule=str(register))["xattrs"].get(key)
             except UnavailableError:
+                self.suspect()
                 return
             done = Operation(key, ("get",), found, start, self.load.tick())
             self.acknowledge("look")
