@@ -117,6 +117,7 @@ class Options:
         """Those of one run of a swarm."""
         election = rng.choice((4, 5, 8))
         kinds = [kind for kind in _FAULTS if rng.random() < 0.4]
+        weights = [(kind, rng.randint(1, 4) * (4 if kind == "members" else 1)) for kind in kinds]
         return cls(
             nodes=rng.choice((1, 2, 3, 3, 3, 3, 4, 5)),
             ticks=rng.choice((40, 80, 80, 160)),
@@ -128,8 +129,8 @@ class Options:
             straggle=rng.choice((0.0, 0.0, 0.02, 0.1)),
             lazy=rng.choice((0.0, 0.0, 0.3)),
             disk=rng.choice((0.01, 0.1, 0.5)),
-            faults=tuple((kind, rng.randint(1, 4)) for kind in kinds),
-            fault_every=rng.choice((3.0, 6.0, 12.0)),
+            faults=tuple(weights),
+            fault_every=rng.choice((2.0, 4.0, 8.0)),
             checkpoint=rng.choice((3, 16, 1000)),
             segment_bytes=rng.choice((8 << 10, 16 << 10, 64 << 10)),
             settings=Settings(
@@ -165,6 +166,7 @@ class Member:
     rate: float = 1.0
     offset_ns: int = 0
     role: Role = Role.FOLLOWER
+    reads: int = 0  # asked of this process and not yet answered
 
     @property
     def running(self) -> Replica:
@@ -261,13 +263,18 @@ class Simulation:
             time_ns=EPOCH_NS,
         )
         voters = tuple(range(1, self.options.nodes + 1))
-        context = encode_change_context(EPOCH_NS, {node: f"node{node}" for node in voters})
-        founded = encode_change([("add", node) for node in voters], context=context)
+        # One after the other, as from nothing: a new member may have to repeat every change there ever was.
+        founding = [
+            encode_change([("add", node)], context=encode_change_context(EPOCH_NS, {node: f"node{node}"}))
+            for node in voters
+        ]
+        index = 1 + len(founding)
         for node in voters:
-            member = self._new_member(node, RaftState(node, 1, 0, 2, Configuration(voters), 2))
+            member = self._new_member(node, RaftState(node, 1, 0, index, Configuration(voters), index))
             log = self._open_log(member)
             log.append(first.metadata(), first.payload, time_ns=EPOCH_NS, term=0)
-            log.append(encode_change_batch(founded, EPOCH_NS), time_ns=EPOCH_NS, term=1)
+            for change in founding:
+                log.append(encode_change_batch(change, EPOCH_NS), time_ns=EPOCH_NS, term=1)
             log.sync()
             log.close()
             self._start(member)
@@ -295,6 +302,7 @@ class Simulation:
         """A start of the process; what it cannot start from stays down."""
         member.life += 1
         member.incarnation += 1
+        member.reads = 0
         member.stopped = member.writing = False
         member.jobs.clear()
         member.written.clear()
@@ -411,8 +419,11 @@ class Simulation:
             self._after(0.01, self._reopen, member, member.life)
         elif work.offer is not None:
             self._note("offer", member, f"up to {work.offer.index} by {work.offer.sender}")
+            if work.offer.index <= replica.driver.commit:
+                self._tell_caught_up(member, work.offer, ok=True)
+                return
             member.stopped = True
-            self._after(0.01, self._install, member, member.life, work.offer, 0)
+            self._after(0.01, self._install, member, member.life, work.offer, False)
 
     def _look_at(self, member: Member) -> None:
         """The checks after every step, of the node that took it."""
@@ -464,7 +475,7 @@ class Simulation:
             return
         copies = 2 if self._chance(self.options.duplicate) else 1
         for _ in range(copies):
-            delay = self._exponential(self.options.delay)
+            delay = self._exponential(min(self.options.delay, 0.2) if self._calm else self.options.delay)
             if self._chance(self.options.straggle):
                 delay += self._exponential(20.0)
             self._after(delay, self._deliver, member.id, send)
@@ -493,6 +504,8 @@ class Simulation:
     # --- the writer --------------------------------------------------------------------------------------
 
     def _disk_delay(self, member: Member) -> float:
+        if self._calm:  # time-outs are longer than what a healthy disk takes: without that nobody is ever elected
+            return self._exponential(min(self.options.disk, 0.1))
         return self._exponential(self.options.disk * (30 if member.slow_until > self.now else 1))
 
     def _write_later(self, member: Member) -> None:
@@ -701,6 +714,7 @@ class Simulation:
         if not self._here(member, member.life, self._arrive, client, attempt, node):
             return
         if task.command is None:
+            member.reads += 1
             member.replica.read(lambda error: self._read(client, attempt, member, error))
         else:
             request = Request(task.command, client=client.id, sequence=client.sequence)
@@ -716,6 +730,7 @@ class Simulation:
             self._pump(member)
 
     def _read(self, client: Client, attempt: int, member: Member, error: SpaceError | None) -> None:
+        member.reads -= 1
         if client.attempt != attempt or client.task is None:
             return
         if error is not None:
@@ -1016,6 +1031,8 @@ class Simulation:
             member = self.members[node]
             if member.replica is None or member.stopped or not self._drained(member):
                 return f"node {node} is not ready"
+            if member.reads:
+                return f"{member.reads} reads at node {node} have no answer"
             driver, log = member.replica.driver, member.replica.log
             if driver.leader != leader.id:
                 return f"node {node} follows {driver.leader}, not {leader.id}"

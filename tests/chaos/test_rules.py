@@ -1,0 +1,263 @@
+"""The nine rules of :mod:`space.replication.driver`: each with a control that breaks it and must be caught.
+
+A simulation that finds nothing proves something only if it would have found it.  So each control runs the same seeds
+twice: as it is, where all must hold, and with one rule broken, where at least one of the seeds must fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+from unittest.mock import patch
+
+import attrs
+import pytest
+
+from space.replication import replica as replica_module
+from space.replication.driver import KIND_CHANGE, Driver, Persist, Settings, configuration
+from space.replication.replica import Job, Replica
+from space.statemachine.tables import REPLY, Overlay
+from space.wal.raft_state import Configuration
+from tests.chaos.sim import Member, Options, Simulation
+
+pytestmark = pytest.mark.requires("py:space_raft_engine")
+
+Broken = Callable[[], contextlib.AbstractContextManager[Any]]
+
+_SETTINGS: Final = Settings(election=4, heartbeat=1, read_retry=3, snapshot_retry=20, retained=8)
+ROUGH: Final = Options(
+    nodes=3,
+    ticks=120,
+    clients=3,
+    think=0.5,
+    delay=0.2,
+    drop=0.05,
+    duplicate=0.05,
+    straggle=0.02,
+    disk=0.3,
+    faults=(("crash", 4), ("partition", 3), ("pause", 1)),
+    fault_every=4.0,
+    checkpoint=3,
+    settings=_SETTINGS,
+)
+MEMBERS: Final = attrs.evolve(ROUGH, faults=(("members", 6), ("crash", 2), ("partition", 1)), fault_every=3.0)
+GROWING: Final = attrs.evolve(MEMBERS, nodes=1, faults=(("members", 5), ("crash", 4)), fault_every=2.5)
+ALONE: Final = attrs.evolve(
+    ROUGH,
+    nodes=1,
+    ticks=150,
+    delay=0.05,
+    disk=1.5,
+    faults=(("members", 8), ("crash", 4)),
+    fault_every=0.7,
+)
+
+
+class OneVoter(Simulation):
+    """One voter and a learner, and changes that change nothing: their entries are told apart by their time."""
+
+    def _draw_changes(self, made: Configuration) -> list[tuple[str, int]]:
+        return [("learner", 2)]
+
+
+def failure(seed: int, options: Options, kind: type[Simulation] = Simulation) -> str:
+    """What is wrong with a run; nothing if all holds."""
+    try:
+        kind(seed, options).run()
+    except Exception as error:  # noqa: BLE001 - an engine that panics is as good a catch as a violation
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def caught(
+    broken: Broken, options: Options, seeds: Sequence[int], kind: type[Simulation] = Simulation
+) -> str:
+    """What the first failing seed shows with a rule broken; all hold without."""
+    with broken():
+        found = next(((seed, what) for seed in seeds if (what := failure(seed, options, kind))), None)
+    assert found is not None, f"none of {len(seeds)} runs noticed"
+    seed, what = found
+    assert not failure(seed, options, kind), "it fails without that, too"
+    return what
+
+
+def driver(broken: type[Driver]) -> Broken:
+    """Every replica with another driver."""
+    return lambda: patch.object(replica_module, "Driver", broken)
+
+
+def _proposed(self: Driver, change: bytes) -> int:
+    """A change without any look at it; where it could not be, the caller is told as ever."""
+    from space_raft_engine import Dropped
+
+    try:
+        return self._engine.propose_change(change)
+    except Dropped:
+        raise self.not_leader() from None
+
+
+# --- broken drivers ---------------------------------------------------------------------------------------
+
+
+class ChangesAtOnce(Driver):
+    """Rule 2 broken: a configuration is in effect before it is durable."""
+
+    def _configure(self) -> None:
+        while self._committed and not self.must_reopen:
+            entry = self._committed[0]
+            if entry[2] != KIND_CHANGE or entry[0] <= self._effective:
+                return
+            after = self._preview(entry[4])
+            if after is None:
+                self._effective = entry[0]
+                return
+            kept = self._state
+            self._state = attrs.evolve(kept, configuration=after)
+            self._change(entry)
+            self._state = kept
+            return
+
+
+class LeadsOnOutside(Driver):
+    """Rule 3 broken: a leader removes itself, and goes on."""
+
+    def change(self, change: bytes) -> int:
+        after = self._preview(change)
+        if after is None or not after.voters:
+            raise self.not_leader()
+        return _proposed(self, change)
+
+    def _change(self, entry: Any) -> None:
+        self._effective = entry[0]
+        self._engine.apply_change(entry[0], entry[4])
+
+
+class SpeaksFirst(Driver):
+    """Rule 4 broken: what a new term or vote says leaves before they are durable."""
+
+    @property  # type: ignore[override]
+    def _fence(self) -> int:
+        return 0
+
+    @_fence.setter
+    def _fence(self, number: int) -> None:
+        pass
+
+
+class TakesTheImpossible(Driver):
+    """Rule 6 broken: no change is looked at before it is proposed, nor before it is applied."""
+
+    def change(self, change: bytes) -> int:
+        return _proposed(self, change)
+
+    def _preview(self, change: bytes) -> Configuration | None:
+        return configuration(self._engine.preview_change(change))
+
+
+class StaysJoint(Driver):
+    """Rule 7 broken: nobody leaves a joint configuration that the engine forgot."""
+
+    def _leave_joint(self) -> None:
+        pass
+
+
+class AsksOnce(Driver):
+    """Rule 8 broken: a ReadIndex that was lost is not asked again."""
+
+    def tick(self) -> None:
+        for read in self._reads.values():
+            read.asked = self._ticks + 1
+        super().tick()
+
+
+class ForgetsCommit(Driver):
+    """Rule 9 broken: a start trusts the commit index that was saved, which may have lost to what is applied."""
+
+    def __init__(self, boot: Any, *arguments: Any, **named: Any) -> None:
+        from space_raft_engine import Node
+
+        named["engine"] = lambda **given: Node(**{**given, "commit": min(boot.state.commit, boot.last)})
+        super().__init__(boot, *arguments, **named)
+
+
+class SendsBeforePersist(Driver):
+    """Acknowledges entries and votes to others before they are durable."""
+
+    def _queue(self, persist: Persist) -> None:
+        self._sends.extend(persist.then)
+        persist.then = []
+        super()._queue(persist)
+
+
+@contextlib.contextmanager
+def another_configuration() -> Iterator[None]:
+    """Rule 5 broken: a snapshot comes with the members of another index than its own: those of the receiver."""
+    take = Simulation._take
+
+    def broken(self: Simulation, member: Member, batches: list[Any], offer: Any) -> bool:
+        state = member.running.state_file.state
+        assert state is not None
+        return take(self, member, batches, attrs.evolve(offer, configuration=state.configuration))
+
+    with patch.object(Simulation, "_take", broken):
+        yield
+
+
+@contextlib.contextmanager
+def batched_appends() -> Iterator[None]:
+    """Rule 1 broken: the engine merges append messages."""
+    from space_raft_engine import Node
+
+    start = Driver.__init__
+
+    def broken(self: Driver, *arguments: Any, **named: Any) -> None:
+        start(self, *arguments, **{**named, "engine": lambda **given: Node(**given, batch_append=True)})
+
+    with patch.object(Driver, "__init__", broken):
+        yield
+
+
+def _engine_batches() -> bool:
+    from space_raft_engine import Node
+
+    return "batch_append" in (getattr(Node, "__text_signature__", "") or "") or "batch_append" in str(
+        inspect.getdoc(Node)
+    )
+
+
+@contextlib.contextmanager
+def early_answers() -> Iterator[None]:
+    """Answers are given when they are decided, not when they are committed."""
+    settle = Replica._settle
+
+    def broken(self: Replica) -> None:
+        for answer in self._answers:
+            answer.position = 0
+        settle(self)
+
+    with patch.object(Replica, "_settle", broken):
+        yield
+
+
+@contextlib.contextmanager
+def no_reply_cache() -> Iterator[None]:
+    """A retry finds no trace of what was applied before."""
+    get = Overlay.get
+
+    def broken(self: Overlay, table: int, key: bytes) -> bytes | None:
+        return None if table == REPLY else get(self, table, key)
+
+    with patch.object(Overlay, "get", broken):
+        yield
+
+
+def stale_reads() -> contextlib.AbstractContextManager[Any]:
+    """A read looks at what is here, without asking a quorum."""
+    return patch.object(Replica, "read", lambda self, done: self._done.append(lambda: done(None)))
+
+
+def no_fsync() -> contextlib.AbstractContextManager[Any]:
+    """Nothing is synced."""
+    return patch.object(Job, "sync", lambda self: None)
