@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -148,6 +149,8 @@ def _shown(field: str, value: Any) -> Any:
         return {"count": len(value) // FRAME_RECORD_BYTES, "stored_bytes": stored}
     if field == "document":
         return msgpack.unpackb(value)
+    if field == "source_link":
+        return value.hex()
     if field in {"wrapped", "manifest", "members", "ranges", "purged"}:
         return f"{len(value)} bytes"
     if len(value) == ID_BYTES and field in {
@@ -158,6 +161,7 @@ def _shown(field: str, value: Any) -> Any:
         "other",
         "other_parent",
         "source",
+        "namespace",
     }:
         return str(CapsuleId(value))
     return value.decode(errors="backslashreplace")
@@ -409,6 +413,13 @@ def _verify_events(
                     report.add(
                         f"chain of capsule {CapsuleId(event.capsule)} is broken", position=record.index
                     )
+                if isinstance(event, ev.RangeCopied) and event.source_link != links.get(
+                    event.source, NO_LINK
+                ):
+                    report.add(
+                        f"capsule {CapsuleId(event.capsule)} got bytes of another {CapsuleId(event.source)}",
+                        position=record.index,
+                    )
                 _follow_links(links, link, event)
                 if isinstance(event, ev.ExtentWritten) and record.index in damaged:
                     _verify_frames(store, report, damaged, record.index, event, reclaimed, crc32c)
@@ -478,8 +489,6 @@ def _verify_tables(store: Store, report: VerifyReport, repair: bool) -> None:
                 "checkpoint is damaged", segment=f"{history.CHECKPOINTS}/{path.name}", position=int(path.name)
             )
             if repair:
-                import shutil
-
                 shutil.rmtree(path, ignore_errors=True)
     if report.findings and repair:
         report.repaired = len(report.findings)
@@ -642,7 +651,7 @@ def _kept(store: Store, horizons: _Horizons, purge: set[bytes]) -> set[int]:
             horizons.of(capsule)
             if capsule not in purge:
                 _keep_capsule(keep, txn, capsule)
-    _keep_events(store, horizons, purge, keep)
+    _keep_shared(store, _keep_events(store, horizons, purge, keep), keep)
     moments: list[tuple[int, int | None, CapsuleId | None]] = [
         (horizon, None, None) for horizon in horizons.distinct()
     ]
@@ -669,8 +678,13 @@ def _keep_frames(keep: set[int], position: int, frames: bytes) -> None:
         keep.add((source or position) << 32 | offset)
 
 
-def _keep_events(store: Store, horizons: _Horizons, purge: set[bytes], keep: set[int]) -> None:
-    """Everything written after its capsule's horizon: some kept moment can see it."""
+def _keep_events(store: Store, horizons: _Horizons, purge: set[bytes], keep: set[int]) -> list[int]:
+    """Everything written after its capsule's horizon: some kept moment can see it.
+
+    Returns:
+        batches in which a capsule got content of another that does not keep it as long.
+    """
+    shared: list[int] = []
     for record in store.wal.records(max(1, store.wal.first_index)):
         for entry in decode_batch(record.metadata):
             for _, event in entry.events:
@@ -682,6 +696,57 @@ def _keep_events(store: Store, horizons: _Horizons, purge: set[bytes], keep: set
                         for _, _, _, position, frames in parts:
                             if record.index > horizons.of(event.capsule):
                                 _keep_frames(keep, position, frames)
+                elif _outlives(horizons, purge, record.index, event) and record.index not in shared[-1:]:
+                    shared.append(record.index)
+    return shared
+
+
+def _keep_shared(store: Store, batches: list[int], keep: set[int]) -> None:
+    """Content that one capsule got from another which remembers less: kept for the one, whatever the other keeps.
+
+    What was shared is not in the events but in the map of that moment, so tables follow the log from one such batch
+    to the next.  Within a batch the order is not looked at: everything its giving capsules had before it is kept, and
+    everything written in it.
+    """
+    if not batches:
+        return
+    scratch = history.past_directory(store.path)
+    tables = history.build(store.path, store.wal, store.views, scratch, history.Target(batches[0] - 1))
+    try:
+        for position in batches:
+            history.catch_up(tables, store.wal, store.views, history.Target(position - 1))
+            with tables.read() as txn:
+                for entry in decode_batch(store.wal.read(position).metadata):
+                    for _, event in entry.events:
+                        _keep_given(keep, txn, position, event)
+    finally:
+        tables.close(seal=False)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _keep_given(keep: set[int], txn: ReadTransaction, position: int, event: ev.Event) -> None:
+    if isinstance(event, ev.ExtentWritten):
+        _keep_frames(keep, position, event.frames)
+    elif isinstance(event, ev.RangeCopied):
+        for extent in content_map.extents(txn, event.source, event.source_offset, event.length):
+            _keep_frames(keep, extent.position, extent.frames)
+    elif isinstance(event, ev.CapsuleCloned):
+        for member in _ids(event.members):
+            _keep_capsule(keep, txn, member)
+
+
+def _outlives(horizons: _Horizons, purge: set[bytes], position: int, event: ev.Event) -> bool:
+    """Whether an event gave bytes to a capsule whose history reaches back to it, from one whose does not."""
+    if isinstance(event, ev.RangeCopied):
+        pairs: Iterable[tuple[bytes, bytes]] = [(event.capsule, event.source)]
+    elif isinstance(event, ev.CapsuleCloned):
+        pairs = ((clone_id(event.capsule, event.source, each), each) for each in _ids(event.members))
+    else:
+        return False
+    return any(
+        got not in purge and horizons.of(got) < position and (gave in purge or horizons.of(gave) >= position)
+        for got, gave in pairs
+    )
 
 
 @attrs.frozen

@@ -35,7 +35,7 @@ def encode_requests(requests: Sequence[Request]) -> tuple[list[Any], list[Buffer
 def _encode(request: Request, attachments: list[Buffer]) -> list[Any]:
     command = request.command
     if isinstance(command, cmd.WriteExtent):
-        fields: list[Any] = [bytes(command.capsule), command.offset, command.length, []]
+        fields: list[Any] = [bytes(command.capsule), command.offset, command.length, [], command.change]
         for frame in command.frames:
             at = None
             if frame.stored is not None:
@@ -83,9 +83,8 @@ def _decode(row: Any, attachments: Sequence[Buffer]) -> Request:
         raise ValueError(f"fields of {name}")
     if made is cmd.WriteExtent:
         frames = [_frame(each, attachments) for each in fields[3]]
-        values = [readers[0](fields[0]), readers[1](fields[1]), readers[2](fields[2]), frames]
-    else:
-        values = [read(value) for read, value in zip(readers, fields, strict=True)]
+        fields = [*fields[:3], frames, fields[4]]
+    values = [read(value) for read, value in zip(readers, fields, strict=True)]
     return Request(made(*values), actor, client, sequence)
 
 

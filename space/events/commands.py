@@ -134,12 +134,31 @@ class StoredFrame:
 
 @attrs.frozen
 class WriteExtent:
-    """Bytes for one range; ``frames`` cover exactly ``length`` bytes.  An empty sequence writes zeros (a hole)."""
+    """Bytes for one range; ``frames`` cover exactly ``length`` bytes.  An empty sequence writes zeros (a hole).
+
+    With ``change``, only if the last event that touched the capsule was at that position: what its bytes were
+    then, they still are.
+    """
 
     capsule: bytes
     offset: int
     length: int
     frames: Sequence[StoredFrame]
+    change: int | None = None
+
+
+@attrs.frozen
+class CopyRange:
+    """Lets a range have the bytes another one of the same or of another capsule has, sharing what is stored.
+
+    The range may lie beyond the end, which then moves, as for a write; the source's may not.
+    """
+
+    capsule: bytes
+    offset: int
+    source: bytes
+    source_offset: int
+    length: int
 
 
 @attrs.frozen
@@ -258,6 +277,14 @@ class ForgetReplies:
     clients: Sequence[bytes]
 
 
+@attrs.frozen
+class AssignNamespace:
+    """Gives a namespace a number in an NVMe subsystem, unless it has one."""
+
+    subsystem: str
+    namespace: bytes
+
+
 Command = (
     InitialiseStore
     | CreateCapsule
@@ -266,6 +293,7 @@ Command = (
     | DeleteCapsule
     | Rename
     | WriteExtent
+    | CopyRange
     | Deallocate
     | Resize
     | SetAttributes
@@ -279,6 +307,7 @@ Command = (
     | ReclaimPayload
     | PurgeCapsules
     | ForgetReplies
+    | AssignNamespace
 )
 
 

@@ -16,6 +16,7 @@ from typing import Final, final
 from space.events.registry import (
     DOCUMENT_BYTES_MAX,
     FRAMES_BYTES_MAX,
+    LINK_BYTES,
     MANIFEST_BYTES_MAX,
     PATH_BYTES_MAX,
     XATTR_BYTES_MAX,
@@ -48,6 +49,12 @@ class Kind(enum.IntEnum):
 
 EXTENT_BYTES_MAX: Final = 1 << 20
 """Longest extent one ExtentWritten may carry: bounds what one read must look at and one batch must hold."""
+
+COPY_BYTES_MAX: Final = 256 << 20
+"""Longest range one RangeCopied may share: folding it takes a row for each extent, 65,536 where all have 4 KiB."""
+
+SUBSYSTEM_CHARACTERS_MAX: Final = 223
+"""Longest NVMe qualified name (NVM Express Base 2.0 §4.5)."""
 
 
 @event(1)
@@ -305,6 +312,33 @@ class RepliesForgotten:
     clients: bytes = blob(FRAMES_BYTES_MAX)
 
 
+@event(25)
+class RangeCopied:
+    """``length`` bytes at ``offset`` are now those that ``source`` had at ``source_offset``, holes included.
+
+    The stored frames are shared.  Where both ranges are of one capsule and overlap, the source was read first.
+    ``source_link`` is the head of the source's chain at that moment: through it the capsule's own chain covers
+    the bytes it got.
+    """
+
+    capsule: bytes = identifier()
+    offset: int = u63()
+    length: int = u63()
+    source: bytes = identifier()
+    source_offset: int = u63()
+    source_link: bytes = blob(LINK_BYTES)
+
+
+@event(26)
+class NamespaceAssigned:
+    """In the NVMe subsystem of that name, a namespace (its 128-bit id) has this number (NSID), for ever."""
+
+    capsule: bytes = identifier()
+    subsystem: str = text(SUBSYSTEM_CHARACTERS_MAX)
+    namespace: bytes = identifier()
+    nsid: int = u32()
+
+
 Event = (
     StoreInitialised
     | CapsuleCreated
@@ -330,4 +364,6 @@ Event = (
     | CapsuleDeleted
     | MembershipChanged
     | RepliesForgotten
+    | RangeCopied
+    | NamespaceAssigned
 )

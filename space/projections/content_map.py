@@ -176,6 +176,7 @@ class ContentFolder:
         self.handlers: Mapping[type[Any], Handler] = {
             ev.ExtentWritten: self._written,
             ev.RangeDeallocated: self._deallocated,
+            ev.RangeCopied: self._copied,
             ev.CapsuleResized: self._resized,
             ev.CapsuleCloned: self._cloned,
             ev.CapsulesPurged: self._purged,
@@ -294,6 +295,33 @@ class ContentFolder:
         if _parent(self._txn, row[0]):
             self._put(row[0], Extent(start, end - start, 0, 0, b""))
             row[1] = max(row[1], end)
+
+    def _copied(self, context: Context, event: ev.RangeCopied) -> None:
+        """Lays the extents of the source range into the target's own layer: frames are named, not moved."""
+        self._flush_extents()
+        source = self._find(event.source)
+        start, end = event.offset, event.offset + event.length
+        first, shift = event.source_offset, event.offset - event.source_offset
+        pieces = list(visible(self._txn, source[0], first, first + event.length)) if source else []
+        row = self._map(event.capsule) if pieces else self._find(event.capsule)
+        if row is None:
+            return
+        if start < row[1]:
+            self._carve(row, start, end)
+        hides = _parent(self._txn, row[0]) != 0
+        at = start
+        for piece in pieces:
+            offset = piece.offset + shift
+            if hides and offset > at:
+                self._put(row[0], Extent(at, offset - at, 0, 0, b""))
+            self._put(row[0], Extent(offset, piece.length, piece.position, piece.skip, piece.frames))
+            row[2] += piece.length
+            row[3] += _stored(piece.frames)
+            at = offset + piece.length
+        if hides and at < end:
+            self._put(row[0], Extent(at, end - at, 0, 0, b""))
+            at = end
+        row[1] = max(row[1], at)
 
     def _deallocated(self, context: Context, event: ev.RangeDeallocated) -> None:
         row = self._find(event.capsule)

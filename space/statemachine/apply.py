@@ -20,9 +20,11 @@ from space.events import types as ev
 from space.events.codec import chain_link
 from space.events.ids import ID_BYTES, NIL, CapsuleId
 from space.statemachine.tables import (
+    COUNTER,
     ENTRY,
     KEY,
     MEMBER,
+    NAMESPACE,
     ORPHAN,
     POLICY,
     POLICY_BY_HASH,
@@ -213,7 +215,7 @@ def _exchanged(state: Overlay, context: Context, link: bytes, event: ev.NamesExc
         row.change, row.ctime = context.position, context.time_ns
 
 
-def _written(state: Overlay, context: Context, link: bytes, event: ev.ExtentWritten) -> None:
+def _written(state: Overlay, context: Context, link: bytes, event: ev.ExtentWritten | ev.RangeCopied) -> None:
     row = state.edit(event.capsule)
     end = event.offset + event.length
     if end > row.size:  # noqa: PLR1730 - max() costs more, and replay comes here for every write
@@ -438,6 +440,22 @@ def _membership(state: Overlay, context: Context, link: bytes, event: ev.Members
             state.put(MEMBER, U64.pack(node), msgpack.packb([role, where]))
 
 
+def namespace_key(subsystem: str, namespace: bytes) -> bytes:
+    """Key of a namespace's number in NAMESPACE; its first 16 bytes are the subsystem's."""
+    return blake3(subsystem.encode()).digest(16) + namespace
+
+
+def namespace_counter(subsystem: str) -> bytes:
+    """Name of the counter of a subsystem's numbers: none is given twice."""
+    return b"nsid" + namespace_key(subsystem, b"")
+
+
+def _namespace_assigned(state: Overlay, context: Context, link: bytes, event: ev.NamespaceAssigned) -> None:
+    state.edit(event.capsule).link = link
+    state.put(NAMESPACE, namespace_key(event.subsystem, event.namespace), U32.pack(event.nsid))
+    state.put(COUNTER, namespace_counter(event.subsystem), U64.pack(event.nsid))
+
+
 HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.StoreInitialised: _store_initialised,
     ev.CapsuleCreated: _created,
@@ -463,4 +481,6 @@ HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.CapsuleDeleted: _deleted,
     ev.MembershipChanged: _membership,
     ev.RepliesForgotten: _replies_forgotten,
+    ev.RangeCopied: _written,
+    ev.NamespaceAssigned: _namespace_assigned,
 }

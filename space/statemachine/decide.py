@@ -25,11 +25,19 @@ from space.events.registry import (
     U63_MAX,
     XATTR_BYTES_MAX,
 )
-from space.statemachine.apply import RECLAIMED_RANGE, manifest_nodes, policy_hash, tree_nodes
+from space.statemachine.apply import (
+    RECLAIMED_RANGE,
+    manifest_nodes,
+    namespace_counter,
+    namespace_key,
+    policy_hash,
+    tree_nodes,
+)
 from space.statemachine.tables import (
     COUNTER,
     ENTRY,
     KEY,
+    NAMESPACE,
     POLICY_BY_HASH,
     RECLAIMED,
     SNAPSHOT,
@@ -44,6 +52,8 @@ from space.statemachine.tables import (
 
 LINKS_MAX: Final = 65_000
 SIZE_MAX: Final = U63_MAX
+NSID_MAX: Final = U32_MAX - 1
+"""0xffffffff stands for all namespaces (NVM Express Base 2.0 §3.2.1.2)."""
 _DIRECTORY: Final = ev.Kind.DIRECTORY
 _FRAME_PLACE: Final = struct.Struct("<IQ")  # payload_offset, source_position inside a frame record
 _FRAME_PLACE_AT: Final = 20
@@ -386,10 +396,10 @@ def _write(state: Overlay, command: cmd.WriteExtent, payload: PayloadPlacer) -> 
         return Rejected(
             Status.INVALID, f"an extent has 1 to {ev.EXTENT_BYTES_MAX} bytes, not {command.length}"
         )
-    if command.offset < 0 or command.offset > SIZE_MAX - command.length:
-        return Rejected(Status.TOO_LARGE, f"offset {command.offset} is beyond the largest size")
-    if row.block_size and command.offset + command.length > row.size:
-        return Rejected(Status.NO_SPACE, f"beyond the end of a block capsule of {row.size} bytes")
+    if refused := _out_of_bounds(row, command.offset, command.length):
+        return refused
+    if command.change is not None and command.change != row.change:
+        return Rejected(Status.STALE, f"capsule {_text(command.capsule)} changed meanwhile: read it again")
     if not _covers(command):
         return Rejected(Status.INVALID, "the frames do not hold the bytes of the extent")
     records = []
@@ -408,6 +418,48 @@ def _write(state: Overlay, command: cmd.WriteExtent, payload: PayloadPlacer) -> 
         else:
             records.append(frame.record)
     return [ev.ExtentWritten(command.capsule, command.offset, command.length, b"".join(records))]
+
+
+def _out_of_bounds(row: CapsuleRow, offset: int, length: int) -> Rejected | None:
+    """Why nothing can be written to a range, or None."""
+    if offset < 0 or offset > SIZE_MAX - length:
+        return Rejected(Status.TOO_LARGE, f"offset {offset} is beyond the largest size")
+    if row.block_size and offset + length > row.size:
+        return Rejected(Status.NO_SPACE, f"beyond the end of a block capsule of {row.size} bytes")
+    return None
+
+
+def _copy_range(state: Overlay, command: cmd.CopyRange, payload: PayloadPlacer) -> Decision:
+    row, source = _content(state, command.capsule), _content(state, command.source)
+    if isinstance(row, Rejected):
+        return row
+    if isinstance(source, Rejected):
+        return source
+    if not 0 < command.length <= ev.COPY_BYTES_MAX:
+        return Rejected(Status.INVALID, f"one copy has 1 to {ev.COPY_BYTES_MAX} bytes, not {command.length}")
+    if refused := _out_of_bounds(row, command.offset, command.length):
+        return refused
+    if not 0 <= command.source_offset <= source.size - command.length:
+        return Rejected(
+            Status.INVALID,
+            f"not a range of the {source.size} bytes of {_text(command.source)}: "
+            f"{command.source_offset}+{command.length}",
+        )
+    if row.key != source.key:
+        # Shared frames would be readable without the target's key, or lost with the source's.
+        return Rejected(Status.NOT_PERMITTED, "capsules with different keys share no bytes: copy them")
+    if (command.capsule, command.offset) == (command.source, command.source_offset):
+        return []
+    return [
+        ev.RangeCopied(
+            bytes(command.capsule),
+            command.offset,
+            command.length,
+            bytes(command.source),
+            command.source_offset,
+            source.link,
+        )
+    ]
 
 
 def _covers(command: cmd.WriteExtent) -> bool:
@@ -648,6 +700,20 @@ def _forget_replies(state: Overlay, command: cmd.ForgetReplies, payload: Payload
     return [ev.RepliesForgotten(bytes(ROOT), b"".join(command.clients))] if command.clients else []
 
 
+def _assign_namespace(state: Overlay, command: cmd.AssignNamespace, payload: PayloadPlacer) -> Decision:
+    name = command.subsystem
+    if not 0 < len(name) <= ev.SUBSYSTEM_CHARACTERS_MAX or not name.isascii() or not name.isprintable():
+        return Rejected(Status.INVALID, f"not the name of a subsystem: {name[:NAME_BYTES_MAX]!r}")
+    if len(command.namespace) != ID_BYTES:
+        return Rejected(Status.INVALID, f"not a namespace id of {ID_BYTES} bytes")
+    if state.get(NAMESPACE, namespace_key(name, command.namespace)) is not None:
+        return []
+    nsid = state.counter(namespace_counter(name)) + 1
+    if nsid > NSID_MAX:
+        return Rejected(Status.NO_SPACE, f"all numbers of subsystem {name} were given")
+    return [ev.NamespaceAssigned(bytes(ROOT), name, bytes(command.namespace), nsid)]
+
+
 _RULES: Final[dict[type[Any], Rule]] = {
     cmd.InitialiseStore: _initialise,
     cmd.CreateCapsule: _create,
@@ -656,6 +722,7 @@ _RULES: Final[dict[type[Any], Rule]] = {
     cmd.DeleteCapsule: _delete,
     cmd.Rename: _rename,
     cmd.WriteExtent: _write,
+    cmd.CopyRange: _copy_range,
     cmd.Deallocate: _deallocate,
     cmd.Resize: _resize,
     cmd.SetAttributes: _set_attributes,
@@ -669,4 +736,5 @@ _RULES: Final[dict[type[Any], Rule]] = {
     cmd.ReclaimPayload: _reclaim,
     cmd.PurgeCapsules: _purge,
     cmd.ForgetReplies: _forget_replies,
+    cmd.AssignNamespace: _assign_namespace,
 }

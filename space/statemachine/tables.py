@@ -33,6 +33,7 @@ REPLY: Final = 9  # client id + sequence (u64) → position (u64) that answered 
 RECLAIMED: Final = 10  # position (u64) + offset (u32) → length (u32)
 COUNTER: Final = 11  # name → u64
 MEMBER: Final = 12  # node id (u64) → canonical msgpack [role, address]
+NAMESPACE: Final = 13  # BLAKE3 of an NVMe subsystem's name, 16 bytes, + namespace id → number (u32)
 
 TABLES: Final = {
     CAPSULE: "capsule",
@@ -47,6 +48,7 @@ TABLES: Final = {
     RECLAIMED: "reclaimed",
     COUNTER: "counter",
     MEMBER: "member",
+    NAMESPACE: "namespace",
 }
 
 U32: Final = struct.Struct(">I")

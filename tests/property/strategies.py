@@ -36,6 +36,11 @@ _BY_NAME: Final[Mapping[str, st.SearchStrategy[Any]]] = {
     "kind": st.sampled_from([int(kind) for kind in ev.Kind]) | u32,
     "size": u63,
     "offset": u63,
+    "source_offset": u63,
+    "source_link": links,
+    "namespace": ids,
+    "subsystem": st.sampled_from(["nqn.2014-08.org.example:a", "nqn.2014-08.org.example:b"])
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=223),
     "at": u63,
     "atime": st.none() | st.integers(-(2**63), 2**63 - 1),
     "mtime": st.none() | st.integers(-(2**63), 2**63 - 1),

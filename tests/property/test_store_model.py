@@ -115,6 +115,13 @@ def do(world: World, verb: str, name: str, other: str, size: int, offset: int) -
             if other in tree:
                 world.deleted.setdefault(other, []).append(tree[other])
             tree[other] = tree.pop(name)
+    elif verb == "copy":
+        content, policy = tree[other]
+        start, length = copied(tree[name][0], size)
+        if length > 0:
+            data = tree[name][0][start : start + length]
+            content = content.ljust(offset, b"\0")
+            tree[other] = content[:offset] + data + content[offset + length :], policy
     elif verb == "clone":
         tree[other] = tree[name]
     elif verb == "undelete":
@@ -123,6 +130,12 @@ def do(world: World, verb: str, name: str, other: str, size: int, offset: int) -
         world.snapshots[f"{name[1:].replace('/', '-')}"] = dict(tree)
     elif verb == "restore":
         tree[other] = world.snapshots[name[1:].replace("/", "-")][name]
+
+
+def copied(content: bytes, size: int) -> tuple[int, int]:
+    """Start and length of a range to be copied; there is none in a short content."""
+    start = size // 3
+    return start, min(5000, len(content) - start)
 
 
 def possible(world: World, verb: str, name: str, other: str) -> bool:
@@ -136,6 +149,8 @@ def possible(world: World, verb: str, name: str, other: str) -> bool:
         return name[1:].replace("/", "-") not in world.snapshots
     if verb == "clone":
         return name in tree and other not in tree
+    if verb == "copy":
+        return name in tree and other in tree
     if verb == "restore":
         return name in world.snapshots.get(name[1:].replace("/", "-"), {}) and other not in tree
     return name in tree
@@ -151,6 +166,12 @@ def carry_out(store: Store, verb: str, name: str, other: str, size: int, offset:
         return store.resize(name, size)
     if verb == "punch":
         return store.execute(cmd.Deallocate(store.resolve(name), offset, max(size, 1)))
+    if verb == "copy":
+        target, source = store.resolve(other), store.resolve(name)
+        start, length = copied(store.read(source), size)
+        if length < 1:
+            return None
+        return store.execute(cmd.CopyRange(target, offset, source, start, length))
     if verb == "mv":
         return store.mv(name, other)
     if verb == "clone":
@@ -190,6 +211,7 @@ STEPS = st.lists(
         st.sampled_from(
             ["put"] * 4
             + ["write"] * 4
+            + ["copy"] * 3
             + ["resize", "punch", "rm", "mv", "clone", "undelete", "snapshot", "restore", "gc", "gc"]
             + ["close", "kill", "state", "checkpoint", "checkpoints", "replay", "verify"]
         ),

@@ -47,7 +47,7 @@ def histories(draw: st.DrawFn) -> list[ev.Event]:
     """Events on a few small capsules, as decide would let them happen."""
     history: list[ev.Event] = []
     for _ in range(draw(st.sampled_from([0, 1, 5, 10, 20, 30]))):
-        verb = draw(st.sampled_from("wwwwdrcccpg"))
+        verb = draw(st.sampled_from("wwwwdrcccyyypg"))
         capsule = draw(st.sampled_from(IDS))
         offset = draw(st.integers(0, SIZE - 1))
         length = draw(st.integers(1, SIZE - offset))
@@ -62,6 +62,9 @@ def histories(draw: st.DrawFn) -> list[ev.Event]:
         elif verb == "c":
             copy = draw(st.sampled_from([each for each in IDS if each != capsule]))
             history += [ev.CapsulesPurged(IDS[0], copy), cloned(capsule, copy)]
+        elif verb == "y":
+            there = draw(st.integers(0, SIZE - length))
+            history.append(copied(capsule, offset, length, draw(st.sampled_from(IDS)), there))
         elif verb == "p":
             history.append(ev.CapsulesPurged(IDS[0], capsule))
         else:
@@ -83,6 +86,11 @@ def written(capsule: bytes, offset: int, length: int, cut: int, number: int) -> 
 def cloned(source: bytes, copy: bytes) -> ev.CapsuleCloned:
     """A copy of one file as it is."""
     return ev.CapsuleCloned(copy, source, IDS[0], b"x", 0, source, b"")
+
+
+def copied(capsule: bytes, offset: int, length: int, source: bytes, source_offset: int) -> ev.RangeCopied:
+    """A range that gets the bytes of another."""
+    return ev.RangeCopied(capsule, offset, length, source, source_offset, NO_LINK)
 
 
 @pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.name)
@@ -144,6 +152,10 @@ class Bytes:
                 for at in range(0, len(event.frames), 48)
             )
             held[event.offset : event.offset + event.length] = data or bytes(event.length)
+        elif isinstance(event, ev.RangeCopied):
+            data = bytes(self.content.get(event.source, bytes(SIZE)))
+            start = event.source_offset
+            held[event.offset : event.offset + event.length] = data[start : start + event.length]
         elif isinstance(event, ev.RangeDeallocated):
             end = min(event.offset + event.length, SIZE)
             held[event.offset : end] = bytes(end - event.offset)
@@ -175,7 +187,7 @@ def read_back(writer: MemoryWriter, capsule: bytes, offset: int, length: int) ->
 
 @given(history=histories(), offset=st.integers(0, SIZE - 1), length=st.integers(1, SIZE))
 def test_the_content_map_is_a_byte_array(history: list[ev.Event], offset: int, length: int) -> None:
-    """Writes, holes, truncations, clones and purges read back as they would from plain bytes, any range of them."""
+    """Writes, holes, truncations, clones, copies and purges read back as from plain bytes, any range of them."""
     writer, model = MemoryWriter(), Bytes()
     fold_view(ContentMapView(), batches_of(history), writer)
     for event in history:

@@ -51,6 +51,8 @@ SAMPLES: Final[dict[str, ev.Event]] = {
     "22.1": ev.CapsuleDeleted(ONE),
     "24.1": ev.RepliesForgotten(ONE, TWO),
     "23.1": ev.MembershipChanged(ONE, b"change", b"members"),
+    "25.1": ev.RangeCopied(ONE, 4096, 2**28, TWO, 0, LINK),
+    "26.1": ev.NamespaceAssigned(ONE, "nqn.2014-08.org.nvmexpress:uuid:x", TWO, 1),
 }
 READ_AS: Final = {"2.1": ev.CapsuleCreated(ONE, 1, 0o644, 1, 2, 3, 2**63 - 1, 4096, 5, 0, b"target")}
 
@@ -154,6 +156,8 @@ def test_numbers_are_frozen() -> None:
         22: "CapsuleDeleted",
         23: "MembershipChanged",
         24: "RepliesForgotten",
+        25: "RangeCopied",
+        26: "NamespaceAssigned",
     }
 
 
