@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import msgpack
+from crc32c import crc32c
 
 from space._errors import (
     DiskFullError,
@@ -43,16 +44,17 @@ from space._node.store import (
     read_format,
     write_format,
 )
+from space.content.frames import unpack_frames
 from space.events.codec import decode_batch
 from space.events.commands import Buffer, Durability, Receipt, Request
-from space.events.types import PayloadReclaimed
+from space.events.types import ExtentWritten, PayloadReclaimed
 from space.projections.feed import Progress, fold
 from space.replication.group import Group
 from space.replication.node import Node, empty_state
 from space.statemachine.apply import RECLAIMED_RANGE
 from space.statemachine.sequencer import Prepared
 from space.statemachine.store import DATA, SEAL, Applied, ReadTransaction, read_seal
-from space.statemachine.tables import MEMBER, RECLAIMED, TABLES, U64
+from space.statemachine.tables import MEMBER, RECLAIMED, TABLES, U32, U64
 from space.wal.disk import Disk
 from space.wal.log import Log
 from space.wal.raft_state import RaftStateFile
@@ -489,9 +491,19 @@ class Member(Store):
         return self.node.run(ask(), seconds=FETCH_SECONDS)
 
     def is_reclaimed(self, info: RecordInfo, payload: bytes) -> bool:
-        """Whether payload of a batch that is not as it was written was given back on purpose."""
+        """Whether nothing but what was declared reclaimed is missing from the payload of a batch."""
         with self._tables.read() as txn:
-            return next(iter(txn.scan(RECLAIMED, U64.pack(info.index))), None) is not None
+            declared = {U32.unpack(key[8:])[0] for key, _ in txn.scan(RECLAIMED, U64.pack(info.index))}
+        if not declared:
+            return False
+        return all(
+            crc32c(payload[frame.payload_offset : frame.payload_offset + frame.stored_length]) == frame.crc
+            for entry in decode_batch(info.metadata)
+            for _, event in entry.events
+            if isinstance(event, ExtentWritten)
+            for frame in unpack_frames(event.frames)
+            if not frame.source_position and frame.stored_length and frame.payload_offset not in declared
+        )
 
     def rebuild(self) -> str:
         """Rebuilds the state from the log, without a checkpoint; names the first difference it found."""

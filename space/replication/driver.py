@@ -350,6 +350,11 @@ class Driver:
         self._reads[token] = _Read(context, self._ticks)
         self._engine.read_index(context)
 
+    def forget(self, index: int) -> None:
+        """Entries up to ``index`` cannot be sent one by one: who needs them is sent the log."""
+        if self._engine.first_index <= index <= self._engine.applied:
+            self._engine.compact(index)
+
     def unreachable(self, node: int) -> None:
         """Messages to ``node`` were lost."""
         self._engine.report_unreachable(node)

@@ -724,7 +724,9 @@ class Replica:
             try:
                 info, payload = self.log.read_batch(index)
             except SpaceError:
-                return None  # cut off meanwhile, or damaged: it is found and healed elsewhere
+                # Cut off meanwhile; or its payload was reclaimed, which an append cannot say and a shipment can.
+                self.driver.forget(index)
+                return None
             if info.term != term:
                 return None
             blobs.append(Blob(index, info.time_ns, info.metadata, (payload,) if payload else ()))
@@ -823,5 +825,5 @@ def retained(
 
 
 def _engine_term(term: int) -> int:
-    """To the engine, term 0 is that of an entry it does not have; a group begins in term 1, and its entries after it."""
+    """To the engine, term 0 is that of an entry it does not have; a group's own entries begin in term 1."""
     return max(term, 1)
