@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, TypeVar, cast
 
-from space._errors import StorageError, UnavailableError, UsageError
+from space._errors import SpaceError, StorageError, UnavailableError, UsageError, error_of
 from space._node.caller import CHUNK_BYTES, Caller
 from space._node.messages import ANSWER_BYTES_MAX, REQUEST_BYTES_MAX, Message, ProtocolError, pack, unpack
 from space.control import BrokenError, NoAnswerError, SocketEndpoint, result_of, understood
@@ -403,9 +403,22 @@ class HttpEndpoint:
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             raise self._broken(error) from None
-        if response.headers.get_content_type() != MESSAGES:
-            raise UnavailableError(f"what answers at {self._url} is no node: HTTP status {response.status}")
+        kind = response.headers.get_content_type()
+        if kind == "application/json":
+            raise self._refusal(response)
+        if kind != MESSAGES:
+            raise NoAnswerError(f"what answers at {self._url} is no node: HTTP status {response.status}")
         return response
+
+    def _refusal(self, response: http.client.HTTPResponse) -> SpaceError:
+        """What a node says instead of carrying a call out."""
+        import http.client
+        import json
+
+        try:
+            return error_of(dict(json.loads(response.read(REQUEST_BYTES_MAX))))
+        except (OSError, http.client.HTTPException, ValueError, TypeError) as error:
+            return self._broken(error)
 
     def _receive(self, answers: http.client.HTTPResponse) -> Message:
         import http.client

@@ -163,7 +163,7 @@ class _Bridge(Caller):
             raise CallerGoneError("the caller has gone")
 
 
-@attrs.define
+@attrs.define(eq=False)
 class _Call:
     """A call under way: what the handler and the thread share."""
 

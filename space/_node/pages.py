@@ -34,7 +34,7 @@ def metrics(samples: Iterable[Sample]) -> str:
     for name, labels, value in samples:
         inside = ",".join(f'{key}="{_escaped(str(each))}"' for key, each in labels.items())
         families.setdefault(name, []).append(
-            f"{name}{{{inside}}} {value:.17g}" if inside else f"{name} {value:.17g}"
+            f"{name}{{{inside}}} {value}" if inside else f"{name} {value}"
         )
     lines: list[str] = []
     for name, found in families.items():
