@@ -201,12 +201,9 @@ ABSENT: Final = "absent"
 PRESENT: Final = "present"
 OK: Final = "ok"
 
-REGISTER: Final[Model[Any]]
-DIRECTORY: Final[Model[Any]]
-
 
 def _register(state: Any, call: tuple[Any, ...]) -> tuple[Any, Any]:
-    """``read``; ``set v``; ``create v`` if there is none; ``replace v`` if there is one; ``remove``; ``cas old new``."""
+    """``read``, ``set v``, ``create v`` where there is none, ``replace v`` where there is, ``remove``, ``cas old new``."""
     match call:
         case ("read",):
             return state, state
@@ -253,5 +250,5 @@ def _directory(state: frozenset[tuple[Any, Any]], call: tuple[Any, ...]) -> tupl
     return OK, frozenset(names.items())
 
 
-REGISTER = Model(None, _register)
-DIRECTORY = Model(frozenset(), _directory)
+REGISTER: Final[Model[Any]] = Model(None, _register)
+DIRECTORY: Final[Model[Any]] = Model(frozenset(), _directory)

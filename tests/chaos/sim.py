@@ -11,8 +11,8 @@ a function of its seed and options, and a failing one is replayed by::
 Which faults come, how often, and the limits of the group are drawn from the seed too (swarm testing: Groce et al.,
 "Swarm testing", 2012): a run with everything at once rarely gets deep into anything.
 
-After every step :class:`tests.chaos.sim_checks.Oracle` looks at the node that moved.  At the end everything heals, and the
-cluster must converge, take one more command from a client, and have equal logs and states; then what the
+After every step :class:`tests.chaos.sim_checks.Oracle` looks at the node that moved.  At the end everything heals, and
+the cluster must converge, take one more command from a client, and have equal logs and states; then what the
 clients saw is checked for linearizability.
 """
 
@@ -23,9 +23,10 @@ import contextlib
 import errno
 import heapq
 import itertools
+import multiprocessing
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any, Final, cast
 
@@ -34,7 +35,16 @@ import attrs
 from space._errors import CorruptionError, DiskFullError, SpaceError, StorageError
 from space.events.commands import Receipt, Request
 from space.replication.driver import Role, Settings
-from space.replication.replica import Job, Offer, Replica, Send, Ticket, Work, encode_change_batch, encode_change_context
+from space.replication.replica import (
+    Job,
+    Offer,
+    Replica,
+    Send,
+    Ticket,
+    Work,
+    encode_change_batch,
+    encode_change_context,
+)
 from space.statemachine.sequencer import prepare
 from space.wal.faulty_disk import FaultyDisk
 from space.wal.log import Log
@@ -60,7 +70,7 @@ NODES_MAX: Final = 9
 CONVERGE_TICKS: Final = 600
 """How long a healed cluster may take: some thirty elections, and every replica anew."""
 
-_FAULTS: Final = (
+FAULTS: Final = (
     "crash",
     "kill",
     "power",
@@ -75,6 +85,9 @@ _FAULTS: Final = (
     "transfer",
     "rot",
 )
+
+
+_SETTINGS: Final = Settings(election=5, heartbeat=1, read_retry=4)
 
 
 @attrs.frozen
@@ -110,13 +123,13 @@ class Options:
     fault_every: float = 8.0
     checkpoint: int = 16
     segment_bytes: int = 16 << 10
-    settings: Settings = Settings(election=5, heartbeat=1, read_retry=4)
+    settings: Settings = _SETTINGS
 
     @classmethod
     def draw(cls, rng: Random) -> Options:
         """Those of one run of a swarm."""
         election = rng.choice((4, 5, 8))
-        kinds = [kind for kind in _FAULTS if rng.random() < 0.4]
+        kinds = [kind for kind in FAULTS if rng.random() < 0.4]
         weights = [(kind, rng.randint(1, 4) * (4 if kind == "members" else 1)) for kind in kinds]
         return cls(
             nodes=rng.choice((1, 2, 3, 3, 3, 3, 4, 5)),
@@ -208,8 +221,11 @@ class Simulation:
 
     # --- the loop ------------------------------------------------------------------------------------
 
-    def run(self) -> Simulation:
+    def run(self, script: Sequence[tuple[float, str]] = ()) -> Simulation:
         """The whole run.
+
+        Args:
+            script: faults on top of those of the options: ticks to wait, then the kind of fault.
 
         Raises:
             Violation: something does not hold.
@@ -218,7 +234,10 @@ class Simulation:
             self._after(self._exponential(self.options.think), self._ask, client)
         if self._fault_kinds:
             self._after(self._exponential(self.options.fault_every), self._fault)
-        self._advance(self._until)
+        for wait, kind in script:
+            self._advance(self.now + wait)
+            self.fault(kind)
+        self._advance(max(self._until, self.now))
         self._heal()
         self._converge()
         self._judge()
@@ -291,9 +310,7 @@ class Simulation:
         return member
 
     def _open_log(self, member: Member) -> Log:
-        return Log.open(
-            member.disk, DIRECTORY, store_id=STORE, segment_bytes=self.options.segment_bytes
-        )
+        return Log.open(member.disk, DIRECTORY, store_id=STORE, segment_bytes=self.options.segment_bytes)
 
     def _open_state(self, member: Member) -> RaftStateFile:
         return RaftStateFile.open(member.disk, DIRECTORY, store_id=STORE)
@@ -399,11 +416,11 @@ class Simulation:
         """Lets a node carry on, and carries out what it wants."""
         if member.stopped or member.replica is None:
             return
-        replica = member.replica
+        replica, life = member.replica, member.life
         work = Work()
         with self._using_disk(member):
             work = replica.work(self._clock_ns(member))
-        if member.replica is None:
+        if member.life != life:
             return
         self._look_at(member)
         for send in work.sends:
@@ -497,14 +514,18 @@ class Simulation:
         try:
             member.running.receive(sender, send.message, send.blobs)
         except SpaceError as error:
-            raise Violation("no honest message is refused", f"node {member.id}, {send.kind}: {error}") from error
+            raise Violation(
+                "no honest message is refused", f"node {member.id}, {send.kind}: {error}"
+            ) from error
         if not self._chance(self.options.lazy):
             self._pump(member)
 
     # --- the writer --------------------------------------------------------------------------------------
 
     def _disk_delay(self, member: Member) -> float:
-        if self._calm:  # time-outs are longer than what a healthy disk takes: without that nobody is ever elected
+        if (
+            self._calm
+        ):  # time-outs are longer than what a healthy disk takes: without that nobody is ever elected
             return self._exponential(min(self.options.disk, 0.1))
         return self._exponential(self.options.disk * (30 if member.slow_until > self.now else 1))
 
@@ -528,6 +549,8 @@ class Simulation:
             self._after(self._disk_delay(member), self._sync, member, life)
 
     def _write_job(self, member: Member, job: Job) -> None:
+        if job.items and job.items[0].index <= job.log.last_index:
+            self._note("truncation", member, f"back to {job.items[0].index - 1}")
         job.write()
         member.written.append(member.jobs.popleft())
         for item in job.items:
@@ -600,13 +623,14 @@ class Simulation:
         if sender.replica is None or pairs & self._blocked:
             return None
         own, theirs = member.running.log, sender.replica.log
+        applied, start = member.machine.applied.position, own.last_index + 1
+        found: list[Any] | None = None
         with self._using_disk(sender):
-            if not cut:
-                first = member.machine.applied.position + 1
-                return [theirs.term(index) for index in range(first, min(own.last_index, offer.index) + 1)]
-            start = own.last_index + 1
-            return [theirs.read_batch(index) for index in range(start, min(start + 8, offer.index + 1))]
-        return None
+            if cut:
+                found = [theirs.read_batch(index) for index in range(start, min(start + 8, offer.index + 1))]
+            else:
+                found = [theirs.term(index) for index in range(applied + 1, min(start, offer.index + 1))]
+        return found
 
     def _cut_back(self, member: Member, terms: list[int], offer: Offer) -> bool:
         """Drops what the peer has otherwise; the term comes first, so that the log is never ahead of it."""
@@ -774,7 +798,7 @@ class Simulation:
         self._after(self._exponential(self.options.fault_every), self._fault)
 
     def fault(self, kind: str) -> None:
-        """One fault of a kind, somewhere."""
+        """One fault of a kind of :data:`FAULTS`, somewhere."""
         member = self._some(running=kind != "rot")
         if member is not None:
             getattr(self, f"_fault_{kind}")(member)
@@ -1052,7 +1076,9 @@ class Simulation:
         for node in (*made.voters, *made.learners):
             log = self.members[node].running.log
             if log.last_index != count or log.last_chain != self.oracle.committed[-1].chain:
-                raise Violation("nothing acknowledged is lost", f"node {node} has {log.last_index} of {count}")
+                raise Violation(
+                    "nothing acknowledged is lost", f"node {node} has {log.last_index} of {count}"
+                )
             if not self.members[node].rotten and list(log.verify()):
                 raise Violation("no damage without a fault", f"node {node}: {list(log.verify())}")
         for outcome in check_history(self.history):
@@ -1077,6 +1103,11 @@ def options_of(seed: int) -> Options:
     return Options.draw(Random(f"options {seed}"))
 
 
+def replay_command(seed: int) -> str:
+    """How to see a run of the swarm again."""
+    return f"python -m tests.chaos.sim --seed {seed} --trace"
+
+
 def run_seed(seed: int, *, trace: bool = False) -> Simulation:
     """One run of the swarm.  Whatever it raises carries the command that replays it.
 
@@ -1087,28 +1118,57 @@ def run_seed(seed: int, *, trace: bool = False) -> Simulation:
     try:
         return simulation.run()
     except Exception as error:
-        error.add_note(f"replay: python -m tests.chaos.sim --seed {seed} --trace")
+        error.add_note(f"replay: {replay_command(seed)}")
         raise
 
 
-def main() -> None:
-    """Replays runs of the swarm: one with its trace, or many in a row."""
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos.sim", description="Replay simulated clusters.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--trace", action="store_true", help="print every event")
-    asked = parser.parse_args()
+def _outcome(seed: int) -> tuple[int, Counter[str], str]:
+    """A run for another process: its counts, or what went wrong."""
+    try:
+        return seed, run_seed(seed).counts, ""
+    except Exception as error:  # noqa: BLE001 - whatever a run raises is its finding
+        return seed, Counter(), f"{type(error).__name__}: {error}"
+
+
+def swarm(first: int, runs: int, jobs: int) -> tuple[Counter[str], dict[int, str]]:
+    """Many runs: what happened in all of them together, and what went wrong in which."""
     counts: Counter[str] = Counter()
-    for seed in range(asked.seed, asked.seed + asked.runs):
-        if asked.trace:
-            sys.stdout.write(f"{options_of(seed)}\n")
-        simulation = run_seed(seed, trace=asked.trace)
-        counts += simulation.counts
-        if asked.runs == 1:
-            sys.stdout.write(f"fingerprint {simulation.fingerprint:x}\n")
-    for name, count in sorted(counts.items()):
-        sys.stdout.write(f"{count:10}  {name}\n")
+    failures: dict[int, str] = {}
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        for seed, found, failure in pool.imap_unordered(_outcome, range(first, first + runs), chunksize=16):
+            counts += found
+            if failure:
+                failures[seed] = failure
+    return counts, failures
+
+
+def report(counts: Counter[str], failures: dict[int, str]) -> str:
+    """What a swarm found, for people."""
+    lines = [f"{count:12,}  {name}" for name, count in sorted(counts.items())]
+    for seed, failure in sorted(failures.items()):
+        lines += [failure, f"    replay: {replay_command(seed)}"]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """One run with its trace, or many at once."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.sim", description="Simulated clusters.")
+    parser.add_argument("--seed", type=int, default=0, help="the first one")
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2, help="processes for many runs")
+    parser.add_argument("--trace", action="store_true", help="print every event of a single run")
+    asked = parser.parse_args()
+    if asked.runs > 1:
+        counts, failures = swarm(asked.seed, asked.runs, asked.jobs)
+        sys.stdout.write(f"{asked.runs} runs from seed {asked.seed}, {len(failures)} failed\n")
+        sys.stdout.write(report(counts, failures) + "\n")
+        return int(bool(failures))
+    if asked.trace:
+        sys.stdout.write(f"{options_of(asked.seed)}\n")
+    simulation = run_seed(asked.seed, trace=asked.trace)
+    sys.stdout.write(f"{report(simulation.counts, {})}\nfingerprint {simulation.fingerprint:x}\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,7 +21,17 @@ from space.events import commands as cmd
 from space.events.commands import Command, Receipt
 from space.events.ids import ID_BYTES, ROOT
 from space.statemachine.tables import CAPSULE, ENTRY, XATTR, CapsuleRow, EntryRow
-from tests.chaos.linearizability import ABSENT, DIRECTORY, OK, PRESENT, REGISTER, Model, Operation, Outcome, check
+from tests.chaos.linearizability import (
+    ABSENT,
+    DIRECTORY,
+    OK,
+    PRESENT,
+    REGISTER,
+    Model,
+    Operation,
+    Outcome,
+    check,
+)
 from tests.state_support import MemoryWriter
 
 FILES: Final = tuple(b"file%012d" % number for number in range(2))
@@ -125,7 +135,9 @@ def _lookup(rows: MemoryWriter, name: bytes) -> bytes | None:
 
 def first_commands() -> list[Command]:
     """What is in the store before it becomes a cluster."""
-    files = [cmd.CreateCapsule(capsule, mode=FIRST_MODE) for each in FILES for capsule in (each, _scratch_of(each))]
+    files = [
+        cmd.CreateCapsule(capsule, mode=FIRST_MODE) for each in FILES for capsule in (each, _scratch_of(each))
+    ]
     return [cmd.InitialiseStore(b"s" * ID_BYTES, 0o755, 0, 0), *files]
 
 

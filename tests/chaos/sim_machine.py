@@ -18,6 +18,7 @@ from space.wal.log import Log
 from tests.chaos.sim_checks import Oracle
 from tests.state_support import MemoryWriter, Rows
 
+
 class PowerLossError(Exception):
     """The machine of a node stops here."""
 
