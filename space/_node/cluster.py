@@ -58,6 +58,9 @@ LISTEN: Final = "127.0.0.1:7420"
 SHARDS_MAX: Final = 256
 HEAL_SECONDS: Final = 60.0
 READY_SECONDS: Final = 30.0
+REMEMBER_SECONDS: Final = 0.2
+"""How soon a new member knows in its file where the others are: without, it cannot heal."""
+
 
 log: Final = logging.getLogger("space.cluster")
 
@@ -388,7 +391,7 @@ class ClusterNode:
     async def _remember_peers(self, node: Node) -> None:
         """Keeps ``node.json`` up to date with where the peers are."""
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(REMEMBER_SECONDS)
             found_: dict[int, str] = {}
             for store in self.stores:
                 with contextlib.suppress(SpaceError):

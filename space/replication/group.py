@@ -199,7 +199,10 @@ class Group:
             self._give_up(call)
             return
         if self.replica.leads() and not self.stopped:
-            refused = self._refuse(call.requests)
+            refused = self._refused(call.requests)
+            if isinstance(refused, NotLeaderError):
+                self._retry(call, refused)
+                return
             if refused is not None:
                 self._finish(call, [refused] * len(call.requests))
                 return
@@ -219,6 +222,13 @@ class Group:
                 self._node.call_soon(self._flush)
         else:
             self._homeless.append(call)
+
+    def _refused(self, requests: list[Request]) -> SpaceError | None:
+        """Why this leader cannot decide these: :class:`NotLeaderError` while another one is asked to lead instead."""
+        refused = self._refuse(requests)
+        if refused is not None and self._node.yield_leadership(self):
+            return NotLeaderError(f"node {self._node.id} lets another one lead: {Exception.__str__(refused)}")
+        return refused
 
     def _decided(self, call: _Call, outcomes: list[Outcome]) -> None:
         """Outcomes from here or from the leader."""
@@ -329,11 +339,15 @@ class Group:
             SpaceError: it does not, or they are malformed.
         """
         requests = decode_requests(document, attachments)
-        refused = self._refuse(requests)
-        if refused is not None:
-            raise refused
         if self.stopped or self.failure is not None:
             raise NotLeaderError(f"node {self._node.id} is not ready")
+        if not self.replica.leads():
+            raise self.replica.driver.not_leader()
+        refused = self._refused(requests)
+        if isinstance(refused, NotLeaderError):
+            raise refused
+        if refused is not None:
+            return [error_document(refused)] * len(requests)
         future: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
 
         def done(outcomes: list[Outcome]) -> None:

@@ -57,6 +57,12 @@ FULL_SECONDS: Final = 0.5
 """How long the writer waits on a full disk before it tries again."""
 
 SYNCS_AT_ONCE: Final = 8
+YIELD_SECONDS: Final = 10.0
+"""How often a leader with a full disk asks another node to lead: one that took over may have to give it back."""
+
+YIELDING_SECONDS: Final = 1.0
+"""How long commands wait for that before they are refused."""
+
 STATUS_SECONDS: Final = 2.0
 LEAD_SECONDS: Final = 2.0
 DIGEST_SECONDS: Final = 1.0
@@ -163,6 +169,7 @@ class Node:
         self._incarnation = time_ns()
         self._installing: dict[int, int] = {}
         self._led_since: dict[int, float] = {}
+        self._yielded: dict[int, float] = {}
         self.differences: list[str] = []
         self.on_call: Callable[[int, str], Any] = _no_calls
         """Carries out an operation on a shard's store that only its leader can, asked by another node."""
@@ -367,16 +374,24 @@ class Node:
                 job.write()
             except DiskFullError as error:
                 log.warning("shard %d of node %d waits: %s", group.number, self.id, error)
-                self.call_soon(self._yield_leadership, group)
+                self.call_soon(self.yield_leadership, group)
                 if self._stopping.wait(FULL_SECONDS):
                     raise
             else:
                 return
 
-    def _yield_leadership(self, group: Group) -> None:
-        """A leader that cannot write lets another one lead."""
-        if group.replica.leads() and not group.stopped:
+    def yield_leadership(self, group: Group) -> bool:
+        """Whether another node is asked to lead instead of this one, whose disk is full.
+
+        Not more often than it makes sense: when all disks are full, callers are to hear of it.
+        """
+        if not group.replica.leads() or group.stopped:
+            return False
+        since = self.now() - self._yielded.get(group.number, -YIELD_SECONDS)
+        if since >= YIELD_SECONDS:
+            self._yielded[group.number] = self.now()
             self.spawn(self._hand_over(group))
+        return not YIELDING_SECONDS <= since < YIELD_SECONDS
 
     async def _hand_over(self, group: Group) -> None:
         """Lets the follower that is furthest lead, if there is one; waits a little for it."""
