@@ -18,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 import attrs
 
+from space._errors import SpaceError
 from space._node.caller import Document
 from space.policy.units import format_size
 
@@ -43,6 +45,9 @@ PYTHON_MIN: Final = (3, 11)
 SYNCS: Final = 16
 FREE_BYTES_MIN: Final = 64 << 20
 FILES_MIN: Final = 256
+ENGINE_HINT: Final = (
+    "a cluster needs it: tools/setup in a checkout, or pip install ./raft-engine (needs Rust)"
+)
 FUSE_PACKAGES: Final = "apt install fuse3 libfuse3-dev pkg-config gcc python3-dev"
 
 _KEEP_SIZE: Final = 1  # linux/falloc.h
@@ -65,6 +70,11 @@ def examine(data: Path) -> list[Document]:
     directory = _nearest(data)
     checks = [_python(), _kernel(), *map(_library, LIBRARIES), _data(data, directory), *_disk(directory)]
     checks += [_file_limit(), _device(), _program("fusermount3", FUSE_PACKAGES), _pyfuse3()]
+    checks += [
+        _extra("space-raft-engine", ENGINE_HINT),
+        _extra("aiohttp", "pip install 'space-store[cluster]'"),
+    ]
+    checks += _certificate(data)
     return [attrs.asdict(check) for check in checks]
 
 
@@ -172,3 +182,28 @@ def _pyfuse3() -> Check:
     except ImportError as error:
         return Check("pyfuse3", False, str(error), needed=False, hint=hint)
     return Check("pyfuse3", True, importlib.metadata.version("pyfuse3"), needed=False)
+
+
+def _extra(name: str, hint: str) -> Check:
+    """A package that only clusters need."""
+    try:
+        return Check(name, True, importlib.metadata.version(name), needed=False)
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, False, "not installed", needed=False, hint=hint)
+
+
+def _certificate(data: Path) -> list[Check]:
+    """The certificate of the node whose directory this is; nothing for a store that is none."""
+    directory = data / "tls"
+    if not directory.is_dir():
+        return []
+    from space.replication.certificates import WARNING_DAYS, Tls, days_left
+
+    hint = "space cluster invite N --out DIR makes a new one"
+    try:
+        found = Tls.load(directory)
+    except SpaceError as error:
+        return [Check("certificate", False, str(error), needed=False, hint=hint)]
+    days = days_left(found.expires, now=datetime.now(UTC))
+    value = f"{found.identity}, {days} days left"
+    return [Check("certificate", days >= WARNING_DAYS, value, needed=False, hint=hint)]

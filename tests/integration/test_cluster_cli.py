@@ -338,7 +338,7 @@ def test_a_mount_stays_through_a_failover(tmp_path: Path) -> None:
 
 @pytest.mark.requires("/dev/fuse", "fusermount3", "py:pyfuse3")
 def test_a_node_mounts_when_it_starts(tmp_path: Path) -> None:
-    """serve --mount mounts the tree, and nothing is left mounted when the node ends."""
+    """A node with --mount mounts the tree, and nothing is left mounted when the node ends."""
     target = tmp_path / "mnt"
     node = serve(tmp_path / "data", "--listen", "127.0.0.1:0", "--mount", f"{target}=/")
     try:

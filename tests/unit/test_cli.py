@@ -407,7 +407,7 @@ def test_policies(run: Run, stored: str, tmp_path: Path) -> None:
         (["project"], 2),
         (["project", "stop", "nothing"], 3),
         (["bench", "no-such-benchmark"], 2),
-        (["ls", "--node", "https://example.net"], 7),
+        (["ls", "--node", "https://example.net"], 2),
         (["ls", "--node", "unix:///nowhere/control.sock"], 7),
         (["ls", "--node", "teapot"], 2),
         (["no-such-command"], 2),
