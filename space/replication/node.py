@@ -188,7 +188,7 @@ class Node:
         self.learn_members()
         self._writer = threading.Thread(target=self._write, name="space-writer", daemon=True)
         self._writer.start()
-        self.spawn(self._tick())
+        self.spawn(self._tick(), vital=True)
         self.spawn(self._compare())
         for parts in self.parts.values():
             self.schedule(parts.group)
@@ -209,6 +209,7 @@ class Node:
             if parts.group.failure is None:
                 parts.group.fail(UnavailableError(f"node {self.id} has stopped"))
         await self.transport.close()
+        self._thread = 0  # the number of a thread that has ended is given to another one
 
     @property
     def address(self) -> str:
@@ -241,20 +242,22 @@ class Node:
         assert self._loop is not None
         self._loop.call_later(seconds, function, *arguments)
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs a task of the node's own."""
+    def spawn(self, work: Coroutine[Any, Any, None], *, vital: bool = False) -> None:
+        """Runs a task of the node's own; one that is vital ends the node if it breaks."""
         assert self._loop is not None
         task = self._loop.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(lambda task: self._ended(task, vital))
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[None], vital: bool) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             if isinstance(error, SpaceError):
                 log.warning("node %d: %s", self.id, error)
             else:
                 log.error("node %d: a task broke", self.id, exc_info=error)
+            if vital:
+                self._on_fatal(StorageError(f"node {self.id} met {error!r:.200}"))
 
     def run(self, work: Coroutine[Any, Any, T], *, seconds: float) -> T:
         """Runs something in the loop for another thread, and waits for it.
