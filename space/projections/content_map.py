@@ -156,7 +156,11 @@ def _own(txn: Reader, layer: int, start: int, end: int) -> Iterator[Extent]:
     before = txn.last_at_or_before(EXTENT, _KEY.pack(layer, start))
     first = start
     if before is not None and before[0].startswith(prefix):
-        first = int.from_bytes(before[0][8:], "big")
+        extent = _decode(*before)
+        if extent.end >= end:  # the whole range is in one extent: most small reads end here
+            yield extent
+            return
+        first = extent.offset
     for key, value in txn.scan(EXTENT, prefix, _KEY.pack(layer, first)):
         extent = _decode(key, value)
         if extent.offset >= end:
@@ -276,7 +280,8 @@ class ContentFolder:
         last = txn.last_at_or_before(EXTENT, _KEY.pack(layer, end - 1))
         if last is None or not _reaches(last, layer, start):
             return
-        for extent in list(_own(txn, layer, start, end)):
+        found = _decode(*last)
+        for extent in [found] if found.offset <= start else list(_own(txn, layer, start, end)):
             txn.delete(EXTENT, _KEY.pack(layer, extent.offset))
             if extent.offset < start:
                 self._put(layer, extent.part(extent.offset, start))

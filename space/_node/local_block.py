@@ -1,0 +1,627 @@
+"""The block model over a store in this process, over one replica of a cluster, or over a past moment.
+
+Reading is done in the caller's turn of the loop: a look at the map and a read from the page cache cost less than
+asking another thread for it.  Long reads go to a thread, and so does whatever met damage there (a replica then asks
+its peers).
+
+Mutations of one turn of the loop, from all devices of a store, are one batch (:class:`BlockWriter`), and everything
+that waits for durability meanwhile shares one fdatasync.  A write is one command, so it is whole after any crash;
+that is why none is longer than one extent.
+
+Compare-and-write reads, compares, and writes on the condition that the capsule is as it was read: the command
+carries the position of the last change, and deciding refuses it when that has moved, whoever moved it and on
+whatever node.  So nothing can come in between, and no lock outlives a crash.  While one is under way, this process
+holds back other mutations of the capsule, or a busy device would never be found unchanged.
+
+What a buffer given to :meth:`LocalBlockDevice.write` holds must not change before the call returns, cancelled or
+not: raw frames are written from it.  A cancelled mutation returns when it is settled.
+
+One loop only; a cluster's member answers from its own threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+from blake3 import blake3
+
+from space._errors import (
+    ConflictError,
+    CorruptionError,
+    RefusedError,
+    SpaceError,
+    Status,
+    StorageError,
+    UnavailableError,
+    UsageError,
+)
+from space._node.reading import Reading
+from space._node.store import STALE_RETRIES, Store
+from space.events import commands as cmd
+from space.events.commands import Buffer, Command, Durability, Receipt, Request
+from space.events.ids import AtPosition, CapsuleId
+from space.events.types import COPY_BYTES_MAX, EXTENT_BYTES_MAX, Kind
+from space.policy.model import Policy
+from space.projections import content_map
+from space.projections.block import BlockInfo
+from space.statemachine.apply import namespace_key
+from space.statemachine.store import ReadTransaction
+from space.statemachine.tables import NAMESPACE, U32, U64, CapsuleRow
+
+if TYPE_CHECKING:
+    from space._node.member import Member
+
+logger = logging.getLogger("space")
+
+WRITE_BYTES_MAX: Final = EXTENT_BYTES_MAX
+"""Longest write, and longest compare-and-write: one command, and so one event, is what a crash leaves whole."""
+
+BLOCK_BYTES: Final = 512
+"""Block size of a capsule that was made without one."""
+
+READ_HERE_BYTES_MAX: Final = 256 << 10
+"""A longer read takes a thread: fetching and checking it would keep the loop from everybody else for too long."""
+
+TOGETHER_MAX: Final = 1024
+"""Requests handed in at once: what a batch may hold is bounded anyway, what a group's leader is sent by this."""
+
+COMPARE_RETRIES: Final = 64
+"""How often a compare-and-write begins anew because others write to the capsule, before it gives up."""
+
+POLICIES_MAX: Final = 256
+"""Policies of capsules kept decoded; devices have few, and a policy's number means the same for ever."""
+
+ANSWER_SECONDS: Final = 60.0
+"""How long a group's answer is waited for: twice what the group itself takes to give up, so its node has ended."""
+
+_ZEROS: Final = memoryview(bytes(1 << 20))
+
+Outcome = Receipt | SpaceError
+
+
+# --- mutations -------------------------------------------------------------------------------------
+
+
+class _Gate:
+    """Lets many in together, or one alone; who waits to be alone is not overtaken."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._alone = asyncio.Lock()
+        self._empty = asyncio.Event()
+
+    async def enter(self) -> None:
+        """Lets one of many in; each leaves again."""
+        if self._alone.locked():
+            async with self._alone:
+                self._inside += 1
+        else:
+            self._inside += 1
+
+    def leave(self) -> None:
+        """One of many goes."""
+        self._inside -= 1
+        if not self._inside:
+            self._empty.set()
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Nobody else is inside."""
+        async with self._alone:
+            while self._inside:
+                self._empty.clear()
+                await self._empty.wait()
+            yield
+
+
+@attrs.define(eq=False)
+class _Handed:
+    """Commands of one caller, and who waits for their outcomes."""
+
+    requests: list[Request]
+    settled: asyncio.Future[list[Outcome]]
+
+
+class BlockWriter:
+    """The way into a store for all block devices of one loop."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._member = _member(store)
+        self._waiting: list[_Handed] = []
+        self._draining = False
+        self._thread = ThreadPoolExecutor(1, "space-block")
+        self._sync_thread = ThreadPoolExecutor(1, "space-block-sync")
+        self._syncing: asyncio.Future[None] | None = None
+        self._gates: weakref.WeakValueDictionary[bytes, _Gate] = weakref.WeakValueDictionary()
+
+    def gate(self, capsule: CapsuleId) -> _Gate:
+        """The gate that all devices of a capsule share."""
+        found = self._gates.get(capsule)
+        if found is None:
+            found = self._gates[capsule] = _Gate()
+        return found
+
+    async def execute(self, requests: list[Request], *, durable: bool) -> list[Outcome]:
+        """Has commands carried out in order, together with what else is handed in meanwhile.
+
+        A caller that is cancelled stays until its commands are settled, unless they have not left yet.
+        """
+        loop = asyncio.get_running_loop()
+        handed = _Handed(requests, loop.create_future())
+        self._waiting.append(handed)
+        if not self._draining:
+            self._draining = True
+            loop.call_soon(self._drain)
+        try:
+            outcomes = await handed.settled
+        except asyncio.CancelledError:
+            if handed in self._waiting:
+                self._waiting.remove(handed)
+            else:
+                handed.settled = loop.create_future()
+                await asyncio.wait([handed.settled])
+            raise
+        if durable:
+            position = max((each.position for each in outcomes if isinstance(each, Receipt)), default=0)
+            await self.durable(position)
+        return outcomes
+
+    async def durable(self, position: int | None = None) -> None:
+        """Returns once all batches up to ``position`` (default: everything acknowledged) are durable.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        if self._member is not None:
+            return  # what a group acknowledges is durable on a quorum
+        store = self.store
+        wanted = store.last if position is None else position
+        while store.wal.durable_index < wanted:
+            syncing = self._syncing
+            if syncing is None or syncing.done():
+                loop = asyncio.get_running_loop()
+                syncing = self._syncing = loop.run_in_executor(self._sync_thread, store.sync)
+            await asyncio.shield(syncing)
+
+    async def close(self) -> None:
+        """Ends the helper threads, once they have nothing to do; the store stays open."""
+        await asyncio.to_thread(self._thread.shutdown)
+        await asyncio.to_thread(self._sync_thread.shutdown)
+
+    # --- one turn of the loop ---------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        handed, self._waiting = self._waiting[:TOGETHER_MAX], self._waiting[TOGETHER_MAX:]
+        requests = [request for each in handed for request in each.requests]
+        loop = asyncio.get_running_loop()
+        store = self.store
+        if self._member is not None:
+            self._hand_over(self._member, requests, handed)
+        elif store._lock.acquire(blocking=False):
+            try:
+                outcomes = _carried_out(store, requests)
+            finally:
+                store._lock.release()
+            self._settle(handed, outcomes)
+        else:  # whoever has the lock may keep it for long, as gc does: the loop does not wait for it
+            carrying = loop.run_in_executor(self._thread, _carried_out, store, requests)
+            carrying.add_done_callback(lambda done: self._settle(handed, done.result()))
+
+    def _settle(self, handed: list[_Handed], outcomes: list[Outcome]) -> None:
+        _resolve(handed, outcomes)
+        self._next()
+
+    def _next(self) -> None:
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._drain)
+        else:
+            self._draining = False
+
+    def _hand_over(self, member: Member, requests: list[Request], handed: list[_Handed]) -> None:
+        """Gives the commands to the group, which has many such under way at a time."""
+        try:
+            answer = member.begin(requests)
+        except SpaceError as error:
+            self._settle(handed, [error] * len(requests))
+            return
+        _when_answered(answer, lambda outcomes: _resolve(handed, outcomes), [_lost()] * len(requests))
+        self._next()
+
+
+def _carried_out(store: Store, requests: list[Request]) -> list[Outcome]:
+    try:
+        return store.execute_all(requests, durability=Durability.BUFFERED)
+    except SpaceError as error:
+        return [error] * len(requests)
+    except Exception as error:
+        logger.exception("the store broke under a block device")
+        return [StorageError(f"the store met {type(error).__name__}")] * len(requests)
+
+
+def _resolve(handed: list[_Handed], outcomes: list[Outcome]) -> None:
+    at = 0
+    for each in handed:
+        if not each.settled.done():
+            each.settled.set_result(outcomes[at : at + len(each.requests)])
+        at += len(each.requests)
+
+
+def _when_answered(answer: Future[Any], then: Callable[[Any], object], otherwise: Any) -> None:
+    """Calls ``then`` in this loop with what a future of another brings, or after ANSWER_SECONDS with ``otherwise``."""
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(ANSWER_SECONDS, then, otherwise)
+
+    def arrived(result: Any) -> None:
+        timer.cancel()
+        then(result)
+
+    def done(future: Future[Any]) -> None:
+        result = future.exception() or future.result()
+        with contextlib.suppress(RuntimeError):  # this loop has ended, and with it whoever waited
+            loop.call_soon_threadsafe(arrived, result)
+
+    answer.add_done_callback(done)
+
+
+def _lost() -> UnavailableError:
+    return UnavailableError("the node gave no answer", hint="it may still be carried out")
+
+
+def _member(reading: Reading) -> Member | None:
+    """The reading, if it is a replica; whose module needs a while to import, and nobody alone needs it."""
+    if type(reading) is Store or not isinstance(reading, Store):
+        return None
+    from space._node.member import Member
+
+    return reading if isinstance(reading, Member) else None
+
+
+# --- the device ------------------------------------------------------------------------------------
+
+
+class LocalBlockDevice:
+    """A :class:`space.projections.block.BlockDevice` over a :class:`Reading`."""
+
+    def __init__(self, reading: Reading, capsule: CapsuleId, *, writer: BlockWriter | None = None) -> None:
+        """Serves a capsule; only where ``writer`` leads into the same store it can be changed.
+
+        Close it: until then gc leaves the capsule alone even if it is deleted.
+
+        Raises:
+            NotFoundError: there is no such capsule.
+            UsageError: it is no file; or ``writer`` is one of another store.
+        """
+        if writer is not None and writer.store is not reading:
+            raise UsageError("a past moment, or another store, is not written to", status=Status.READ_ONLY)
+        self._reading = reading
+        self._capsule = capsule
+        self._writer = writer
+        self._member = _member(reading)
+        self._gate = writer.gate(capsule) if writer else _Gate()
+        self._policies: dict[int, Policy] = {}
+        self._info: tuple[object, BlockInfo] | None = None
+        kind = reading.stat(capsule).kind
+        if kind != Kind.FILE:
+            raise UsageError(f"not a file: {capsule}")
+        self._pinning = reading if isinstance(reading, Store) else None
+        if self._pinning:
+            self._pinning.pinned[capsule] += 1
+
+    def close(self) -> None:
+        """Lets go of the capsule; closing twice does nothing."""
+        store, self._pinning = self._pinning, None
+        if store:
+            store.pinned[self._capsule] -= 1
+            if not store.pinned[self._capsule]:
+                del store.pinned[self._capsule]
+
+    def info(self) -> BlockInfo:
+        """What it is now, on a cluster's member as far as that one knows.
+
+        Raises:
+            NotFoundError: the capsule is gone.
+        """
+        with self._look() as txn:
+            seen = (self._reading._tables, txn._txn.id())
+            if self._info is None or self._info[0] != seen:
+                self._info = seen, self._found(txn)
+            return self._info[1]
+
+    def _found(self, txn: ReadTransaction) -> BlockInfo:
+        row = self._reading._row(txn, self._capsule)
+        mapped = content_map.map_row(txn, self._capsule)
+        size = _whole_blocks(row)
+        allocated = min(mapped.allocated, size) if mapped else 0
+        block = row.block_size or BLOCK_BYTES
+        return BlockInfo(self._capsule, size, block, allocated, self._writer is None, row.change)
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    async def read(self, offset: int, length: int) -> Sequence[Buffer]:
+        if self._member is not None:
+            await self._confirm(self._member)
+        if length > READ_HERE_BYTES_MAX:
+            return await asyncio.to_thread(self._read_whole, offset, length)
+        try:
+            with self._look() as txn:
+                return self._pieces(txn, offset, length)
+        except CorruptionError:
+            return await asyncio.to_thread(self._read_whole, offset, length)
+
+    @contextlib.contextmanager
+    def _look(self) -> Iterator[ReadTransaction]:
+        """A snapshot of what is here; on a member as it is, confirmed or not."""
+        with self._member.stale() if self._member else contextlib.nullcontext(), self._reading._read() as txn:
+            yield txn
+
+    async def _confirm(self, member: Member) -> None:
+        """Returns when this replica has everything acknowledged anywhere before (ReadIndex)."""
+        answer: Future[None] = Future()
+        confirmed: asyncio.Future[SpaceError | None] = asyncio.get_running_loop().create_future()
+
+        def arrived(found: SpaceError | None) -> None:
+            if not confirmed.done():
+                confirmed.set_result(found)
+
+        _when_answered(answer, arrived, _lost())
+        member.node.call_soon(member.group.begin_barrier, answer, ANSWER_SECONDS / 2)
+        if (error := await confirmed) is not None:
+            raise error
+
+    def _read_whole(self, offset: int, length: int) -> list[Buffer]:
+        """In another thread: mends what can be mended, and says where damage is."""
+        try:
+            with self._look() as txn:
+                return self._pieces(txn, offset, length)
+        except CorruptionError:
+            data = self._reading.read(self._capsule, offset, length)
+            return [data, *_zeros(length - len(data))]
+
+    def _pieces(self, txn: ReadTransaction, offset: int, length: int) -> list[Buffer]:
+        read = self._reading._content.read_parts
+        pieces: list[Buffer] = []
+        at, end = offset, offset + length
+        for extent in content_map.extents(txn, self._capsule, offset, length):
+            if extent.offset > at:
+                pieces += _zeros(extent.offset - at)
+            pieces += read(extent.frames, extent.position, extent.skip, extent.length)
+            at = extent.end
+        if at < end:
+            pieces += _zeros(end - at)
+        return pieces
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    async def write(self, offset: int, data: Buffer, *, durable: bool, actor: str) -> None:
+        """As the protocol says; at most :data:`WRITE_BYTES_MAX`.
+
+        Raises:
+            UsageError: longer (status TOO_LARGE), or beyond the end (NO_SPACE).
+        """
+        writer = self._writable()
+        await self._gate.enter()
+        try:
+            for attempt in range(STALE_RETRIES):
+                with self._look() as txn:
+                    row = self._inside(txn, offset, len(data))
+                    command = self._encoded(txn, row, offset, data, plainly=attempt > 0)
+                (outcome,) = await writer.execute([Request(command, actor)], durable=durable)
+                if isinstance(outcome, Receipt):
+                    return
+                if outcome.status is not Status.STALE or attempt == STALE_RETRIES - 1:
+                    raise outcome
+        finally:
+            self._gate.leave()
+
+    def _inside(self, txn: ReadTransaction, offset: int, length: int) -> CapsuleRow:
+        """The capsule's row, if the range is inside it: a file without blocks would grow."""
+        row = self._reading._row(txn, self._capsule)
+        if offset < 0 or offset + length > _whole_blocks(row):
+            raise UsageError(
+                f"{offset}+{length} is beyond the {_whole_blocks(row)} bytes of {self._capsule}",
+                status=Status.NO_SPACE,
+            )
+        return row
+
+    def _encoded(
+        self, txn: ReadTransaction, row: CapsuleRow, offset: int, data: Buffer, *, plainly: bool
+    ) -> cmd.WriteExtent:
+        """The one command that writes ``data``; ``plainly``: without referring to bytes stored before."""
+        assert self._writer
+        if not 0 < len(data) <= WRITE_BYTES_MAX:
+            raise UsageError(
+                f"a write of {len(data)} bytes; 1 to {WRITE_BYTES_MAX} are whole after a crash",
+                status=Status.TOO_LARGE,
+            )
+        policy = self._policies.get(row.policy)
+        if policy is None:
+            if len(self._policies) >= POLICIES_MAX:
+                self._policies.clear()
+            policy = self._policies[row.policy] = self._reading._policy(txn, row.policy)
+        if plainly:
+            policy = attrs.evolve(policy, dedupe=False)
+        (command,) = self._writer.store.encode_extents(self._capsule, offset, data, policy, row.key)
+        assert isinstance(command, cmd.WriteExtent)
+        return command
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, deallocate: bool, durable: bool, actor: str
+    ) -> None:
+        await self._change([cmd.Deallocate(self._capsule, offset, length)], durable, actor)
+
+    async def deallocate(self, ranges: Sequence[tuple[int, int]], *, actor: str) -> None:
+        commands = [cmd.Deallocate(self._capsule, offset, length) for offset, length in ranges if length]
+        await self._change(commands, durable=False, actor=actor)
+
+    async def copy(
+        self, ranges: Sequence[tuple[int, int]], target: int, *, durable: bool, actor: str
+    ) -> None:
+        """As the protocol says; a copy that ends beyond the device does nothing."""
+        self._writable()
+        with self._look() as txn:
+            self._inside(txn, target, sum(length for _, length in ranges))
+        commands: list[Command] = []
+        for offset, length in ranges:
+            commands += _copies(self._capsule, offset, length, target)
+            target += length
+        await self._change(commands, durable, actor)
+
+    async def _change(self, commands: Sequence[Command], durable: bool, actor: str) -> None:
+        """Carries out commands in order; raises the first error there is."""
+        writer = self._writable()
+        if not commands:
+            return
+        await self._gate.enter()
+        try:
+            requests = [Request(command, actor) for command in commands]
+            outcomes = await writer.execute(requests, durable=durable)
+        finally:
+            self._gate.leave()
+        for outcome in outcomes:
+            if isinstance(outcome, SpaceError):
+                raise outcome
+
+    async def compare_and_write(
+        self, offset: int, expected: Buffer, data: Buffer, *, durable: bool, actor: str
+    ) -> int:
+        """As the protocol says; at most :data:`WRITE_BYTES_MAX`.
+
+        Raises:
+            ConflictError: others write to the capsule so fast that it was never found unchanged (STALE).
+        """
+        writer = self._writable()
+        if len(expected) != len(data):
+            raise UsageError(f"{len(expected)} bytes to compare with, {len(data)} to write")
+        async with self._gate.alone():
+            for attempt in range(COMPARE_RETRIES):
+                if self._member is not None:
+                    await self._confirm(self._member)
+                try:
+                    with self._look() as txn:
+                        row = self._inside(txn, offset, len(data))
+                        held = b"".join(self._pieces(txn, offset, len(data)))
+                        command = self._encoded(txn, row, offset, data, plainly=attempt > 0)
+                except CorruptionError:
+                    await asyncio.to_thread(self._read_whole, offset, len(data))
+                    continue
+                if (differs := _first_difference(held, expected)) >= 0:
+                    return differs
+                conditional = attrs.evolve(command, change=row.change)
+                (outcome,) = await writer.execute([Request(conditional, actor)], durable=durable)
+                if isinstance(outcome, Receipt):
+                    return -1
+                if outcome.status is not Status.STALE:
+                    raise outcome
+        raise ConflictError(f"capsule {self._capsule} changes too fast to be compared", status=Status.STALE)
+
+    async def flush(self) -> None:
+        if self._writer is not None:
+            await self._writer.durable()
+
+    def _writable(self) -> BlockWriter:
+        if self._writer is None:
+            raise RefusedError("this device is read-only", status=Status.READ_ONLY)
+        return self._writer
+
+
+def _whole_blocks(row: CapsuleRow) -> int:
+    return row.size - row.size % (row.block_size or BLOCK_BYTES)
+
+
+def _zeros(length: int) -> list[Buffer]:
+    """Zeros as buffers that all share one."""
+    whole, rest = divmod(length, len(_ZEROS))
+    return [*[_ZEROS] * whole, *([_ZEROS[:rest]] if rest else [])]
+
+
+def _first_difference(held: bytes, expected: Buffer) -> int:
+    """Offset of the first byte that is not the same in both, or -1."""
+    view = memoryview(expected).cast("B")
+    if held == view:
+        return -1
+    low, high = 0, len(held)
+    while high - low > 1:  # the first difference is in [low, high)
+        middle = (low + high) // 2
+        if held[low:middle] == view[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _copies(capsule: CapsuleId, offset: int, length: int, target: int) -> list[cmd.CopyRange]:
+    """Commands for a copy inside a capsule, so ordered that none overwrites what a later one reads."""
+    starts = range(0, length, COPY_BYTES_MAX)
+    return [
+        cmd.CopyRange(capsule, target + at, capsule, offset + at, min(COPY_BYTES_MAX, length - at))
+        for at in (starts if target < offset else reversed(starts))
+    ]
+
+
+# --- identities ------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class NamespaceIdentity:
+    """What hosts know a namespace by: the same on every node, after every restart, for ever.
+
+    Attributes:
+        uuid: 16 bytes; the capsule's id, or for a past moment a UUIDv8 made of id and moment.
+        nguid: 16 bytes (NVM Command Set 1.0 §4.1.5): a vendor part of 8 bytes, a locally administered
+            organization's number of 3 and its extension of 5.
+        eui64: 8 bytes, beginning with a locally administered organization's number.
+    """
+
+    uuid: CapsuleId
+    nguid: bytes
+    eui64: bytes
+
+
+_LOCAL: Final = 0x02
+_GROUP: Final = 0x01
+"""Bits of an organization's number (IEEE 802-2014 §8.2): assigned locally; stands for a group."""
+
+
+def namespace_identity(capsule: CapsuleId, at: AtPosition | None = None) -> NamespaceIdentity:
+    """Identity of a capsule as a namespace; of what it was at ``at``, which is another one and never changes."""
+    uuid = capsule
+    if at is not None:
+        event = b"" if at.event is None else U32.pack(at.event)
+        uuid = capsule.derive(b"@" + U64.pack(at.position) + event)
+    nguid = bytearray(blake3(uuid, derive_key_context="space nvme nguid v1").digest(16))
+    eui64 = bytearray(blake3(uuid, derive_key_context="space nvme eui64 v1").digest(8))
+    nguid[8] = nguid[8] & ~_GROUP | _LOCAL
+    eui64[0] = eui64[0] & ~_GROUP | _LOCAL
+    return NamespaceIdentity(uuid, bytes(nguid), bytes(eui64))
+
+
+def namespace_number(store: Store, subsystem: str, namespace: CapsuleId) -> int:
+    """The NSID of a namespace (by its uuid) in a subsystem; the first who asks has one assigned, for ever.
+
+    Blocks: not for a loop.
+
+    Raises:
+        UsageError: not the name of a subsystem.
+        SpaceError: it could not be logged.
+    """
+    known = known_number(store, subsystem, namespace)
+    if known is None:
+        store.execute(cmd.AssignNamespace(subsystem, namespace))
+        known = known_number(store, subsystem, namespace)
+        assert known is not None
+    return known
+
+
+def known_number(reading: Reading, subsystem: str, namespace: CapsuleId) -> int | None:
+    """The NSID of a namespace in a subsystem, or None if it was never given one."""
+    with reading._read() as txn:
+        row = txn.get(NAMESPACE, namespace_key(subsystem, namespace))
+    return None if row is None else int(U32.unpack(row)[0])
