@@ -137,6 +137,10 @@ class Member(Store):
                 f"{self.path} belongs to node {state.node}, not to node {self._node_id}",
                 hint="each node has a directory of its own",
             )
+        elif self.wal.last_term > state.term:
+            # Batches came from a peer while the log was healed.  No vote was given in their term: it would be here.
+            state = attrs.evolve(state, term=self.wal.last_term, vote=0)
+            self.state_file.save(state, sync=True)
 
     def _committed(self) -> int:
         """Up to where the log is known to be committed."""
