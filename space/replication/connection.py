@@ -31,6 +31,7 @@ PIECE_BYTES: Final = 16 << 10
 """Where copying pieces together starts to cost more than writing them one by one (one TLS record)."""
 LINGER_SECONDS: Final = 1.0
 """How long a goodbye may take to leave."""
+_TCP_ESTABLISHED: Final = 1  # tcpi_state, the first byte of struct tcp_info (linux/tcp.h)
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 
 
@@ -95,6 +96,19 @@ class Connection(asyncio.BufferedProtocol):
     def is_open(self) -> bool:
         """Whether frames can be sent."""
         return self._transport is not None and not self._ended
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the other side has closed, which nothing else tells of a connection that is held."""
+        if not self._held or self._transport is None or self._ended:
+            return False
+        info: bytes = self.about("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+        return info[0] != _TCP_ESTABLISHED
+
+    @property
+    def sent(self) -> int:
+        """Bytes of all frames since the beginning, of which ``written`` have gone to the transport."""
+        return self.written + self._queued
 
     @property
     def queued_bytes(self) -> int:

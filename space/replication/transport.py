@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import time
 from collections import OrderedDict
@@ -228,9 +229,12 @@ class _Link:
     async def _connect(self, connection: Connection) -> None:
         hub, peer = self._hub, self._peer
         tls = hub.tls.client if hub.tls else None
+        loop = asyncio.get_running_loop()
         async with asyncio.timeout(hub.limits.connect_seconds):
-            host, port = peer.address
-            await asyncio.get_running_loop().create_connection(lambda: connection, host, port, ssl=tls)
+            sock = await _dialled(*peer.address)
+            name = peer.address[0] if tls else None
+            making = loop.create_connection(lambda: connection, sock=sock, ssl=tls, server_hostname=name)
+            await hub.make(making, sock, connection)
             connection.send(encode_hello(hub.hello(self._lane)))
             hello = await connection.introduction()
         try:
@@ -382,6 +386,7 @@ class _Inbound:
         self._last_id = 0
         self._answering: set[asyncio.Task[None]] = set()
         self._bytes = 0  # of attachments of what is being answered
+        self._pong_end = 0  # where in what was sent the last answer to a ping ends
         self._written = -1
         self._stalled = 0
         self.connection = connection
@@ -395,13 +400,17 @@ class _Inbound:
             case Request():
                 self._on_request(frame)
             case Ping():
-                if self.connection.queued_bytes > self._hub.limits.bulk_bytes:
-                    raise WireError("pings come and their answers are not taken")
-                self.connection.send(encode_pong(frame.token))
+                self._on_ping(frame)
             case Goodbye():
                 self.connection.abort(f"ended there: {frame.text}")
             case _:
                 raise WireError(f"{type(frame).__name__} on a connection that asks")
+
+    def _on_ping(self, frame: Ping) -> None:
+        if self.connection.written < self._pong_end:
+            raise WireError("a ping before the last one was answered")
+        self.connection.send(encode_pong(frame.token))
+        self._pong_end = self.connection.sent
 
     def _on_raft(self, frame: Raft) -> None:
         if self.hello.lane is Lane.BULK:
@@ -448,7 +457,9 @@ class _Inbound:
         self.connection.send(frame)
 
     def tick(self) -> None:
-        """Looks whether answers are taken."""
+        """Looks whether answers are taken, and whether there is still somebody to take them."""
+        if self.connection.is_left:
+            self.connection.abort("the other side closed the connection")
         stuck = self.connection.queued_bytes > 0 and self.connection.written == self._written
         self._stalled = self._stalled + 1 if stuck else 0
         self._written = self.connection.written
@@ -529,6 +540,7 @@ class Transport:
 
         Raises:
             StorageError: the address cannot be listened on.
+            UsageError: there is no such port.
         """
         if self._listen is not None:
             self._listener = _listener(self._listen)
@@ -645,6 +657,7 @@ class Transport:
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()
+            self._listener = None
         for peer in self._peers.values():
             peer.stop()
         for inbound in self._inbound:
@@ -663,6 +676,31 @@ class Transport:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    async def make(
+        self, making: Coroutine[Any, Any, object], sock: socket.socket, connection: Connection
+    ) -> None:
+        """Waits for a handshake.
+
+        It is never cancelled: uvloop would then close a connection that was just made without saying so to its
+        protocol.  When it is given up, its socket is hung up, and it ends by itself.
+        """
+
+        async def made() -> None:
+            try:
+                await making
+            finally:
+                if not connection.is_made:
+                    sock.close()
+
+        task = self.spawn(made())
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            _hang_up(sock)
+            await asyncio.wait({task})
+            _ = task.cancelled() or task.exception()  # it is known why
+            raise
 
     def connection(self) -> Connection:
         """A connection that is to be made."""
@@ -784,8 +822,6 @@ class Transport:
             await self._attend(inbound)
         finally:
             self._strangers.pop(sock, None)
-            if not connection.is_made:
-                sock.close()
 
     def _refuse(self, host: str, connection: Connection, reason: Reason, text: str) -> None:
         self.stats.refused += 1
@@ -796,7 +832,7 @@ class Transport:
         tls = self.tls.server if self.tls else None
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(self.limits.hello_seconds):
-            await loop.connect_accepted_socket(lambda: connection, sock, ssl=tls)
+            await self.make(loop.connect_accepted_socket(lambda: connection, sock, ssl=tls), sock, connection)
             hello = await connection.introduction()
         self.check(hello, connection)
         inbound = _Inbound(self, connection, hello)
@@ -833,25 +869,56 @@ class Transport:
 
 
 def _listener(address: tuple[str, int]) -> socket.socket:
+    if not 0 <= address[1] < 1 << 16:
+        raise UsageError(f"there is no port {address[1]}")
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     try:
         listener = socket.create_server(address, family=family, backlog=BACKLOG)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise StorageError(f"cannot listen on {address[0]}:{address[1]}: {_described(error)}") from None
     listener.setblocking(False)
     return listener
 
 
+async def _dialled(host: str, port: int) -> socket.socket:
+    """A socket that is connected there, by the first address that answers."""
+    loop = asyncio.get_running_loop()
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:  # a name: that may take a while, in another thread
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    reason = OSError(f"{host} has no address")
+    for family, kind, protocol, _, address in found:
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, address)
+        except OSError as error:
+            reason = error
+            sock.close()
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    raise reason
+
+
 def _hang_up(sock: socket.socket) -> None:
-    """Ends a connection, whoever owns its socket by now: the owner sees its end and cleans up."""
+    """Ends a connection, whoever owns its socket by now: the owner reads its end and cleans up.
+
+    Only reading is shut down: where the first write of a handshake fails, uvloop 0.23 loses the descriptor.
+    """
     with contextlib.suppress(OSError):  # the other side was faster
-        sock.shutdown(socket.SHUT_RDWR)
+        sock.shutdown(socket.SHUT_RD)
 
 
 def _described(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
+    if isinstance(error, ConnectionError) and error.errno:
+        return os.strerror(error.errno).lower()  # asyncio's own text is about its call
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return text or type(error).__name__
 
