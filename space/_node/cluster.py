@@ -586,6 +586,7 @@ async def _heal(node: ClusterNode, number: int, home: Path, store: bytes) -> Non
                 transport.set_peer(peer, *parse_address(address))
         leader, last = await _find_leader(transport, config, number)
         loop = asyncio.get_running_loop()
+        state_file = RaftStateFile.open(RealDisk(), str(home / WAL), store_id=store)
 
         def fetch(first: int, stop: int) -> Iterator[Chunk]:
             at = first
@@ -594,6 +595,7 @@ async def _heal(node: ClusterNode, number: int, home: Path, store: bytes) -> Non
                     transport.request(leader, "chunk", [number, at, stop], timeout=HEAL_SECONDS), loop
                 )
                 chunk = decode_chunk(b"".join(asked.result()[1]))
+                state_file.raise_term(chunk.batches[-1].term)
                 yield chunk
                 at = chunk.last_index + 1
 

@@ -215,6 +215,15 @@ class RaftStateFile:
         self._sequence += 1
         self.state = state
 
+    def raise_term(self, term: int) -> None:
+        """Make ``term`` durable, without a vote in it, before a peer's entries of it are written to the log.
+
+        Raises:
+            StorageError: as for :meth:`save`.
+        """
+        if self.state is not None and term > self.state.term:
+            self.save(attrs.evolve(self.state, term=term, vote=0), sync=True)
+
     def _write(self, file: File, raw: bytes, *, sync: bool) -> None:
         slot = BLOCK_BYTES - self._durable_slot
         file.pwritev([raw], slot)

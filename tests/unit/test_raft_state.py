@@ -286,6 +286,18 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         file.save(STATE, sync=True)
 
 
+def test_a_term_can_be_raised_before_entries_of_it_arrive() -> None:
+    """A higher term is durable without a vote in it; one that is not higher changes nothing."""
+    disk = empty_disk()
+    file = open_file(disk)
+    file.save(STATE, sync=True)
+    file.raise_term(STATE.term)
+    assert file.state == STATE
+    file.raise_term(STATE.term + 3)
+    disk.crash()
+    assert open_file(disk).state == attrs.evolve(STATE, term=STATE.term + 3, vote=0)
+
+
 def write_golden() -> dict[str, bytes]:
     """The files of the stored example, written anew: a joint change, then a commit that is not synced."""
     disk = empty_disk()
