@@ -203,7 +203,7 @@ OK: Final = "ok"
 
 
 def _register(state: Any, call: tuple[Any, ...]) -> tuple[Any, Any]:
-    """``read``, ``set v``, ``create v`` where there is none, ``replace v`` where there is, ``remove``, ``cas old new``."""
+    """``read``, ``set v``, ``create v`` if absent, ``replace v`` if present, ``remove``, ``cas old new``."""
     match call:
         case ("read",):
             return state, state

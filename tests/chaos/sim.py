@@ -49,6 +49,16 @@ from space.statemachine.sequencer import prepare
 from space.wal.faulty_disk import FaultyDisk
 from space.wal.log import Log
 from space.wal.raft_state import Configuration, RaftState, RaftStateFile
+from space.wal.repair import heal
+from space.wal.shipping import (
+    Chunk,
+    decode_chunk,
+    encode_chunk,
+    first_divergence,
+    link_at,
+    read_chunk,
+    receive_chunk,
+)
 from tests.chaos.linearizability import Operation, Verdict
 from tests.chaos.sim_checks import Oracle, Violation
 from tests.chaos.sim_clients import Client, check_history, draw_task, draw_write, first_commands, result_of
@@ -69,6 +79,12 @@ NODES_MAX: Final = 9
 
 CONVERGE_TICKS: Final = 600
 """How long a healed cluster may take: some thirty elections, and every replica anew."""
+
+RESTORE_TICKS: Final = 150
+"""After so long without a fault a damaged log comes back from a copy: too few others are left to heal it from."""
+
+CHUNK_BYTES: Final = 2048
+"""Of a log that is sent: little, so that much can happen in between."""
 
 FAULTS: Final = (
     "crash",
@@ -400,6 +416,49 @@ class Simulation:
         self._note("damage found", member, str(error))
         self._down(member)
         member.damaged = str(error)
+        self._after(self._exponential(5.0), self._seek_healing, member)
+
+    def _seek_healing(self, member: Member) -> None:
+        """Asks for a leader that a quorum confirms without this node: its log has all this one acknowledged."""
+        if not member.damaged:
+            return
+        self._after(10.0 + self._exponential(5.0), self._seek_healing, member)
+        leader = self.leader()
+        if leader is not None and not {(leader.id, member.id), (member.id, leader.id)} & self._blocked:
+            life = leader.life
+            leader.running.read(lambda error: self._heal_log(member, leader, life) if error is None else None)
+            self._pump(leader)
+
+    def _heal_log(self, member: Member, leader: Member, life: int) -> None:
+        """What is damaged is replaced by what the leader has, as the shell does before it starts a node."""
+        if not member.damaged or leader.life != life or leader.replica is None:
+            return
+        theirs = leader.replica.log
+
+        def fetch(first: int, last: int) -> Iterator[Chunk]:
+            while first <= last:
+                chunk = _ship(theirs, first, last)
+                state_file.raise_term(chunk.batches[-1].term)
+                yield chunk
+                first = chunk.last_index + 1
+
+        try:
+            state_file = self._open_state(member)
+            heal(
+                member.disk,
+                DIRECTORY,
+                STORE,
+                fetch,
+                last=leader.replica.driver.commit,
+                segment_bytes=self.options.segment_bytes,
+            )
+        except PowerLossError:
+            self._lose_power(member)
+        except SpaceError as error:
+            self._note("not healed", member, str(error))
+        else:
+            self._note("healed", member)
+            self._sound(member)
 
     # --- a turn of a node ------------------------------------------------------------------------------
 
@@ -600,8 +659,9 @@ class Simulation:
         if not self._drained(member):
             self._after(0.1, self._install, member, life, offer, cut)
             return
-        fetched = self._fetch(member, self.members[offer.sender], offer, cut=cut)
-        if fetched is None:
+        sender = self.members[offer.sender]
+        fetched = self._fetch(member, sender, offer, cut=cut)
+        if sender.replica is None or fetched is None:
             self._anew(member)
             self._tell_caught_up(member, offer, ok=False)
             return
@@ -617,40 +677,41 @@ class Simulation:
         else:
             self._after(self._disk_delay(member), self._install, member, life, offer, True)
 
-    def _fetch(self, member: Member, sender: Member, offer: Offer, *, cut: bool) -> list[Any] | None:
-        """What a peer has: first the terms of entries that are not applied here, then batches; None if it is gone."""
+    def _fetch(self, member: Member, sender: Member, offer: Offer, *, cut: bool) -> Any:
+        """What a peer has: first the links of its log, then batches of it; None if it is gone."""
         pairs = {(member.id, sender.id), (sender.id, member.id)}
         if sender.replica is None or pairs & self._blocked:
             return None
         own, theirs = member.running.log, sender.replica.log
-        applied, start = member.machine.applied.position, own.last_index + 1
-        found: list[Any] | None = None
+        found: Any = None
         with self._using_disk(sender):
             if cut:
-                found = [theirs.read_batch(index) for index in range(start, min(start + 8, offer.index + 1))]
+                start = own.last_index + 1
+                found = [_ship(theirs, start, offer.index)] if start <= offer.index else []
             else:
-                found = [theirs.term(index) for index in range(applied + 1, min(start, offer.index + 1))]
+                last = min(own.last_index, offer.index)
+                found = {index: link_at(theirs, index) for index in range(1, last + 1)}
         return found
 
-    def _cut_back(self, member: Member, terms: list[int], offer: Offer) -> bool:
+    def _cut_back(self, member: Member, links: dict[int, bytes], offer: Offer) -> bool:
         """Drops what the peer has otherwise; the term comes first, so that the log is never ahead of it."""
         file, own = member.running.state_file, member.running.log
-        assert file.state is not None
-        if offer.term > file.state.term:
-            file.save(attrs.evolve(file.state, term=offer.term, vote=0), sync=True)
-        for index, term in enumerate(terms, member.machine.applied.position + 1):
-            if own.term(index) != term:
-                own.truncate_after(index - 1)
-                break
+        file.raise_term(offer.term)
+        common = first_divergence(own, links.get, len(links)) - 1
+        if common < member.machine.applied.position:
+            raise Violation("state machine safety", f"node {member.id} would be cut back to {common}")
+        if common < len(links):
+            own.truncate_after(common)
         return False
 
-    def _take(self, member: Member, batches: list[Any], offer: Offer) -> bool:
+    def _take(self, member: Member, chunks: list[Chunk], offer: Offer) -> bool:
         """Appends what was fetched; with the last of it, state and members follow."""
         replica = member.running
         file, own = replica.state_file, replica.log
-        for info, payload in batches:
-            own.append(info.metadata, (payload,), time_ns=info.time_ns, term=info.term)
-            self.oracle.stored(member.id, info.index, info.term, own.last_chain)
+        for chunk in chunks:
+            receive_chunk(own, chunk)
+            for batch in chunk.batches:
+                self.oracle.stored(member.id, batch.index, batch.term, batch.chain)
         own.sync()
         if own.last_index < offer.index:
             return False
@@ -884,7 +945,9 @@ class Simulation:
         if made.voters_outgoing or (member.id in made.voters and len(made.voters) < 3):
             return
         image = member.disk.image()
-        sealed = sorted(path for path in image if path.endswith(".seg"))[:-1]
+        segments = sorted(path for path in image if path.startswith(DIRECTORY) and path.endswith(".seg"))
+        committed = len(self.oracle.committed)
+        sealed = [one for one, after in itertools.pairwise(segments) if _first_of(after) <= committed + 1]
         if not sealed:
             return
         path = self.rng.choice(sealed)
@@ -1000,19 +1063,21 @@ class Simulation:
             member.disk.hook = member.disk.fail_at = None
             if member.rotten and not member.damaged:
                 self._scrub(member)
-            self._restore(member)
             self._restart(member, member.life)
 
     def _restore(self, member: Member) -> None:
         """A damaged disk comes back from a copy: the bits that turned over are turned back."""
-        if not member.damaged:
-            return
-        self._note("restored", member)
-        for path, offset, bit in member.rotten:
-            if member.disk.exists(path):
-                member.disk.flip(path, offset, bit)
+        if member.damaged and self.now > self._until + RESTORE_TICKS:
+            self._note("restored", member)
+            for path, offset, bit in member.rotten:
+                if member.disk.exists(path):
+                    member.disk.flip(path, offset, bit)
+            self._sound(member)
+
+    def _sound(self, member: Member) -> None:
         member.damaged = ""
         member.rotten.clear()
+        self._restart(member, member.life)
 
     def _converge(self) -> None:
         """The healed cluster agrees, takes a command, and agrees again."""
@@ -1089,6 +1154,16 @@ class Simulation:
         self.counts["operations"] = len(self.history)
         self.counts["committed"] = count
         self.fingerprint = hash((self.fingerprint, self.oracle.digests[count]))
+
+
+def _first_of(path: str) -> int:
+    """First index of a segment, from its name."""
+    return int(path.removesuffix(".seg")[-20:])
+
+
+def _ship(log: Log, start: int, last: int) -> Chunk:
+    """A few batches of a log on their way to another node, up to ``last``."""
+    return decode_chunk(b"".join(encode_chunk(read_chunk(log, start, stop=last + 1, bytes_max=CHUNK_BYTES))))
 
 
 def _term_of(state_file: RaftStateFile) -> int:
