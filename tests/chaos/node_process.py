@@ -12,6 +12,7 @@ command), what the store holds as digests, what the log holds, and ways to do da
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import logging
@@ -31,6 +32,8 @@ import space.replication.node as node_module
 from space._errors import NotFoundError, SpaceError, error_document
 from space._node.cluster import ClusterNode, NodeConfig
 from space._node.member import Member
+from space._node.mounts import Mounts
+from space._node.serve import NodeTarget
 from space._node.service import Service
 from space.control import ControlServer
 from space.events.codec import decode_batch
@@ -58,7 +61,7 @@ class Probe(Service):
         self, *, descriptor: int, capsule: str, offset: int, client: bytes, sequence: int
     ) -> Document:
         """Writes what ``descriptor`` holds at an offset; extent n of it has sequence + n."""
-        with open(os.dup(descriptor), "rb") as source:  # noqa: PTH123
+        with open(os.dup(descriptor), "rb") as source:
             data = source.read()
         found = CapsuleId.parse(capsule)
         with self.store.relaxed(math.inf):
@@ -148,6 +151,11 @@ def tell(document: Document) -> None:
     sys.stdout.flush()
 
 
+def _until_left(over: threading.Event) -> None:
+    os.read(0, 1)
+    over.set()
+
+
 def main() -> int:
     """Runs the node."""
     parser = argparse.ArgumentParser()
@@ -158,13 +166,13 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     if options.segment_bytes:
-        cluster_module.Member = functools.partial(Member, segment_bytes=options.segment_bytes)  # type: ignore[misc,assignment]
+        vars(cluster_module)["Member"] = functools.partial(Member, segment_bytes=options.segment_bytes)
     if options.checkpoint_gain:
-        node_module.CHECKPOINT_GAIN = options.checkpoint_gain  # type: ignore[misc]
+        vars(node_module)["CHECKPOINT_GAIN"] = options.checkpoint_gain
     lend_probes()
     over = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: over.set())
-    threading.Thread(target=lambda: (os.read(0, 1), over.set()), daemon=True).start()
+    threading.Thread(target=_until_left, args=(over,), daemon=True).start()
     config = NodeConfig.load(options.home)
     assert config is not None
     try:
@@ -173,7 +181,8 @@ def main() -> int:
         tell({"failed": error_document(error)})
         return 1
     running.append(node)
-    with node, ControlServer(node.store):
+    mounts = Mounts(options.home)
+    with node, contextlib.closing(mounts), ControlServer(NodeTarget(node, mounts)):
         tell({"ready": config.node, "pid": os.getpid(), "position": node.store.applied_now.position})
         while not over.wait(0.05) and not node.ended.is_set():
             pass

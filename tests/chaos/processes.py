@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import attrs
 import pytest
@@ -61,7 +61,7 @@ class Client(RemoteService):
         try:
             with _address(self._path) as address:
                 stream.connect(address)
-        except OSError as error:
+        except (OSError, UnavailableError) as error:
             stream.close()
             raise UnavailableError(f"nothing answers at {self._path}: {error}") from None
         return stream
@@ -242,7 +242,9 @@ class Cluster:
 
     def _place(self, node: int) -> Process:
         home = self._homes.get(node, self.base / str(node))
-        host, port = ("127.0.0.1", free_ports(1)[0]) if self.network is None else (Network.address(node), PEER_PORT)
+        host, port = (
+            ("127.0.0.1", free_ports(1)[0]) if self.network is None else (Network.address(node), PEER_PORT)
+        )
         self.nodes[node] = Process(node, home, f"{host}:{port}")
         return self.nodes[node]
 
@@ -317,7 +319,7 @@ class Cluster:
         process.child.send_signal(number)
 
     def kill(self, node: int) -> None:
-        """kill -9."""
+        """SIGKILL."""
         self.nodes[node].ended = True
         self._signal(node, signal.SIGKILL)
         self.reap(node)
@@ -333,7 +335,9 @@ class Cluster:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"node {node} does not end: {process.last_words()}") from None
         self.reap(node)
-        assert status == 0, f"node {node} ended with {status}: {process.told.read_text()} {process.last_words()}"
+        assert status == 0, (
+            f"node {node} ended with {status}: {process.told.read_text()} {process.last_words()}"
+        )
 
     def pause(self, node: int) -> None:
         """SIGSTOP: it stands still and does not know it."""
@@ -397,6 +401,13 @@ class Cluster:
         found_: dict[str, Any] = self.client(node).probe_here()
         return found_
 
+    def position_of(self, node: int) -> int | None:
+        """Where a node stands; None if it does not answer."""
+        try:
+            return int(self.here(node)["position"])
+        except UnavailableError:
+            return None
+
     def leader(self, *, but: int = 0) -> int:
         """The node that leads, once there is one; not ``but``."""
 
@@ -422,13 +433,26 @@ class Cluster:
         def asked() -> list[dict[str, Any]] | None:
             self.check_alive()
             states = [self.here(node) for node in self.nodes]
-            quiet = len({state["position"] for state in states}) == 1 and not any(s["stopped"] for s in states)
+            quiet = len({state["position"] for state in states}) == 1 and not any(
+                s["stopped"] for s in states
+            )
             return states if quiet and any(state["role"] == "leader" for state in states) else None
 
         states = eventually("all nodes at one position", asked)
         assert states is not None
         assert len({state["digest"] for state in states}) == 1, states
         return states[0]
+
+    def settle_one(self, node: int) -> None:
+        """Waits until a node has all that is committed now and takes part."""
+        goal = max(self.here(each)["position"] for each in self.up)
+
+        def asked() -> bool:
+            self.check_alive()
+            state = self.here(node)
+            return state["position"] >= goal and not state["stopped"]
+
+        eventually(f"node {node} at {goal}", asked)
 
     # --- the end ---------------------------------------------------------------------------------
 
@@ -449,7 +473,7 @@ class Cluster:
         if self.network is not None:
             self.network.close()
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -473,4 +497,14 @@ def small_disk(path: Path, size: str) -> Iterator[Path]:
 
 needs_network: Final = pytest.mark.requires("ip", "iptables")
 
-__all__ = ["Client", "Cluster", "Network", "NodeConfig", "Process", "eventually", "needs_network", "report", "small_disk"]
+__all__ = [
+    "Client",
+    "Cluster",
+    "Network",
+    "NodeConfig",
+    "Process",
+    "eventually",
+    "needs_network",
+    "report",
+    "small_disk",
+]

@@ -35,7 +35,7 @@ def kill_and_time(cluster: Cluster, load: Workload) -> tuple[int, float]:
 
 
 def test_killed_leaders_take_nothing_with_them(tmp_path: Path) -> None:
-    """kill -9 of the leader, again and again: everything acknowledged stays, once, and another one leads soon."""
+    """The leader is killed (-9) again and again: everything acknowledged stays, once, and another one leads soon."""
     times = []
     with Cluster(tmp_path) as cluster:
         with Workload(cluster, seed=seed_of("killed leaders")) as load:
@@ -56,7 +56,7 @@ def test_killed_leaders_take_nothing_with_them(tmp_path: Path) -> None:
 
 
 def test_killed_followers_do_not_stop_anybody(tmp_path: Path) -> None:
-    """kill -9 of followers, one at a time: commands go on without a pause for them, and they catch up."""
+    """Followers are killed (-9), one at a time: commands go on without a pause for them, and they catch up."""
     with Cluster(tmp_path) as cluster:
         with Workload(cluster, seed=seed_of("killed followers")) as load:
             for _ in range(KILLS // 2):
@@ -185,12 +185,14 @@ class Nemesis:
             victims[0] = cluster.leader()
             victims = sorted(set(victims))
         seconds = rng.choice((0.1, 0.5, 1.5, 3.0))
-        what = rng.choice(("kill", "kill", "pause", "stop", *(("part", "deafen", "impair") if cluster.network else ())))
+        what = rng.choice(
+            ("kill", "kill", "pause", "stop", *(("part", "deafen", "impair") if cluster.network else ()))
+        )
         self.done.append(f"{what} {victims} {seconds}")
         getattr(self, what)(victims, seconds)
 
     def kill(self, victims: list[int], seconds: float) -> None:
-        """kill -9, and a new start."""
+        """SIGKILL, and a new start."""
         for node in victims:
             self._cluster.kill(node)
         time.sleep(seconds)

@@ -14,6 +14,7 @@ attribute, written and read by all), whose history goes to the checker of linear
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -21,8 +22,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, Self
 
 import attrs
 from blake3 import blake3
@@ -125,7 +126,7 @@ class Worker(threading.Thread):
                 last: SpaceError = error
             self.suspect()
             self.counts.retries += 1
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or self.load.failed:
                 raise GaveUpError(f"{self.name}: no node answers: {last}")
             time.sleep(RETRY_SECONDS + self.rng.random() * RETRY_SECONDS)
 
@@ -136,7 +137,9 @@ class Worker(threading.Thread):
         self.tried |= {(self.client, first + n) for n in range(count)}
         return self.client, first
 
-    def signed_call(self, what: str, ask: Callable[[Any], Any], client: bytes, first: int) -> SpaceError | None:
+    def signed_call(
+        self, what: str, ask: Callable[[Any], Any], client: bytes, first: int
+    ) -> SpaceError | None:
         """A signed operation: None if it was done, else why it was refused."""
         tries = 0
 
@@ -174,7 +177,9 @@ class Worker(threading.Thread):
         """One signed command."""
         client, sequence = self.sign()
         requests, _ = encode_requests([Request(command, "chaos", client, sequence)])
-        return self.signed_call(what, lambda service: service.probe_execute(requests=requests), client, sequence)
+        return self.signed_call(
+            what, lambda service: service.probe_execute(requests=requests), client, sequence
+        )
 
     def must(self, what: str, command: cmd.Command) -> None:
         """One signed command that nothing can be wrong with."""
@@ -199,15 +204,17 @@ class Worker(threading.Thread):
         path = self.rng.choice(sorted(self.directories))
         return path, self.directories[path]
 
-    def name(self, prefix: str) -> str:
+    def new_name(self, prefix: str) -> str:
         """A name never used before."""
         return f"{prefix}{next(self._names)}"
 
     def put(self) -> None:
         """Stores a file through the operation users have."""
         size = self.rng.choices(PUT_SIZES, PUT_WEIGHTS)[0]
-        data = self.rng.randbytes(size) if self.rng.random() < 0.7 else bytes([self.rng.randrange(256)]) * size
-        path = f"{self.home}/{self.name('p')}"
+        data = (
+            self.rng.randbytes(size) if self.rng.random() < 0.7 else bytes([self.rng.randrange(256)]) * size
+        )
+        path = f"{self.home}/{self.new_name('p')}"
         self.maybe[path] = data
         with tempfile.TemporaryFile() as file:
             file.write(data)
@@ -227,7 +234,7 @@ class Worker(threading.Thread):
     def create(self) -> None:
         """An empty file, signed."""
         directory, parent = self.parent()
-        path, fresh = f"{directory}/{self.name('c')}", self.fresh()
+        path, fresh = f"{directory}/{self.new_name('c')}", self.fresh()
         self.must("create", cmd.CreateCapsule(fresh, parent=parent, name=_last(path)))
         self.files[path] = File(fresh, bytearray())
 
@@ -268,7 +275,7 @@ class Worker(threading.Thread):
     def mkdir(self) -> None:
         """A directory below one of its own."""
         directory, parent = self.parent()
-        path, fresh = f"{directory}/{self.name('d')}", self.fresh()
+        path, fresh = f"{directory}/{self.new_name('d')}", self.fresh()
         self.must("mkdir", _directory(fresh, parent, path.rpartition("/")[2]))
         self.directories[path] = fresh
 
@@ -277,7 +284,11 @@ class Worker(threading.Thread):
         source = self.rng.choice(sorted(self.files))
         directory, parent = self.parent()
         over = [path for path in self.files if path.rpartition("/")[0] == directory and path != source]
-        target = self.rng.choice(sorted(over)) if over and self.rng.random() < 0.3 else f"{directory}/{self.name('r')}"
+        target = (
+            self.rng.choice(sorted(over))
+            if over and self.rng.random() < 0.3
+            else f"{directory}/{self.new_name('r')}"
+        )
         at = self.directories[source.rpartition("/")[0]]
         self.must("rename", cmd.Rename(at, _last(source), parent, _last(target)))
         self.files[target] = self.files.pop(source)
@@ -299,12 +310,12 @@ class Worker(threading.Thread):
         self.must("rmtree", command)
         for kept in (self.files, self.directories):
             for each in [each for each in kept if (each + "/").startswith(path + "/")]:
-                del kept[each]  # type: ignore[attr-defined]
+                del kept[each]
 
     def xattr(self) -> None:
         """Sets an attribute."""
         file = self.files[self.rng.choice(sorted(self.files))]
-        name, value = f"user.{self.rng.randrange(4)}", self.name("v")
+        name, value = f"user.{self.rng.randrange(4)}", self.new_name("v")
         self.must("xattr", cmd.SetXattr(file.id, name.encode(), value.encode()))
         file.xattrs[name] = value
 
@@ -313,7 +324,7 @@ class Worker(threading.Thread):
         if len(self.snapshots) >= 6:
             return
         file = self.files[self.rng.choice(sorted(self.files))]
-        name = f"{self.home}-{self.name('s')}"
+        name = f"{self.home}-{self.new_name('s')}"
         self.must("snapshot", cmd.TakeSnapshot(file.id, name))
         self.snapshots[name] = (file.id, bytes(file.data))
 
@@ -330,7 +341,9 @@ class Worker(threading.Thread):
             self.insist(ask)
             target.seek(0)
             data = target.read()
-        assert data == bytes(file.data), f"{self.name}: {path} has {len(data)} other bytes than {len(file.data)}"
+        assert data == bytes(file.data), (
+            f"{self.name}: {path} has {len(data)} other bytes than {len(file.data)}"
+        )
         self.acknowledge("read")
 
     def claim(self) -> None:
@@ -346,7 +359,7 @@ class Worker(threading.Thread):
         key, register = self.load.register()
         start = self.load.tick()
         if self.rng.random() < 0.5:
-            value = f"{self.number}.{self.name('')}"
+            value = f"{self.number}.{self.new_name('')}"
             self.must("set", cmd.SetXattr(register, key.encode(), value.encode()))
             done = Operation(key, ("set", value), None, start, self.load.tick())
         else:
@@ -381,12 +394,12 @@ class Worker(threading.Thread):
             free = [self.unlink]
         self.rng.choice(free)()
 
-    def end(self) -> None:
-        """Lets it finish what it is at, and raises what went wrong."""
+    def end(self, *, quietly: bool) -> None:
+        """Lets it finish what it is at, and raises what went wrong, unless the test has failed already."""
         self._stop_wanted.set()
         self.join(HANG_SECONDS * 2)
         assert not self.is_alive(), f"{self.name} hangs"
-        if self.failure is not None:
+        if self.failure is not None and not quietly:
             raise self.failure
 
 
@@ -423,6 +436,9 @@ class Workload:
         self._sampling = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
         self.disagreement = ""
+        self.failed = False
+        self.expect_disagreement = False
+        """Set by a test that makes digests differ: then they are not compared while the load runs."""
 
     def tick(self) -> int:
         """A number that grows."""
@@ -432,20 +448,20 @@ class Workload:
         """The register of now: an attribute of one file."""
         return f"user.r{next(self._register_calls) // REGISTER_CALLS}", self._register
 
-    def __enter__(self) -> Workload:
+    def __enter__(self) -> Self:
         for worker in self.workers:
             worker.start()
         self._sampler.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.failed = error[0] is not None
         for worker in self.workers:
             worker._stop_wanted.set()
         self._sampling.set()
         self._sampler.join()
-        if error[0] is None:
-            for worker in self.workers:
-                worker.end()
+        for worker in self.workers:
+            worker.end(quietly=self.failed)
 
     def _sample(self) -> None:
         """Digests at equal positions are equal, all the time."""
@@ -456,7 +472,7 @@ class Workload:
                 except UnavailableError:
                     continue
                 known = self._samples.setdefault(state["position"], state["digest"])
-                if known != state["digest"]:
+                if known != state["digest"] and not self.expect_disagreement:
                     self.disagreement = f"node {node} at {state['position']}: {state['digest']}, not {known}"
 
     # --- while it runs -----------------------------------------------------------------------------
@@ -483,6 +499,16 @@ class Workload:
             return self.acknowledged >= goal
 
         eventually(f"{count} more acknowledgements", enough, HANG_SECONDS + self.patience)
+
+    @contextlib.contextmanager
+    def tolerating(self, node: int) -> Iterator[None]:
+        """Within the block, that node may end by itself."""
+        process = self.cluster.nodes[node]
+        process.ended = True
+        try:
+            yield
+        finally:
+            process.ended = False
 
     # --- afterwards ----------------------------------------------------------------------------------
 
@@ -514,7 +540,9 @@ class Workload:
                 found[client, sequence] = batch["position"]
         for worker in self.workers:
             for key, position in worker.signed.items():
-                assert found.get(key) == position, f"node {node}: acknowledged {key} at {position}: {found.get(key)}"
+                assert found.get(key) == position, (
+                    f"node {node}: acknowledged {key} at {position}: {found.get(key)}"
+                )
         return links
 
     def _check_inventory(self, node: int) -> None:
@@ -527,7 +555,9 @@ class Workload:
                 assert entries[path]["id"] == str(CapsuleId(capsule)), f"node {node}: {path}"
             for path, data in worker.maybe.items():
                 if path in entries:
-                    assert entries[path]["digest"] == blake3(data).hexdigest(), f"node {node}: half a put: {path}"
+                    assert entries[path]["digest"] == blake3(data).hexdigest(), (
+                        f"node {node}: half a put: {path}"
+                    )
             extra = below - set(worker.files) - set(worker.directories) - set(worker.maybe)
             assert not extra, f"node {node}: nobody made {sorted(extra)}"
         self._check_claims(node, entries)

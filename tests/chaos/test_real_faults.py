@@ -1,0 +1,339 @@
+"""Real nodes whose disks are full, lost or damaged: they heal from their peers, and nothing promised is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from space._errors import UnavailableError
+from space.events.ids import CapsuleId
+from space.replication.replica import DIGEST_EVERY
+from tests.chaos.processes import HANG_SECONDS, Cluster, eventually, report, small_disk
+from tests.chaos.workload import Workload, seed_of
+
+SEGMENTS = ("--segment-bytes", str(1 << 20))
+"""Small segments, so that a short run has sealed ones."""
+
+pytestmark = [pytest.mark.requires("py:space_raft_engine")]
+needs_mount = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+
+
+# --- a full disk -------------------------------------------------------------------------------------
+
+
+def fill(path: Path) -> Path:
+    """Takes all the room there is on the file system below ``path``; removing the result gives it back."""
+    balloon = path / "balloon"
+    with balloon.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            try:
+                while file.write(bytes(size)):
+                    pass
+            except OSError:
+                continue
+    return balloon
+
+
+@needs_mount
+@pytest.mark.requires("mount", "umount")
+def test_a_follower_with_a_full_disk_catches_up_when_there_is_room(tmp_path: Path) -> None:
+    """A follower without room stands still, the others go on; with room again it has everything."""
+    with (
+        small_disk(tmp_path / "small", "192m") as small,
+        Cluster(tmp_path, homes={3: small / "3"}) as cluster,
+    ):
+        cluster.any(lambda client: client.probe_members(what="lead", node=1))
+        with Workload(cluster, workers=2, seed=seed_of("full follower")) as load:
+            load.progress()
+            balloon = fill(small)
+            reached = cluster.here(1)["position"]
+            with load.tolerating(3):
+                load.progress(60)
+                position = cluster.position_of(3)
+                assert position is None or position < reached + 60, "it wrote on a full disk"
+                balloon.unlink()
+                revive(cluster, 3)
+            load.progress()
+        report(load.check())
+
+
+@needs_mount
+@pytest.mark.requires("mount", "umount")
+def test_a_leader_with_a_full_disk_lets_another_one_lead(tmp_path: Path) -> None:
+    """A leader without room is followed by one that has some, without a command being lost or refused for good."""
+    with (
+        small_disk(tmp_path / "small", "192m") as small,
+        Cluster(tmp_path, homes={2: small / "2"}) as cluster,
+    ):
+        cluster.change("lead", 2)
+        with Workload(cluster, workers=2, seed=seed_of("full leader")) as load:
+            load.progress()
+            assert cluster.leader() == 2
+            balloon = fill(small)
+            with load.tolerating(2):
+                load.progress(60)
+                assert cluster.leader() != 2
+                balloon.unlink()
+                revive(cluster, 2)
+            load.progress()
+        report(load.check())
+
+
+def revive(cluster: Cluster, node: int) -> None:
+    """Starts a node again if it ended by itself: without room for its state a replica cannot go on."""
+    time.sleep(1.0)  # it may be about to
+    if not cluster.nodes[node].runs:
+        report(f"node {node} had ended: {cluster.nodes[node].told.read_text().splitlines()[-1]}")
+        cluster.reap(node)
+        cluster.start(node)
+
+
+# --- a damaged log ------------------------------------------------------------------------------------
+
+
+def segments(home: Path) -> list[Path]:
+    """Segments of a log, oldest first."""
+    return sorted((home / "wal").glob("*.seg"))
+
+
+def flip(path: Path, rng: random.Random, *, first: int = 0, last: int | None = None, count: int = 1) -> None:
+    """Turns over single bits of a file."""
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        for _ in range(count):
+            at = rng.randrange(first, min(size, last or size))
+            file.seek(at)
+            (byte,) = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte ^ 1 << rng.randrange(8)]))
+
+
+def used(path: Path) -> int:
+    """Where the bytes of a segment end that is not full."""
+    return len(path.read_bytes().rstrip(b"\0"))
+
+
+def delete_sealed(home: Path, rng: random.Random) -> str:
+    """Takes a segment in the middle away."""
+    victim = rng.choice(segments(home)[1:-1])
+    victim.unlink()
+    return victim.name
+
+
+def delete_first(home: Path, rng: random.Random) -> str:
+    """Takes the first segment away."""
+    victim = segments(home)[0]
+    victim.unlink()
+    return victim.name
+
+
+def delete_last(home: Path, rng: random.Random) -> str:
+    """Takes the segment away that was written to."""
+    victim = segments(home)[-1]
+    victim.unlink()
+    return victim.name
+
+
+def rot_sealed(home: Path, rng: random.Random) -> str:
+    """Turns over bits all over a sealed segment."""
+    victim = rng.choice(segments(home)[:-1])
+    flip(victim, rng, count=20)
+    return victim.name
+
+
+def rot_header(home: Path, rng: random.Random) -> str:
+    """Turns over a bit in the header of a segment."""
+    victim = rng.choice(segments(home))
+    flip(victim, rng, last=64)
+    return victim.name
+
+
+def rot_last(home: Path, rng: random.Random) -> str:
+    """Turns over bits in the segment that was written to: acknowledged batches among its last ones."""
+    victim = segments(home)[-1]
+    flip(victim, rng, last=used(victim), count=8)
+    return victim.name
+
+
+def rot_state(home: Path, rng: random.Random) -> str:
+    """Turns over bits in the tables."""
+    victim = home / "state" / "data.mdb"
+    flip(victim, rng, count=20)
+    return victim.name
+
+
+def lose_state(home: Path, rng: random.Random) -> str:
+    """Takes the tables away."""
+    shutil.rmtree(home / "state")
+    return "state"
+
+
+DAMAGES: tuple[Callable[[Path, random.Random], str], ...] = (
+    delete_sealed,
+    delete_first,
+    delete_last,
+    rot_sealed,
+    rot_header,
+    rot_last,
+    rot_state,
+    lose_state,
+)
+
+
+@pytest.mark.parametrize("clean", [False, True], ids=["killed", "stopped"])
+def test_a_damaged_replica_heals_from_its_peers(tmp_path: Path, clean: bool) -> None:
+    """Segments lost or damaged and tables damaged while a node was down: it starts, heals, and is like the others."""
+    seed = seed_of("damaged replica")
+    rng = random.Random(seed)
+    with Cluster(tmp_path, options=SEGMENTS) as cluster:
+        with Workload(cluster, seed=seed) as load:
+            eventually("several segments", lambda: len(segments(cluster.nodes[3].home)) > 5)
+            for damage in DAMAGES:
+                node = rng.choice(
+                    (2, 3)
+                )  # the first one's log began before it was told to make small segments
+                cluster.stop(node) if clean else cluster.kill(node)
+                load.progress(10)
+                what = damage(cluster.nodes[node].home, rng)
+                report(f"node {node}: {damage.__name__} {what}")
+                cluster.start(node)
+                load.progress(10)
+                cluster.settle_one(node)
+                found = cluster.client(node, 60.0).verify(repair=True)
+                if found["repaired"]:
+                    report(f"node {node}: {found['repaired']} batches restored by verify")
+                    assert damage in {rot_sealed, rot_last}, (
+                        "only payload is not looked at when a node starts"
+                    )
+                if found["findings"]:
+                    report(f"node {node}: healed by another start: {found['findings'][0]}")
+                    cluster.stop(node)
+                    cluster.start(node)
+                findings = cluster.client(node, 60.0).verify()["findings"]
+                assert findings == [], f"{damage.__name__} {what}: {findings}"
+        report(load.check())
+
+
+# --- a replica anew ---------------------------------------------------------------------------------------
+
+
+def test_a_wiped_replica_is_replaced_by_a_new_one(tmp_path: Path) -> None:
+    """A node that lost everything is removed, and joins under a new id with an empty directory."""
+    with Cluster(tmp_path, options=SEGMENTS) as cluster:
+        with Workload(cluster, seed=seed_of("wiped")) as load:
+            load.progress(40)
+            cluster.kill(3)
+            load.progress()
+            cluster.change("remove", 3)
+            cluster.forget(3)
+            cluster.add(4)
+            load.progress()
+        report(load.check())
+        assert sorted(cluster.nodes) == [1, 2, 4]
+
+
+def test_a_follower_far_behind_is_sent_the_log(tmp_path: Path) -> None:
+    """A follower that missed more than the leader keeps in memory gets segments and a checkpoint, and goes on."""
+    with Cluster(tmp_path, options=(*SEGMENTS, "--retained", "64", "--checkpoint-gain", "32")) as cluster:
+        with Workload(cluster, seed=seed_of("far behind")) as load:
+            load.progress()
+            cluster.kill(3)
+            load.progress(250)
+            leader = cluster.leader()
+            cluster.client(leader, 60.0).probe_checkpoint()
+            cluster.start(3)
+            load.progress()
+            cluster.settle_one(3)
+        report(load.check())
+        log = cluster.nodes[3].log.read_text()
+        assert log.count("fetching the log up to") >= 2, "once when it joined, once now"
+        made = (cluster.nodes[leader].home / "checkpoints").iterdir()
+        got = (cluster.nodes[3].home / "checkpoints").iterdir()
+        assert {each.name for each in made} == {each.name for each in got}
+
+
+def test_a_wrong_row_is_found_by_digest_named_and_rebuilt(tmp_path: Path) -> None:
+    """A row changed behind everybody's back: once it is used, digests differ; its replica names it and is rebuilt."""
+    with Cluster(tmp_path) as cluster:
+        node = cluster.followers()[0]
+        with Workload(cluster, seed=seed_of("wrong row")) as load:
+            load.progress()
+            victim = load.workers[0]
+            capsule = CapsuleId(victim.home_id)
+            cluster.client(node).probe_rot(capsule=str(capsule))
+            start = cluster.here(node)["position"]
+            load.expect_disagreement = True
+            while cluster.here(node)["position"] <= start + DIGEST_EVERY:
+                load.progress(1)
+            (named,) = eventually("the difference is named", lambda: cluster.here(node)["differences"])
+            report(named)
+            assert f"row {capsule.hex()}" in named
+            assert "table capsule" in named
+            load.progress()
+        report(load.check())
+
+
+def test_a_refused_start_leaves_the_directory_as_it_was(tmp_path: Path) -> None:
+    """A damaged node whose peers are all down does not start, says why, and starts when they are back."""
+    rng = random.Random(seed_of("alone and damaged"))
+    with Cluster(tmp_path, options=SEGMENTS) as cluster:
+        with Workload(cluster) as load:
+            eventually("several segments", lambda: len(segments(cluster.nodes[3].home)) > 3)
+        for node in (1, 2, 3):
+            cluster.kill(node)
+        delete_sealed(cluster.nodes[3].home, rng)
+        cluster.start(3, wait=False)
+        with pytest.raises(UnavailableError):
+            cluster.client(3)
+        cluster.start(1)
+        cluster.start(2)
+        cluster.ready(3)
+        report(load.check())
+
+
+# --- a mount --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.requires("/dev/fuse", "fusermount3", "py:pyfuse3", "dd")
+def test_a_mount_on_a_follower_outlives_the_leader(tmp_path: Path) -> None:
+    """A large file is written through a follower's mount while the leader is killed: fsync returns, nothing is missing."""
+    target = tmp_path / "mount"
+    target.mkdir()
+    pieces = [random.Random(number).randbytes(1 << 20) for number in range(48)]
+    digest = blake3(b"".join(pieces)).hexdigest()
+    with Cluster(tmp_path) as cluster, contextlib.ExitStack() as stack:
+        node = cluster.followers()[0]
+        stack.callback(subprocess.run, ["umount", "-l", str(target)], capture_output=True, check=False)
+        cluster.client(node, 60.0).mount(source="/", target=str(target))
+        with Workload(cluster, workers=2, seed=seed_of("mount")) as load:
+            load.progress()
+            (leader,) = [each for each in cluster.up if cluster.here(each)["role"] == "leader"]
+            assert leader != node
+            command = ["dd", f"of={target}/large", "bs=1M", "iflag=fullblock", "conv=fsync", "status=none"]
+            with subprocess.Popen(command, stdin=subprocess.PIPE) as writer:
+                stack.callback(writer.kill)
+                assert writer.stdin is not None
+                for number, piece in enumerate(pieces):
+                    if number == 16:
+                        cluster.kill(leader)
+                    writer.stdin.write(piece)
+                writer.stdin.close()
+                assert writer.wait(HANG_SECONDS) == 0
+            cluster.start(leader)
+            load.progress()
+            seen = subprocess.run(["cat", f"{target}/large"], capture_output=True, check=True).stdout
+            assert blake3(seen).hexdigest() == digest
+        report(load.check())
+        for each in cluster.nodes:
+            found = {entry["path"]: entry for entry in cluster.client(each, 60.0).probe_inventory()}
+            assert found["large"]["digest"] == digest, f"node {each}"
+        cluster.client(node, 60.0).unmount(target=str(target))
