@@ -61,7 +61,15 @@ from space.wal.shipping import (
 )
 from tests.chaos.linearizability import Operation, Verdict
 from tests.chaos.sim_checks import Oracle, Violation
-from tests.chaos.sim_clients import Client, check_history, draw_task, draw_write, first_commands, result_of
+from tests.chaos.sim_clients import (
+    Client,
+    Task,
+    check_history,
+    draw_task,
+    draw_write,
+    first_commands,
+    result_of,
+)
 from tests.chaos.sim_machine import (
     EMPTY_CHECKPOINT,
     Checkpoint,
@@ -121,6 +129,7 @@ class Options:
         disk: ticks a write or sync takes, on average.
         faults: weight of each kind of fault; none of a kind that is not there.
         fault_every: ticks between faults, on average.
+        late: requests of clients that have gone on arrive all the same, some of them twice.
         checkpoint: batches between checkpoints of the state.
         segment_bytes: of the log.
     """
@@ -137,6 +146,7 @@ class Options:
     disk: float = 0.1
     faults: tuple[tuple[str, int], ...] = ()
     fault_every: float = 8.0
+    late: bool = False
     checkpoint: int = 16
     segment_bytes: int = 16 << 10
     settings: Settings = _SETTINGS
@@ -760,7 +770,12 @@ class Simulation:
             return
         nodes = [node for node, member in self.members.items() if not member.retired]
         node = hint if hint in self.members and self.rng.random() < 0.8 else self.rng.choice(nodes)
-        self._after(self._exponential(self.options.delay), self._arrive, client, client.attempt, node)
+        task, sequence = client.task, client.sequence
+        for _ in range(2 if self.options.late and self._chance(self.options.duplicate) else 1):
+            delay = self._exponential(self.options.delay)
+            if self.options.late and self._chance(self.options.straggle):
+                delay += self._exponential(20.0)
+            self._after(delay, self._arrive, client, client.attempt, node, task, sequence)
         self._after(10.0 + self._exponential(5.0), self._late, client, client.attempt)
 
     def _late(self, client: Client, attempt: int) -> None:
@@ -788,22 +803,20 @@ class Simulation:
         client.task = None
         self._after(self._exponential(self.options.think), self._ask, client)
 
-    def _arrive(self, client: Client, attempt: int, node: int) -> None:
+    def _arrive(self, client: Client, attempt: int, node: int, task: Task, sequence: int) -> None:
         member = self.members[node]
-        task = client.task
-        if client.attempt != attempt or task is None:
-            return
+        if client.attempt != attempt and not self.options.late:
+            return  # the connection it came on is closed
         if member.replica is None or member.stopped:
             self._again(client, attempt, 0)
             return
-        if not self._here(member, member.life, self._arrive, client, attempt, node):
+        if not self._here(member, member.life, self._arrive, client, attempt, node, task, sequence):
             return
         if task.command is None:
             member.reads += 1
             member.replica.read(lambda error: self._read(client, attempt, member, error))
         else:
-            request = Request(task.command, client=client.id, sequence=client.sequence)
-            sequence = client.sequence
+            request = Request(task.command, client=client.id, sequence=sequence)
             try:
                 member.replica.submit(
                     Ticket([request], lambda found: self._decided(client, attempt, sequence, found[0]))
