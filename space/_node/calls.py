@@ -62,10 +62,10 @@ def carry_out(target: Target, request: Document, caller: Caller, descriptor: int
     method = target.find(name)
     if method is None or not isinstance(arguments, dict):
         raise UsageError(f"no such operation: {request.get('method')!r:.80}", hint="is that node older?")
+    if "descriptor" in arguments:
+        raise UsageError("a descriptor travels beside the request")
     if descriptor is not None:
         arguments["descriptor"] = descriptor
-    elif "descriptor" in arguments:
-        raise UsageError("a descriptor travels beside the request")
     check_arguments(method, arguments)
     return target.call(name, arguments, caller, terms_of(request))
 

@@ -307,7 +307,7 @@ async def _parse(request: web.Request) -> Document:
             document = decode(await _bounded(request.content, length))
         except ProtocolError:
             raise UsageError("not a message of this protocol") from None
-    elif kind == JSON:
+    elif kind == JSON and method != "put":
         document = await _json(request)
     elif kind == BYTES and method == "put":
         document = {"arguments": _query(request)}
@@ -559,11 +559,13 @@ class HttpServer:
             return await _Answer(request, call).send()
         finally:
             call.bridge.gone.set()
-            if feeding is not None:
-                feeding.cancel()
-                await asyncio.gather(feeding, return_exceptions=True)
-            if call.ours is not None:
-                call.ours.close()
+            try:
+                if feeding is not None:
+                    feeding.cancel()
+                    await asyncio.gather(feeding, return_exceptions=True)
+            finally:  # this task may be cancelled once more
+                if call.ours is not None:
+                    call.ours.close()
 
     async def _cluster_status(self) -> Document:
         if self._node is not None:
