@@ -864,7 +864,13 @@ def test_askers_wait_for_room(run: Run, tmp_path: Path) -> None:
     async def main() -> None:
         async with net_in(tmp_path) as net:
             one, _, two, _ = await net.pair(
-                limits=Limits(requests_max=8, bulk_bytes=1 << 20, ping_seconds=0.01, dead_pings=10_000)
+                limits=Limits(
+                    requests_max=8,
+                    bulk_bytes=1 << 20,
+                    ping_seconds=0.01,
+                    dead_pings=10_000,
+                    stalled_pings=10_000,
+                )
             )
             (bulk,) = [each for each in two._inbound if each.hello.lane is Lane.BULK]
             bulk.connection.hold()
