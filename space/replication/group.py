@@ -332,7 +332,9 @@ class Group:
             asking.cancel()
             del self._asking[asking]
 
-    async def serve(self, document: Any, attachments: list[Buffer], *, exempt: bool) -> list[Any]:
+    async def serve(
+        self, sender: int, document: Any, attachments: list[Buffer], *, exempt: bool
+    ) -> list[Any]:
         """Decides requests that another node sent here, if this one leads.
 
         Raises:
@@ -354,7 +356,7 @@ class Group:
             if not future.done():
                 future.set_result(outcomes)
 
-        self.replica.submit(Ticket(requests, done, exempt=exempt))
+        self.replica.submit(Ticket(requests, done, exempt=exempt, origin=sender))
         self.schedule()
         outcomes = await future
         return [

@@ -490,7 +490,7 @@ class Node:
         self, sender: int, body: Any, attachments: list[Buffer]
     ) -> tuple[Any, list[Buffer]]:
         number, document, exempt = body
-        return await self._group(number).group.serve(document, attachments, exempt=bool(exempt)), []
+        return await self._group(number).group.serve(sender, document, attachments, exempt=bool(exempt)), []
 
     async def _on_status(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
         return self.status(), []

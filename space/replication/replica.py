@@ -51,7 +51,7 @@ from space.statemachine.sequencer import Prepared, prepare
 from space.statemachine.store import Applied
 from space.statemachine.tables import Reader
 from space.wal.log import Log
-from space.wal.raft_state import Configuration, RaftStateFile
+from space.wal.raft_state import Configuration, RaftState, RaftStateFile
 
 if TYPE_CHECKING:
     from space_raft_engine import Entry as RaftEntry
@@ -174,6 +174,8 @@ class Ticket:
     done: Callable[[list[Receipt | SpaceError]], None]
     outcomes: list[Receipt | SpaceError] = attrs.field(factory=list)
     exempt: bool = False
+    origin: int = 0
+    """The member that handed them in for its callers, and applies them before it tells; 0: nobody but this node."""
 
 
 @attrs.define(eq=False)
@@ -288,6 +290,13 @@ class Replica:
         self._done: list[Callable[[], None]] = []
         self._to_apply = APPLY_BATCHES
         self._offer: Offer | None = None
+        self._writing = 0  # jobs handed out and not yet carried out
+        self._unsaved: RaftState | None = None
+        self._notes: dict[int, Send] = {}
+        self._notes_due = False
+        self._awaited: dict[
+            int, deque[int]
+        ] = {}  # member → positions its callers wait for; as many as _answers
         self.frozen = False
         """While set, only exempt tickets are decided: for work that must not race with writers (gc)."""
         self.held = False
@@ -375,6 +384,7 @@ class Replica:
     def tick(self) -> None:
         """A tick has passed."""
         self.driver.tick()
+        self._notes_due = True
 
     def receive(self, sender: int, message: bytes, blobs: Sequence[Blob]) -> None:
         """A message from a member of the group.
@@ -439,6 +449,7 @@ class Replica:
 
     def written(self, job: Job) -> None:
         """The oldest job handed out has been carried out, and is durable."""
+        self._writing -= 1
         self.driver.persisted(job.persist)
 
     # --- work --------------------------------------------------------------------------------------
@@ -455,8 +466,12 @@ class Replica:
             moved |= self._ask()
         for message in self.driver.sends():
             send = self._send(message)
-            if send is not None:
+            if send is not None and not self._can_wait(send, message):
                 work.sends.append(send)
+        if self._notes_due:
+            self._notes_due = False
+            work.sends.extend(self._notes.values())
+            self._notes.clear()
         self._read_done()
         self._settle()
         work.answers, self._done = self._done, []
@@ -473,15 +488,31 @@ class Replica:
         # What the engine appends replaces the tail from there on; what was proposed here comes again with it.
         replaced: dict[int, Item] = {}
         for persist in self.driver.persists():
+            if self._is_news(persist):
+                self._unsaved = persist.state
+                self.driver.persisted(persist)
+                found = True
+                continue
             items = []
             for entry in persist.entries:
                 while self._tail and (latest := next(reversed(self._tail))) >= entry[0]:
                     replaced[latest] = self._forget(latest)
                 items.append(self._item(entry, replaced))
                 self._remember(items[-1])  # the one after it may take its time from it
+            persist.state = persist.state or self._unsaved
+            self._unsaved = None
+            self._writing += 1
             work.jobs.append(Job(persist, items, self.log, self.state_file))
         self._stash.clear()
         return found
+
+    def _is_news(self, persist: Persist) -> bool:
+        """Whether a step has nothing that must be durable: a higher commit index, while no other step is under way.
+
+        It is saved with the next step.  Lost before that, it is found again (rule 9); a step of its own would
+        wake the writer a second time for every batch.
+        """
+        return not (persist.entries or persist.state_first or persist.configures or self._writing)
 
     def _item(self, entry: RaftEntry, replaced: dict[int, Item]) -> Item:
         """The batch of an entry that goes to the log."""
@@ -601,6 +632,8 @@ class Replica:
             else:
                 if position:
                     self._answers.append(_Answer(ticket, position))
+                    if ticket.origin:
+                        self._awaited.setdefault(ticket.origin, deque()).append(position)
                 else:
                     self._confirm(ticket)
         self._queue.extendleft(reversed(rest))
@@ -635,6 +668,8 @@ class Replica:
         self._queue.clear()
         self._queued = 0
         self._answers.clear()
+        self._awaited.clear()
+        self._notes.clear()
         for item in self._chain:
             item.prepared = None  # if it is committed all the same, it is folded like anybody's
         self._chain.clear()
@@ -710,6 +745,22 @@ class Replica:
                 self.when_applied(index, done)
 
     # --- sending -------------------------------------------------------------------------------------
+
+    def _can_wait(self, send: Send, message: Message) -> bool:
+        """Keeps an append without entries, which says no more than that something is committed, until the next tick.
+
+        The next append says it too.  Only a member whose callers wait until it has applied is told at once.
+        """
+        if message.kind != "MsgAppend":
+            return False
+        self._notes.pop(send.to, None)
+        awaited, told = self._awaited.get(send.to), bool(message.entries)
+        while awaited and awaited[0] <= self.driver.commit:
+            awaited.popleft()
+            told = True
+        if not told:
+            self._notes[send.to] = send
+        return not told
 
     def _send(self, message: Message) -> Send | None:
         """A message with the bytes of its entries; None if they are no longer what it says."""
