@@ -1,0 +1,432 @@
+"""I/O commands of the NVM command set, and reservations, over a block device.
+
+NVM Command Set Specification 1.0, section 3.2; Base Specification 2.0, section 7.
+
+Every command is checked here before the device sees it: namespace, ANA state, reservation, block range, size.  A
+write is acknowledged as buffered while the host leaves the volatile write cache on; Flush and FUA make it durable;
+with the cache off every write is durable.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Coroutine, Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from space.projections.block import BlockInfo
+from space.projections.nvme import reservations
+from space.projections.nvme.controller import Controller
+from space.projections.nvme.identify import (
+    COPY_BYTES_MAX,
+    COPY_RANGE_BLOCKS_MAX,
+    COPY_RANGES_MAX,
+)
+from space.projections.nvme.pdu import Command
+from space.projections.nvme.reply import DONE, Reply
+from space.projections.nvme.status import CommandError, NvmeStatus
+from space.projections.nvme.target import NAMESPACES_MAX, AnaState, Namespace
+
+if TYPE_CHECKING:
+    from space.projections.nvme.queue import Handler, Queue
+
+FLUSH: Final = 0x00
+WRITE: Final = 0x01
+READ: Final = 0x02
+COMPARE: Final = 0x05
+WRITE_ZEROES: Final = 0x08
+DATASET_MANAGEMENT: Final = 0x09
+VERIFY: Final = 0x0C
+RESERVATION_REGISTER: Final = 0x0D
+RESERVATION_REPORT: Final = 0x0E
+RESERVATION_ACQUIRE: Final = 0x11
+RESERVATION_RELEASE: Final = 0x15
+COPY: Final = 0x19
+
+ALL_NAMESPACES: Final = 0xFFFF_FFFF
+_FUA: Final = 1 << 30
+_DEALLOCATE: Final = 1 << 25
+_DIRECTIVE: Final = 0xF << 20
+_RANGE: Final = struct.Struct("<4xIQ")
+_COPY_RANGE: Final = struct.Struct("<8xQH14x")
+_KEYS: Final = struct.Struct("<QQ")
+_KEY: Final = struct.Struct("<Q")
+assert (_RANGE.size, _COPY_RANGE.size) == (16, 32)
+
+ANA_STATUS: Final = {
+    AnaState.INACCESSIBLE: NvmeStatus.ANA_INACCESSIBLE,
+    AnaState.PERSISTENT_LOSS: NvmeStatus.ANA_PERSISTENT_LOSS,
+    AnaState.CHANGE: NvmeStatus.ANA_TRANSITION,
+}
+"""What commands end with when their namespace is not reached this way now; the host tries another path."""
+
+
+# --- checks
+
+
+def _controller(queue: Queue) -> Controller:
+    assert queue.controller is not None
+    return queue.controller
+
+
+def _namespace(queue: Queue, nsid: int) -> Namespace:
+    """The namespace, if it is reached through here (section 3.2.1 of the Base Specification)."""
+    subsystem = _controller(queue).subsystem
+    namespace = subsystem.namespaces.get(nsid)
+    if namespace is None:
+        valid = 1 <= nsid <= NAMESPACES_MAX  # but nobody's
+        raise CommandError(NvmeStatus.INVALID_FIELD if valid else NvmeStatus.INVALID_NAMESPACE, location=4)
+    state = subsystem.ana_states[namespace.ana_group]
+    if state in ANA_STATUS:
+        raise CommandError(ANA_STATUS[state], retry=state != AnaState.PERSISTENT_LOSS)
+    return namespace
+
+
+def _open(queue: Queue, command: Command, *, writes: bool) -> tuple[Namespace, BlockInfo]:
+    """The namespace and its device as it is now, if the host may read or write it."""
+    namespace = _namespace(queue, command.nsid)
+    state = namespace.reservations.state
+    if state.kind is not None and not state.allows(_controller(queue).host_id, writes=writes):
+        raise CommandError(NvmeStatus.RESERVATION_CONFLICT)
+    info = namespace.device.info()
+    if writes and (namespace.read_only or info.read_only):
+        raise CommandError(NvmeStatus.WRITE_PROTECTED)
+    return namespace, info
+
+
+def _range(command: Command, info: BlockInfo) -> tuple[int, int]:
+    """Offset and length in bytes."""
+    first, count = command.cdw10 | command.cdw11 << 32, (command.cdw12 & 0xFFFF) + 1
+    if (first + count) * info.block_size > info.size:
+        raise CommandError(NvmeStatus.LBA_OUT_OF_RANGE, location=40)
+    return first * info.block_size, count * info.block_size
+
+
+def _with_data(queue: Queue, command: Command, info: BlockInfo) -> tuple[int, int]:
+    """Offset and length of a command whose data has the length of its range."""
+    offset, length = _range(command, info)
+    if length > queue.connection.limits.transfer_bytes:
+        raise CommandError(NvmeStatus.INVALID_FIELD, location=48)
+    if length != command.sgl_length:
+        raise CommandError(NvmeStatus.SGL_LENGTH_INVALID, location=32)
+    return offset, length
+
+
+def _payload(command: Command, size: int) -> bytes | bytearray | memoryview:
+    """The data of a command that must have so many bytes."""
+    if command.sgl_length != size or command.data is None:
+        raise CommandError(NvmeStatus.SGL_LENGTH_INVALID, location=32)
+    return command.data
+
+
+def _durable(queue: Queue, command: Command) -> bool:
+    return bool(command.cdw12 & _FUA) or not _controller(queue).features.write_cache
+
+
+# --- reading
+
+
+def read(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
+    """Read; with FUA what is returned is durable."""
+    namespace, info = _open(queue, command, writes=False)
+    return _read(namespace, *_with_data(queue, command, info), durable=bool(command.cdw12 & _FUA))
+
+
+async def _read(namespace: Namespace, offset: int, length: int, *, durable: bool) -> Reply:
+    if durable:
+        await namespace.device.flush()
+    buffers = await namespace.device.read(offset, length)
+    counters = namespace.counters
+    counters.reads += 1
+    counters.bytes_read += length
+    return Reply(buffers, length)
+
+
+def compare(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
+    """Compare: success if the blocks hold the data."""
+    namespace, info = _open(queue, command, writes=False)
+    offset, length = _with_data(queue, command, info)
+    return _compare(namespace, offset, memoryview(_payload(command, length)))
+
+
+async def _compare(namespace: Namespace, offset: int, expected: memoryview) -> Reply:
+    place = 0
+    for buffer in await namespace.device.read(offset, len(expected)):
+        if expected[place : place + len(buffer)] != buffer:
+            raise CommandError(NvmeStatus.COMPARE_FAILURE)
+        place += len(buffer)
+    return DONE
+
+
+def verify(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
+    """Verify: success if the blocks can be read; none of them travel."""
+    namespace, info = _open(queue, command, writes=False)
+    return _verify(namespace, *_range(command, info), queue.connection.limits.transfer_bytes)
+
+
+async def _verify(namespace: Namespace, offset: int, length: int, step: int) -> Reply:
+    for begin in range(offset, offset + length, step):
+        await namespace.device.read(begin, min(step, offset + length - begin))
+    return DONE
+
+
+# --- writing
+
+
+def flush(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
+    """Flush: everything acknowledged before is durable; of one namespace, or of all."""
+    if command.nsid == ALL_NAMESPACES:
+        return _flush(list(_controller(queue).subsystem.namespaces.values()))
+    namespace = _namespace(queue, command.nsid)
+    state = namespace.reservations.state
+    if not state.allows(_controller(queue).host_id, writes=True):
+        raise CommandError(NvmeStatus.RESERVATION_CONFLICT)
+    return _flush([namespace])
+
+
+async def _flush(namespaces: list[Namespace]) -> Reply:
+    for namespace in namespaces:
+        await namespace.device.flush()
+    return DONE
+
+
+def write(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
+    """Write: all of it or, after a crash, none."""
+    namespace, info = _open(queue, command, writes=True)
+    offset, length = _with_data(queue, command, info)
+    if command.cdw12 & _DIRECTIVE:
+        raise CommandError(NvmeStatus.INVALID_FIELD, location=50)
+    data = _payload(command, length)
+    return _write(namespace, offset, data, durable=_durable(queue, command), actor=_controller(queue).actor)
+
+
+async def _write(
+    namespace: Namespace, offset: int, data: bytes | bytearray | memoryview, *, durable: bool, actor: str
+) -> Reply:
+    await namespace.device.write(offset, data, durable=durable, actor=actor)
+    counters = namespace.counters
+    counters.writes += 1
+    counters.bytes_written += len(data)
+    return DONE
+
+
+def write_zeroes(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
+    """Write Zeroes, which gives the space back if the host says it may be."""
+    namespace, info = _open(queue, command, writes=True)
+    return _write_zeroes(
+        namespace,
+        *_range(command, info),
+        deallocate=bool(command.cdw12 & _DEALLOCATE),
+        durable=_durable(queue, command),
+        actor=_controller(queue).actor,
+    )
+
+
+async def _write_zeroes(
+    namespace: Namespace, offset: int, length: int, *, deallocate: bool, durable: bool, actor: str
+) -> Reply:
+    await namespace.device.write_zeroes(offset, length, deallocate=deallocate, durable=durable, actor=actor)
+    return DONE
+
+
+def dataset_management(queue: Queue, command: Command) -> Reply | Coroutine[Any, Any, Reply]:
+    """Dataset Management: ranges to deallocate; hints about their use are taken note of by nobody."""
+    namespace, info = _open(queue, command, writes=True)
+    count = (command.cdw10 & 0xFF) + 1
+    data = _payload(command, count * _RANGE.size)
+    ranges = [
+        (first * info.block_size, blocks * info.block_size) for blocks, first in _RANGE.iter_unpack(data)
+    ]
+    if any(offset + length > info.size for offset, length in ranges):
+        raise CommandError(NvmeStatus.LBA_OUT_OF_RANGE)
+    ranges = [each for each in ranges if each[1]]
+    if not command.cdw11 >> 2 & 1 or not ranges:
+        return DONE
+    return _deallocate(namespace, ranges, durable=_durable_hint(queue), actor=_controller(queue).actor)
+
+
+def _durable_hint(queue: Queue) -> bool:
+    return not _controller(queue).features.write_cache
+
+
+async def _deallocate(
+    namespace: Namespace, ranges: list[tuple[int, int]], *, durable: bool, actor: str
+) -> Reply:
+    await namespace.device.deallocate(ranges, actor=actor)
+    if durable:
+        await namespace.device.flush()
+    return DONE
+
+
+def copy(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
+    """Copy: ranges, one after the other, to one place; no bytes travel, and stored ones are shared."""
+    namespace, info = _open(queue, command, writes=True)
+    _open(queue, command, writes=False)
+    if command.cdw12 >> 8 & 0xF or command.cdw12 & _DIRECTIVE:
+        raise CommandError(NvmeStatus.INVALID_FIELD, location=49)
+    count = (command.cdw12 & 0xFF) + 1
+    if count > COPY_RANGES_MAX:
+        raise CommandError(NvmeStatus.SIZE_LIMIT_EXCEEDED, location=48)
+    ranges = list(_copied(_payload(command, count * _COPY_RANGE.size), info))
+    target, length = (command.cdw10 | command.cdw11 << 32) * info.block_size, sum(each[1] for each in ranges)
+    if length > COPY_BYTES_MAX:
+        raise CommandError(NvmeStatus.SIZE_LIMIT_EXCEEDED)
+    if target + length > info.size:
+        raise CommandError(NvmeStatus.LBA_OUT_OF_RANGE, location=40)
+    return _copy(namespace, ranges, target, durable=_durable(queue, command), actor=_controller(queue).actor)
+
+
+def _copied(data: bytes | bytearray | memoryview, info: BlockInfo) -> Iterator[tuple[int, int]]:
+    """Source ranges in bytes; an error says which range is the first that is wrong."""
+    for index, (first, blocks) in enumerate(_COPY_RANGE.iter_unpack(data)):
+        if blocks + 1 > COPY_RANGE_BLOCKS_MAX:
+            raise CommandError(NvmeStatus.SIZE_LIMIT_EXCEEDED, result=index)
+        if (first + blocks + 1) * info.block_size > info.size:
+            raise CommandError(NvmeStatus.LBA_OUT_OF_RANGE, result=index)
+        yield first * info.block_size, (blocks + 1) * info.block_size
+
+
+async def _copy(
+    namespace: Namespace, ranges: list[tuple[int, int]], target: int, *, durable: bool, actor: str
+) -> Reply:
+    await namespace.device.copy(ranges, target, durable=durable, actor=actor)
+    return DONE
+
+
+async def compare_and_write(queue: Queue, first: Command, second: Command) -> Reply:
+    """The fused operation: writes if the blocks hold the data of Compare, with nothing in between."""
+    error: CommandError | None = None
+    different = 0
+    try:
+        _open(queue, first, writes=False)
+        namespace, info = _open(queue, second, writes=True)
+        offset, length = _with_data(queue, first, info)
+        _with_data(queue, second, info)
+        different = await namespace.device.compare_and_write(
+            offset,
+            _payload(first, length),
+            _payload(second, length),
+            durable=_durable(queue, second),
+            actor=_controller(queue).actor,
+        )
+    except Exception as caught:  # noqa: BLE001 - two commands end with it, see Queue
+        error = queue.error_of(caught)
+    if error is None and different >= 0:
+        error = CommandError(NvmeStatus.COMPARE_FAILURE)
+    queue.fused_done(first, error)
+    if error is not None:
+        raise CommandError(NvmeStatus.FUSED_FAILED)
+    return DONE
+
+
+# --- reservations
+
+
+def _tell(queue: Queue, namespace: Namespace, told: reservations.Told) -> None:
+    for host, notice in told:
+        for controller in list(_controller(queue).subsystem.controllers.values()):
+            if controller.host_id == host:
+                controller.reservation_notice(namespace.nsid, notice)
+
+
+async def _replace(
+    queue: Queue, namespace: Namespace, state: reservations.State, told: reservations.Told
+) -> Reply:
+    await namespace.reservations.replace(state)
+    _tell(queue, namespace, told)
+    return DONE
+
+
+def reservation_register(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
+    """Reservation Register."""
+    namespace = _namespace(queue, command.nsid)
+    current, new = _KEYS.unpack(_payload(command, _KEYS.size))
+    persistence = command.cdw10 >> 30
+    if persistence == 1 or (persistence and (persistence == 3) != namespace.reservations.persistent):
+        raise CommandError(NvmeStatus.INVALID_FIELD, location=43)
+    state, told = reservations.register(
+        namespace.reservations.state,
+        _controller(queue).host_id,
+        command.cdw10 & 7,
+        current,
+        new,
+        ignore=bool(command.cdw10 >> 3 & 1),
+    )
+    return _replace(queue, namespace, state, told)
+
+
+def reservation_acquire(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
+    """Reservation Acquire; commands of a preempted host that are under way are done before this is answered."""
+    namespace = _namespace(queue, command.nsid)
+    current, preempted = _KEYS.unpack(_payload(command, _KEYS.size))
+    if command.cdw10 >> 3 & 1:
+        raise CommandError(NvmeStatus.INVALID_FIELD, location=40)
+    state, told = reservations.acquire(
+        namespace.reservations.state,
+        _controller(queue).host_id,
+        command.cdw10 & 7,
+        command.cdw10 >> 8 & 0xFF,
+        current,
+        preempted,
+    )
+    return _replace(queue, namespace, state, told)
+
+
+def reservation_release(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
+    """Reservation Release."""
+    namespace = _namespace(queue, command.nsid)
+    (current,) = _KEY.unpack(_payload(command, _KEY.size))
+    if command.cdw10 >> 3 & 1:
+        raise CommandError(NvmeStatus.INVALID_FIELD, location=40)
+    state, told = reservations.release(
+        namespace.reservations.state,
+        _controller(queue).host_id,
+        command.cdw10 & 7,
+        command.cdw10 >> 8 & 0xFF,
+        current,
+    )
+    return _replace(queue, namespace, state, told)
+
+
+def reservation_report(queue: Queue, command: Command) -> Reply:
+    """Reservation Report; host ids have 128 bits here, so only the extended form can tell them."""
+    namespace = _namespace(queue, command.nsid)
+    if not command.cdw11 & 1:
+        raise CommandError(NvmeStatus.HOST_ID_INCONSISTENT)
+    length = (command.cdw10 + 1) * 4
+    if length != command.sgl_length:
+        raise CommandError(NvmeStatus.SGL_LENGTH_INVALID, location=32)
+    controllers = {each.host_id: each.number for each in _controller(queue).subsystem.controllers.values()}
+    keeper = namespace.reservations
+    data = reservations.report(keeper.state, controllers, persists=keeper.persistent)
+    return Reply([data[:length].ljust(length, b"\0")], length)
+
+
+HANDLERS: Final[dict[int, Handler]] = {
+    FLUSH: flush,
+    WRITE: write,
+    READ: read,
+    COMPARE: compare,
+    WRITE_ZEROES: write_zeroes,
+    DATASET_MANAGEMENT: dataset_management,
+    VERIFY: verify,
+    RESERVATION_REGISTER: reservation_register,
+    RESERVATION_REPORT: reservation_report,
+    RESERVATION_ACQUIRE: reservation_acquire,
+    RESERVATION_RELEASE: reservation_release,
+    COPY: copy,
+}
+"""By opcode; Write Uncorrectable is not among them, so it is refused as an opcode there is not."""
+
+MUTATIONS: Final = frozenset(
+    {
+        FLUSH,
+        WRITE,
+        WRITE_ZEROES,
+        DATASET_MANAGEMENT,
+        COPY,
+        RESERVATION_REGISTER,
+        RESERVATION_ACQUIRE,
+        RESERVATION_RELEASE,
+    }
+)
+"""Once begun they are carried out to their end, whoever has gone meanwhile."""
