@@ -12,6 +12,7 @@ import pytest
 
 from space._errors import UnavailableError
 from space.events.ids import CapsuleId
+from tests.chaos.damage import DAMAGES, SEGMENTS, lose_state, rot_state, segments
 from tests.chaos.processes import LONG, Cluster, Network, eventually, needs_network, report
 from tests.chaos.workload import Workload, seed_of
 
@@ -174,7 +175,15 @@ class Nemesis:
     def __init__(self, cluster: Cluster, rng: random.Random) -> None:
         self._cluster = cluster
         self._rng = rng
+        self._deck: list[str] = []
         self.done: list[str] = []
+
+    def _next(self) -> str:
+        """Every kind of fault once, in any order, before one comes again."""
+        if not self._deck:
+            self._deck = ["kill", "stop", "pause", "damage", "part", "deafen", "impair"]
+            self._rng.shuffle(self._deck)
+        return self._deck.pop()
 
     def step(self) -> None:
         """One fault from its beginning to its end."""
@@ -185,9 +194,7 @@ class Nemesis:
             victims[0] = cluster.leader()
             victims = sorted(set(victims))
         seconds = rng.choice((0.1, 0.5, 1.5, 3.0))
-        what = rng.choice(
-            ("kill", "kill", "pause", "stop", *(("part", "deafen", "impair") if cluster.network else ()))
-        )
+        what = rng.choice(("kill", "kill", "pause", "stop", "damage", "part", "deafen", "impair"))
         self.done.append(f"{what} {victims} {seconds}")
         getattr(self, what)(victims, seconds)
 
@@ -198,6 +205,18 @@ class Nemesis:
         time.sleep(seconds)
         for node in victims:
             self._cluster.start(node)
+
+    def damage(self, victims: list[int], seconds: float) -> None:
+        """SIGKILL, damage to what is on disk, and a new start, which heals it from the others."""
+        for node in victims:
+            self._cluster.kill(node)
+            home = self._cluster.nodes[node].home
+            done = self._rng.choice(DAMAGES if len(segments(home)) > 2 else (rot_state, lose_state))
+            self.done.append(f"node {node}: {done.__name__} {done(home, self._rng)}")
+        time.sleep(seconds)
+        for node in victims:
+            self._cluster.start(node)
+            self._cluster.client(node, 60.0).verify(repair=True)
 
     def stop(self, victims: list[int], seconds: float) -> None:
         """A clean end, and a new start."""
@@ -249,7 +268,7 @@ class Nemesis:
 def test_five_nodes_with_everything_going_wrong(tmp_path: Path) -> None:
     """Five nodes, faults of all kinds drawn from a seed, two nodes at a time: nothing promised is lost or doubled."""
     seed = seed_of("five nodes")
-    with Cluster(tmp_path, 5, namespaces=True) as cluster:
+    with Cluster(tmp_path, 5, namespaces=True, options=SEGMENTS) as cluster:
         nemesis = Nemesis(cluster, random.Random(seed))
         with Workload(cluster, workers=4, seed=seed) as load:
             until = time.monotonic() + SECONDS_MIXED

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,30 +15,15 @@ from blake3 import blake3
 from space._errors import UnavailableError
 from space.events.ids import CapsuleId
 from space.replication.replica import DIGEST_EVERY
+from tests.chaos.damage import DAMAGES, SEGMENTS, delete_sealed, fill, rot_last, rot_sealed, segments
 from tests.chaos.processes import HANG_SECONDS, Cluster, eventually, report, small_disk
 from tests.chaos.workload import Workload, seed_of
-
-SEGMENTS = ("--segment-bytes", str(1 << 20))
-"""Small segments, so that a short run has sealed ones."""
 
 pytestmark = [pytest.mark.requires("py:space_raft_engine")]
 needs_mount = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
 
 
 # --- a full disk -------------------------------------------------------------------------------------
-
-
-def fill(path: Path) -> Path:
-    """Takes all the room there is on the file system below ``path``; removing the result gives it back."""
-    balloon = path / "balloon"
-    with balloon.open("wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            try:
-                while file.write(bytes(size)):
-                    pass
-            except OSError:
-                continue
-    return balloon
 
 
 @needs_mount
@@ -98,95 +81,6 @@ def revive(cluster: Cluster, node: int) -> None:
 
 
 # --- a damaged log ------------------------------------------------------------------------------------
-
-
-def segments(home: Path) -> list[Path]:
-    """Segments of a log, oldest first."""
-    return sorted((home / "wal").glob("*.seg"))
-
-
-def flip(path: Path, rng: random.Random, *, first: int = 0, last: int | None = None, count: int = 1) -> None:
-    """Turns over single bits of a file."""
-    with path.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        for _ in range(count):
-            at = rng.randrange(first, min(size, last or size))
-            file.seek(at)
-            (byte,) = file.read(1)
-            file.seek(at)
-            file.write(bytes([byte ^ 1 << rng.randrange(8)]))
-
-
-def used(path: Path) -> int:
-    """Where the bytes of a segment end that is not full."""
-    return len(path.read_bytes().rstrip(b"\0"))
-
-
-def delete_sealed(home: Path, rng: random.Random) -> str:
-    """Takes a segment in the middle away."""
-    victim = rng.choice(segments(home)[1:-1])
-    victim.unlink()
-    return victim.name
-
-
-def delete_first(home: Path, rng: random.Random) -> str:
-    """Takes the first segment away."""
-    victim = segments(home)[0]
-    victim.unlink()
-    return victim.name
-
-
-def delete_last(home: Path, rng: random.Random) -> str:
-    """Takes the segment away that was written to."""
-    victim = segments(home)[-1]
-    victim.unlink()
-    return victim.name
-
-
-def rot_sealed(home: Path, rng: random.Random) -> str:
-    """Turns over bits all over a sealed segment."""
-    victim = rng.choice(segments(home)[:-1])
-    flip(victim, rng, count=20)
-    return victim.name
-
-
-def rot_header(home: Path, rng: random.Random) -> str:
-    """Turns over a bit in the header of a segment."""
-    victim = rng.choice(segments(home))
-    flip(victim, rng, last=64)
-    return victim.name
-
-
-def rot_last(home: Path, rng: random.Random) -> str:
-    """Turns over bits in the segment that was written to: acknowledged batches among its last ones."""
-    victim = segments(home)[-1]
-    flip(victim, rng, last=used(victim), count=8)
-    return victim.name
-
-
-def rot_state(home: Path, rng: random.Random) -> str:
-    """Turns over bits in the tables."""
-    victim = home / "state" / "data.mdb"
-    flip(victim, rng, count=20)
-    return victim.name
-
-
-def lose_state(home: Path, rng: random.Random) -> str:
-    """Takes the tables away."""
-    shutil.rmtree(home / "state")
-    return "state"
-
-
-DAMAGES: tuple[Callable[[Path, random.Random], str], ...] = (
-    delete_sealed,
-    delete_first,
-    delete_last,
-    rot_sealed,
-    rot_header,
-    rot_last,
-    rot_state,
-    lose_state,
-)
 
 
 @pytest.mark.parametrize("clean", [False, True], ids=["killed", "stopped"])
@@ -305,7 +199,7 @@ def test_a_refused_start_leaves_the_directory_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.requires("/dev/fuse", "fusermount3", "py:pyfuse3", "dd")
 def test_a_mount_on_a_follower_outlives_the_leader(tmp_path: Path) -> None:
-    """A large file is written through a follower's mount while the leader is killed: fsync returns, nothing is missing."""
+    """A large file is written through a follower's mount while the leader is killed: fsync returns, all is there."""
     target = tmp_path / "mount"
     target.mkdir()
     pieces = [random.Random(number).randbytes(1 << 20) for number in range(48)]
