@@ -194,7 +194,7 @@ class Nemesis:
             victims[0] = cluster.leader()
             victims = sorted(set(victims))
         seconds = rng.choice((0.1, 0.5, 1.5, 3.0))
-        what = rng.choice(("kill", "kill", "pause", "stop", "damage", "part", "deafen", "impair"))
+        what = self._next()
         self.done.append(f"{what} {victims} {seconds}")
         getattr(self, what)(victims, seconds)
 
