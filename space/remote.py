@@ -239,8 +239,9 @@ class Nodes:
     def _log(self, arguments: Message) -> Iterator[Message]:
         """Events; after a break from where they stopped, as what was is not going to change."""
         last = (0, -1)
-        wanted = dict(arguments)
+        wanted = arguments
         while True:
+            before = last
             request = self._request("log", wanted)
             items = self._try(lambda each: self._ask(each, request), repeatable=True)  # noqa: B023 - asked at once
             try:
@@ -250,10 +251,9 @@ class Nodes:
                         last = place
                         yield event
             except BrokenError:
-                if not self._retry:
+                if not self._retry or last == before:
                     raise
-                if last[0]:
-                    wanted["start"] = str(last[0])
+                wanted = {**arguments, "start": str(last[0])}
             else:
                 return
 

@@ -131,11 +131,7 @@ def status(node: str) -> list[dict[str, Any]]:
 
 def leader(node: str) -> int:
     """Who leads the first shard."""
-
-    def found() -> int | None:
-        return status(node)[0]["leader"]
-
-    return eventually("somebody leads", found)
+    return int(eventually("somebody leads", lambda: status(node)[0]["leader"]))
 
 
 def agreed(node: str, count: int) -> bool:

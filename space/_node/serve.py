@@ -167,7 +167,11 @@ def _new_node(home: Path, options: ServeOptions) -> NodeConfig:
         )
     _refuse_change("--node-id", options.node, 1)
     return cluster.found(
-        home, listen=listen, advertise=advertise, shards=options.shards or 1, tls=not options.insecure
+        home,
+        listen=listen,
+        advertise=advertise,
+        shards=1 if options.shards is None else options.shards,
+        tls=not options.insecure,
     )
 
 

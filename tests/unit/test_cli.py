@@ -11,7 +11,7 @@ from typing import Any, Final
 import pytest
 
 import space
-from space import cli, cli_session
+from space import cli, cli_cluster, cli_project, cli_session
 from space._node import doctor, views
 from space._node.caller import Caller
 from space._node.service import Service
@@ -284,7 +284,14 @@ def test_upkeep(run: Run, stored: str) -> None:
     assert keys(verified) == {"segments", "batches", "events", "payload_bytes", "repaired", "findings"}
     assert verified["findings"] == []
     freed = run("gc", "--dry-run", "--json").json
-    assert keys(freed) == {"bytes_given_back", "frames", "capsules_purged", "clients_forgotten", "dry_run", "position"}
+    assert keys(freed) == {
+        "bytes_given_back",
+        "frames",
+        "capsules_purged",
+        "clients_forgotten",
+        "dry_run",
+        "position",
+    }
     assert run("gc").status == 0
 
 
@@ -661,7 +668,12 @@ def test_doctor_fails_when_something_needed_is_missing(run: Run, monkeypatch: py
 def test_every_command_is_documented() -> None:
     """The page about the command line names every command there is."""
     page = (ROOT / "docs" / "cli.md").read_text()
-    for prefix, application in (("", cli.app), ("policy ", cli.policy_app), ("project ", cli.project_app), ("cluster ", cli.cluster_app)):
+    for prefix, application in (
+        ("", cli.app),
+        ("policy ", cli.policy_app),
+        ("project ", cli_project.project_app),
+        ("cluster ", cli_cluster.cluster_app),
+    ):
         for each in application.registered_commands:
             assert each.callback is not None
             assert f"`{prefix}{each.name or each.callback.__name__}" in page

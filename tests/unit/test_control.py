@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import space
 from space import _errors, control
 from space._errors import CorruptionError, Status, UnavailableError, UsageError
+from space._node import messages
 from space._node.caller import Caller
 from space._node.calls import check_arguments, hints_of
 from space._node.service import Service, methods
@@ -224,7 +225,7 @@ def test_an_error_of_a_stream_ends_it(remote: Service) -> None:
 def test_only_public_operations_are_called(store: Store, method: str) -> None:
     """Anything but a public method of the service is refused."""
     with connection(store) as stream:
-        stream.sendall(control.pack({"method": method, "arguments": {}}, 1000))
+        stream.sendall(messages.pack({"method": method, "arguments": {}}, 1000))
         answer = everything_sent(stream)
     assert msgpack.unpackb(answer[4:])["error"]["kind"] == "UsageError"
 
@@ -254,7 +255,7 @@ def test_a_number_is_not_a_descriptor(store: Store) -> None:
     """A descriptor is passed by the kernel; a number in the arguments cannot name one of the owner's."""
     with connection(store) as stream:
         request = {"method": "get", "arguments": {"capsule": "/a/hello.txt", "descriptor": 1}}
-        stream.sendall(control.pack(request, 1000))
+        stream.sendall(messages.pack(request, 1000))
         answer = everything_sent(stream)
     assert msgpack.unpackb(answer[4:])["error"]["kind"] == "UsageError"
 
@@ -280,16 +281,16 @@ def test_only_the_same_user_and_root_are_heard(uid: int, heard: bool) -> None:
         b"\0\0\0",
         b"\0\0\0\0",
         b"\xff\xff\xff\xff",
-        struct.pack(">I", control.REQUEST_BYTES_MAX + 1),
+        struct.pack(">I", messages.REQUEST_BYTES_MAX + 1),
         b"GET / HTTP/1.1\r\n\r\n",
         b"\0\0\0\1\xc1",
         b"\0\0\0\1\x05",
         b"\0\0\0\5\xdd\xff\xff\xff\xff",
         b"\0\0\0\2\x80",
-        control.pack({}, 10),
-        control.pack({"method": "ls"}, 100),
-        control.pack({"method": ["ls"], "arguments": {}}, 100),
-        control.pack({"method": "ls", "arguments": {1: 2}}, 100),
+        messages.pack({}, 10),
+        messages.pack({"method": "ls"}, 100),
+        messages.pack({"method": ["ls"], "arguments": {}}, 100),
+        messages.pack({"method": "ls", "arguments": {1: 2}}, 100),
     ],
 )
 def test_garbage_is_hung_up_on(store: Store, remote: Service, garbage: bytes) -> None:
@@ -307,7 +308,7 @@ def test_garbage_is_hung_up_on(store: Store, remote: Service, garbage: bytes) ->
     garbage=st.binary(max_size=200)
     | st.builds(lambda body: struct.pack(">I", len(body)) + body, st.binary(max_size=200))
     | st.builds(
-        lambda method, arguments: control.pack({"method": method, "arguments": arguments}, 1 << 20),
+        lambda method, arguments: messages.pack({"method": method, "arguments": arguments}, 1 << 20),
         st.sampled_from(sorted(set(methods()) - {"replay", "verify", "gc", "log", "import_tree", "export_tree"})),
         st.dictionaries(
             st.sampled_from(["path", "capsule", "name", "at", "offset", "size", "policy", "to", "id", "x"]),
@@ -339,7 +340,7 @@ def test_a_caller_that_goes_leaves_no_name(store: Store) -> None:
     for close_source_first in (False, True):
         reader, writer = os.pipe()
         stream = connection(store)
-        request = control.pack({"method": "put", "arguments": {"name": "/half"}}, 1000)
+        request = messages.pack({"method": "put", "arguments": {"name": "/half"}}, 1000)
         socket.send_fds(stream, [request], [reader])
         os.close(reader)
         os.write(writer, b"half of it")

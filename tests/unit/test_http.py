@@ -316,14 +316,19 @@ def test_samples_of_a_node() -> None:
     """A node's status and what it knows of its peers become samples by shard, peer and lane."""
     shard = {"shard": 2, "position": 7, "commit": 8, "term": 3, "role": "leader", "failure": ""}
     peer = {"connected": True, "rtt_seconds": 0.5, "queued_bytes": {"log": 9}, "certificate_days": 40}
-    silent = {"connected": False, "rtt_seconds": None, "queued_bytes": {}, "certificate_days": None}
+    silent: dict[str, Any] = {
+        "connected": False,
+        "rtt_seconds": None,
+        "queued_bytes": {},
+        "certificate_days": None,
+    }
     found = [
         *pages.shard_samples({"shards": [shard]}),
-        *pages.peer_samples({2: peer, 3: silent}),
+        *pages.peer_samples({"2": peer, "3": silent}),
     ]
     assert ("space_position", {"shard": 2}, 7) in found
     assert ("space_leader", {"shard": 2, "role": "leader"}, 1.0) in found
-    assert ("space_peer_queued_bytes", {"peer": 2, "lane": "log"}, 9) in found
-    assert ("space_peer_connected", {"peer": 3}, 0.0) in found
-    assert not any(name == "space_peer_rtt_seconds" and labels == {"peer": 3} for name, labels, _ in found)
+    assert ("space_peer_queued_bytes", {"peer": "2", "lane": "log"}, 9) in found
+    assert ("space_peer_connected", {"peer": "3"}, 0.0) in found
+    assert not any(name == "space_peer_rtt_seconds" and labels == {"peer": "3"} for name, labels, _ in found)
     assert pages.metrics(found).count("# TYPE space_peer_connected gauge") == 1
