@@ -15,15 +15,22 @@ import pytest
 
 ROOT: Final = Path(__file__).parents[2]
 PROJECT: Final[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-FUSE: Final = ROOT / "space" / "projections" / "fuse"
+SPACE: Final = ROOT / "space"
+EXTRAS: Final = {
+    "fuse": (SPACE / "projections" / "fuse",),
+    "cluster": (
+        SPACE / "replication",
+        *(SPACE / "_node" / name for name in ("cluster.py", "serve.py", "http.py", "doctor.py")),
+    ),
+}
 pytest_plugins = ["pytester"]
 
 IMPORT_ALL = """
 import pkgutil, sys
-sys.modules.update(dict.fromkeys(["pyfuse3", "trio"]))
+sys.modules.update(dict.fromkeys(["pyfuse3", "trio", "space_raft_engine", "aiohttp", "uvloop"]))
 import space
 for module in pkgutil.walk_packages(space.__path__, "space."):
-    if not module.name.startswith("space.projections.fuse"):
+    if not module.name.startswith(("space.projections.fuse", "space._node.http")):
         __import__(module.name)
 """
 
@@ -58,11 +65,13 @@ def distributions(modules: set[str]) -> set[str]:
 
 
 def test_every_import_is_declared() -> None:
-    """A module of the package imports only what the distribution depends on; FUSE may use its extra."""
+    """A module imports only what the distribution depends on; some may use the extra they are for."""
     core = {normal(requirement) for requirement in PROJECT["dependencies"]}
-    extra = {normal(requirement) for requirement in PROJECT["optional-dependencies"]["fuse"]}
-    for path in (ROOT / "space").rglob("*.py"):
-        allowed = core | extra if path.is_relative_to(FUSE) else core
+    for path in SPACE.rglob("*.py"):
+        allowed = set(core)
+        for extra, places in EXTRAS.items():
+            if any(path.is_relative_to(place) for place in places):
+                allowed |= {normal(each) for each in PROJECT["optional-dependencies"][extra]}
         assert distributions(imported(path)) <= allowed, path
 
 
@@ -75,7 +84,7 @@ def test_every_dependency_has_its_reason() -> None:
 
 
 def test_one_node_imports_without_extras() -> None:
-    """Every module outside FUSE imports when pyfuse3 and trio are not there."""
+    """Every module but the mount and the HTTP server imports without what the extras bring."""
     subprocess.run([sys.executable, "-c", IMPORT_ALL], check=True, cwd=ROOT)
 
 
