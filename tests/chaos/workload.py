@@ -518,8 +518,8 @@ class Workload:
         state = self.cluster.settle()
         chosen = list(self.cluster.nodes) if nodes is None else list(nodes)
         audits = [self._audit(node) for node in chosen]
-        common = min(len(audit) for audit in audits)
-        assert all(audit[-common:] == audits[0][-common:] for audit in audits), "logs differ"
+        for position in set.intersection(*(set(audit) for audit in audits)):
+            assert len({audit[position] for audit in audits}) == 1, f"logs differ at {position}"
         for node in chosen:
             self._check_inventory(node)
             report_ = self.cluster.client(node, HANG_SECONDS).verify()
@@ -529,12 +529,12 @@ class Workload:
         assert outcome.verdict is not Verdict.VIOLATION, outcome
         return self._summary(state, len(outcome.unknown))
 
-    def _audit(self, node: int) -> list[Any]:
+    def _audit(self, node: int) -> dict[int, tuple[bytes, int]]:
         """A node's log: each signed command that was acknowledged is in it once, the others at most once."""
         found: dict[tuple[bytes, int], int] = {}
-        links = []
+        links: dict[int, tuple[bytes, int]] = {}
         for batch in self.cluster.client(node, HANG_SECONDS).probe_audit():
-            links.append((batch["position"], batch["chain"], batch["term"]))
+            links[batch["position"]] = batch["chain"], batch["term"]
             for client, sequence in batch["commands"]:
                 assert (client, sequence) not in found, f"applied twice: {client.hex()} {sequence}"
                 found[client, sequence] = batch["position"]
