@@ -127,6 +127,8 @@ class _Handed:
 
     requests: list[Request]
     settled: asyncio.Future[list[Outcome]]
+    left: bool = False
+    answered: bool = False
 
 
 class BlockWriter:
@@ -163,9 +165,7 @@ class BlockWriter:
         try:
             outcomes = await handed.settled
         except asyncio.CancelledError:
-            if handed in self._waiting:
-                self._waiting.remove(handed)
-            else:
+            if handed.left and not handed.answered:
                 handed.settled = loop.create_future()
                 await asyncio.wait([handed.settled])
             raise
@@ -199,11 +199,15 @@ class BlockWriter:
     # --- one turn of the loop ---------------------------------------------------------------------
 
     def _drain(self) -> None:
-        handed, self._waiting = self._waiting[:TOGETHER_MAX], self._waiting[TOGETHER_MAX:]
+        taken, self._waiting = self._waiting[:TOGETHER_MAX], self._waiting[TOGETHER_MAX:]
+        handed = [each for each in taken if not each.settled.cancelled()]
+        for each in handed:
+            each.left = True
         requests = [request for each in handed for request in each.requests]
-        loop = asyncio.get_running_loop()
         store = self.store
-        if self._member is not None:
+        if not requests:
+            self._next()
+        elif self._member is not None:
             self._hand_over(self._member, requests, handed)
         elif store._lock.acquire(blocking=False):
             try:
@@ -212,6 +216,7 @@ class BlockWriter:
                 store._lock.release()
             self._settle(handed, outcomes)
         else:  # whoever has the lock may keep it for long, as gc does: the loop does not wait for it
+            loop = asyncio.get_running_loop()
             carrying = loop.run_in_executor(self._thread, _carried_out, store, requests)
             carrying.add_done_callback(lambda done: self._settle(handed, done.result()))
 
@@ -249,6 +254,7 @@ def _carried_out(store: Store, requests: list[Request]) -> list[Outcome]:
 def _resolve(handed: list[_Handed], outcomes: list[Outcome]) -> None:
     at = 0
     for each in handed:
+        each.answered = True
         if not each.settled.done():
             each.settled.set_result(outcomes[at : at + len(each.requests)])
         at += len(each.requests)
