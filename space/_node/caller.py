@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Final
-
-import attrs
+from typing import Any, Final, NamedTuple
 
 Document = dict[str, Any]
 """A JSON-able mapping."""
@@ -13,8 +11,7 @@ Document = dict[str, Any]
 CHUNK_BYTES: Final = 1 << 20
 
 
-@attrs.frozen
-class Terms:
+class Terms(NamedTuple):
     """How a call is to be carried out, beside what it asks for.
 
     Attributes:

@@ -345,7 +345,7 @@ class NodeService:
         reports = [
             self._target.on_leader(number, dry_run=dry_run) for number in range(self._node.config.shards)
         ]
-        return _sum(reports, ("bytes_given_back", "frames", "capsules_purged"))
+        return _sum(reports, ("bytes_given_back", "frames", "capsules_purged", "clients_forgotten"))
 
     def verify(self, *, repair: bool = False) -> Document:
         """Checks every checksum, chain link and reference of every shard, on this node."""
