@@ -862,7 +862,7 @@ class Node:
 
     async def cluster_status(self) -> list[dict[str, Any]]:
         """The status of every member that answers."""
-        members = {node for parts in self.parts.values() for node in parts.host.members()}
+        members = {self.id} | {node for parts in self.parts.values() for node in parts.host.members()}
         members |= {node for parts in self.parts.values() for node in _everybody(parts.group)}
         found = await asyncio.gather(*(self._ask_status(node) for node in sorted(members)))
         return [each for each in found if each is not None]
