@@ -155,7 +155,9 @@ class Group:
         self._refuse = refuse
         self._lanes = _Lanes(random_bytes)
         self._forwards: deque[_Call] = deque()
-        self._homeless: deque[_Call] = deque()
+        self._calls: dict[_Call, None] = {}
+        """Everything without an outcome, as it came, which is by deadline."""
+        self._homeless: dict[_Call, None] = {}
         self._flushing = False
         self._asking: dict[asyncio.Future[tuple[Any, list[Buffer]]], int] = {}  # and whom
         self.writing = 0
@@ -192,9 +194,13 @@ class Group:
         self, requests: list[Request], future: Future[list[Outcome]], seconds: float, exempt: bool
     ) -> None:
         signed, taken = self._lanes.sign(requests)
-        self._try(_Call(signed, future, self._node.now() + seconds, exempt, taken))
+        call = _Call(signed, future, self._node.now() + seconds, exempt, taken)
+        self._calls[call] = None
+        self._try(call)
 
     def _try(self, call: _Call) -> None:
+        if call not in self._calls:
+            return  # it was given up meanwhile
         if self._node.now() >= call.deadline or self.failure is not None:
             self._give_up(call)
             return
@@ -221,7 +227,7 @@ class Group:
                 self._flushing = True
                 self._node.call_soon(self._flush)
         else:
-            self._homeless.append(call)
+            self._homeless[call] = None
 
     def _refused(self, requests: list[Request]) -> SpaceError | None:
         """Why this leader cannot decide these: :class:`NotLeaderError` while another one is asked to lead instead."""
@@ -245,6 +251,7 @@ class Group:
 
     def _finish(self, call: _Call, outcomes: list[Outcome]) -> None:
         self._lanes.release(call.taken)
+        self._calls.pop(call, None)
         if not call.future.done():
             call.future.set_result(outcomes)
 
@@ -262,8 +269,16 @@ class Group:
             hint="it may still be carried out; a quorum of nodes must run: space cluster status",
         )
         self._lanes.abandon(call.taken)
+        self._calls.pop(call, None)
+        self._homeless.pop(call, None)
         if not call.future.done():
             call.future.set_result([error] * len(call.requests))
+
+    def expire(self) -> None:
+        """Gives up what has waited for its time, wherever it is: for a leader, or for a quorum."""
+        now = self._node.now()
+        while self._calls and (call := next(iter(self._calls))).deadline <= now:
+            self._give_up(call)
 
     def wake(self) -> None:
         """Tries again what waits for a leader, or for the answer of one that was followed by another."""
@@ -271,7 +286,7 @@ class Group:
         for asking, whom in self._asking.items():
             if whom != leader != 0:
                 asking.cancel()  # it may be dead, and the time-out would be waited for
-        waiting, self._homeless = self._homeless, deque()
+        waiting, self._homeless = self._homeless, {}
         for call in waiting:
             self._try(call)
 
@@ -447,7 +462,8 @@ class Group:
             if not self._node.is_stopping:
                 log.error("shard %d of node %d stops: %s", self.number, self._node.id, error)
             self.failure = error
-            self.wake()
+            for call in list(self._calls):
+                self._give_up(call)
             self._node.failed(self, error)
 
 

@@ -318,6 +318,7 @@ class Node:
             await asyncio.sleep(max(0.0, due - self.now()))
             for parts in self.parts.values():
                 group = parts.group
+                group.expire()
                 if group.stopped or group.failure is not None:
                     continue
                 hurried = group.replica.driver.leader in self._lost and not group.replica.leads()
