@@ -1,8 +1,8 @@
 """One node of a test's cluster, as a process of its own, with what a test needs beside the operations of users.
 
 ``python -m tests.chaos.node_process HOME [--retained N] [--segment-bytes N] [--checkpoint-gain N]`` runs the node
-whose directory is HOME until SIGTERM, or until its standard input ends: so that no node outlives its test.  It
-prints one JSON line when it is ready, and one if it fails.
+whose directory is HOME until SIGTERM, or until the test is gone.  It prints one JSON line when it is ready,
+and one if it fails.
 
 The control socket answers everything :class:`space._node.service.Service` has, and the methods of :class:`Probe`:
 raw commands with the client's own id and sequence (so that a retry on another node can be told from a new
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import faulthandler
 import functools
 import json
 import logging
@@ -23,7 +25,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from blake3 import blake3
 
@@ -33,7 +35,7 @@ from space._errors import NotFoundError, SpaceError, error_document
 from space._node.cluster import ClusterNode, NodeConfig
 from space._node.member import Member
 from space._node.mounts import Mounts
-from space._node.serve import NodeTarget
+from space._node.serve import RETIRE_SECONDS, NodeTarget
 from space._node.service import Service
 from space.control import ControlServer
 from space.events.codec import decode_batch
@@ -44,6 +46,7 @@ from space.events.types import Kind
 from space.replication.driver import Settings
 from space.statemachine.tables import CAPSULE, CapsuleRow
 
+PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 Document = dict[str, Any]
 running: list[ClusterNode] = []
 
@@ -151,9 +154,9 @@ def tell(document: Document) -> None:
     sys.stdout.flush()
 
 
-def _until_left(over: threading.Event) -> None:
-    os.read(0, 1)
-    over.set()
+def end_with_parent() -> None:
+    """Has the kernel kill this process when the thread that started it is gone: also while it is stopped."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main() -> int:
@@ -164,6 +167,8 @@ def main() -> int:
     parser.add_argument("--segment-bytes", type=int, default=0)
     parser.add_argument("--checkpoint-gain", type=int, default=0)
     options = parser.parse_args()
+    end_with_parent()
+    faulthandler.register(signal.SIGUSR1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     if options.segment_bytes:
         vars(cluster_module)["Member"] = functools.partial(Member, segment_bytes=options.segment_bytes)
@@ -172,7 +177,6 @@ def main() -> int:
     lend_probes()
     over = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: over.set())
-    threading.Thread(target=_until_left, args=(over,), daemon=True).start()
     config = NodeConfig.load(options.home)
     assert config is not None
     try:
@@ -182,10 +186,11 @@ def main() -> int:
         return 1
     running.append(node)
     mounts = Mounts(options.home)
-    with node, contextlib.closing(mounts), ControlServer(NodeTarget(node, mounts)):
+    with ControlServer(NodeTarget(node, mounts)) as server, node, contextlib.closing(mounts):
         tell({"ready": config.node, "pid": os.getpid(), "position": node.store.applied_now.position})
         while not over.wait(0.05) and not node.ended.is_set():
             pass
+        server.retire(RETIRE_SECONDS)  # calls that wait for a leader end with the node, not before it
     if node.failure is not None and not over.is_set():
         tell({"failed": error_document(node.failure)})
         return 1

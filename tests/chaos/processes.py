@@ -5,7 +5,7 @@ in one more namespace, so that nothing of the machine's own network is touched),
 of them can be dropped in one or both directions.  Control sockets are files: they reach across namespaces, so the
 test's clients are never cut off, only nodes from each other.
 
-A node ends when its standard input does: also when the test is killed itself.
+The kernel ends a node when the test is gone, also when that was killed.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ class Cluster:
                 [*inside, *command],
                 cwd=ROOT,
                 env={**os.environ, "PYTHONPATH": str(ROOT)},
-                stdin=subprocess.PIPE,
+                stdin=subprocess.DEVNULL,
                 stdout=told,
                 stderr=log,
             )
@@ -333,6 +333,8 @@ class Cluster:
         try:
             status = process.child.wait(HANG_SECONDS)
         except subprocess.TimeoutExpired:
+            self._signal(node, signal.SIGUSR1)  # what its threads are at
+            time.sleep(1.0)
             raise AssertionError(f"node {node} does not end: {process.last_words()}") from None
         self.reap(node)
         assert status == 0, (
@@ -352,8 +354,6 @@ class Cluster:
         process = self.nodes[node]
         if process.child is not None:
             process.child.wait(HANG_SECONDS)
-            assert process.child.stdin is not None
-            process.child.stdin.close()
             process.child = None
 
     def forget(self, node: int) -> None:
