@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -72,10 +71,12 @@ def test_a_leader_with_a_full_disk_lets_another_one_lead(tmp_path: Path) -> None
 
 
 def revive(cluster: Cluster, node: int) -> None:
-    """Starts a node again if it ended by itself: without room for its state a replica cannot go on."""
-    time.sleep(1.0)  # it may be about to
-    if not cluster.nodes[node].runs:
-        report(f"node {node} had ended: {cluster.nodes[node].told.read_text().splitlines()[-1]}")
+    """Waits until a node has caught up, or ended: without room for its state a replica cannot go on; then starts it."""
+    goal = max(cluster.here(each)["position"] for each in cluster.up if each != node)
+    process = cluster.nodes[node]
+    eventually("caught up, or ended", lambda: not process.runs or (cluster.position_of(node) or 0) >= goal)
+    if not process.runs:
+        report(f"node {node} had ended: {process.told.read_text().splitlines()[-1]}")
         cluster.reap(node)
         cluster.start(node)
 
