@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final
 
-import attrs
 import msgpack
 from blake3 import blake3
 
 from space._errors import EventDecodeError, UsageError
+from space.events.fast import fast_frozen
 from space.events.registry import BY_CLASS, BY_NUMBER, LINK_BYTES, upcast
 from space.events.types import Event
 
@@ -37,7 +37,7 @@ _LIMITS: Final = {
 }
 
 
-@attrs.frozen
+@fast_frozen
 class Entry:
     """All events of one command.
 

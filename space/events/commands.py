@@ -12,6 +12,7 @@ from typing import Final, Protocol, final
 
 import attrs
 
+from space.events.fast import fast_frozen
 from space.events.types import Kind
 
 Buffer = bytes | bytearray | memoryview
@@ -29,7 +30,7 @@ class Durability(enum.Enum):
     DURABLE = "durable"
 
 
-@attrs.frozen
+@fast_frozen
 class Receipt:
     """A command was accepted: ``position`` is its batch, ``repeated`` that an earlier attempt had been applied."""
 
@@ -120,7 +121,7 @@ class Rename:
     exchange: bool = False
 
 
-@attrs.frozen
+@fast_frozen
 class StoredFrame:
     """One encoded frame: its packed record, and its stored bytes unless they are in the log already.
 
@@ -132,7 +133,7 @@ class StoredFrame:
     stored: Buffer | None
 
 
-@attrs.frozen
+@fast_frozen
 class WriteExtent:
     """Bytes for one range; ``frames`` cover exactly ``length`` bytes.  An empty sequence writes zeros (a hole).
 
@@ -311,7 +312,7 @@ Command = (
 )
 
 
-@attrs.frozen
+@fast_frozen
 class Request:
     """A command with who asks for it.
 

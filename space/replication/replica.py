@@ -66,6 +66,10 @@ UNDER_WAY_BYTES: Final = 64 << 20
 APPLY_BATCHES: Final = 256
 """Batches applied before messages and ticks have their turn again: a replica that has much to apply still votes."""
 
+LAG_BATCHES: Final = 64
+"""Committed batches a follower leaves unapplied until the next tick, if nobody there waits: rows that many of them
+change are then written and hashed once."""
+
 UNDER_WAY_BATCHES: Final = 32
 QUEUED_REQUESTS: Final = 16_384
 """More than this many requests waiting to be decided are refused: the caller tries again."""
@@ -231,11 +235,27 @@ class Work:
 class _Root:
     """The reader under the chain of overlays: the state as it stands whenever something is decided."""
 
-    def __init__(self) -> None:
-        self.reader: Reader | None = None
+    get: Any
+    getter: Any
+    scan: Any
+    last_at_or_before: Any
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.reader, name)
+    def __init__(self) -> None:
+        self._reader: Reader | None = None
+
+    @property
+    def reader(self) -> Reader | None:
+        """Whose rows these are."""
+        return self._reader
+
+    @reader.setter
+    def reader(self, reader: Reader | None) -> None:
+        self._reader = reader
+        for name in _READS:  # bound here: decided commands come through by the thousand
+            setattr(self, name, getattr(reader, name, None))
+
+
+_READS: Final = ("get", "getter", "scan", "last_at_or_before")
 
 
 @attrs.frozen
@@ -293,7 +313,7 @@ class Replica:
         self._writing = 0  # jobs handed out and not yet carried out
         self._unsaved: RaftState | None = None
         self._notes: dict[int, Send] = {}
-        self._notes_due = False
+        self._ticked = False
         self._awaited: dict[
             int, deque[int]
         ] = {}  # member → positions its callers wait for; as many as _answers
@@ -384,7 +404,7 @@ class Replica:
     def tick(self) -> None:
         """A tick has passed."""
         self.driver.tick()
-        self._notes_due = True
+        self._ticked = True
 
     def receive(self, sender: int, message: bytes, blobs: Sequence[Blob]) -> None:
         """A message from a member of the group.
@@ -468,16 +488,17 @@ class Replica:
             send = self._send(message)
             if send is not None and not self._can_wait(send, message):
                 work.sends.append(send)
-        if self._notes_due:
-            self._notes_due = False
+        if self._ticked:
+            self._ticked = False
             work.sends.extend(self._notes.values())
             self._notes.clear()
+        waiting = len(self._waiting)
         self._read_done()
+        work.more = self._to_apply == 0 or len(self._waiting) > waiting
         self._settle()
         work.answers, self._done = self._done, []
         work.offer, self._offer = self._offer, None
         work.reopen = self.driver.must_reopen
-        work.more = self._to_apply == 0
         return work
 
     def _collect(self, work: Work) -> bool:
@@ -678,7 +699,7 @@ class Replica:
     # --- applying ------------------------------------------------------------------------------------
 
     def _apply(self) -> bool:
-        entries = [] if self.held else self.driver.committed(self._to_apply)
+        entries = [] if self.held or self._can_lag() else self.driver.committed(self._to_apply)
         self._to_apply -= len(entries)
         if not entries:
             return False
@@ -694,6 +715,16 @@ class Replica:
         self.driver.applied(applied)
         self._trim(applied)
         return True
+
+    def _can_lag(self) -> bool:
+        """Whether what is committed may be applied a little later, together with what comes until then."""
+        return not (
+            self._ticked
+            or self.driver.role is Role.LEADER
+            or self.driver.commit - self.machine.applied.position >= LAG_BATCHES
+            or self._tail_bytes > TAIL_BYTES
+            or any(position <= self.driver.commit for position, _ in self._waiting)
+        )
 
     def _applicable(self, index: int, term: int) -> Item:
         item = self._tail.get(index)
