@@ -14,7 +14,7 @@ from space._node.caller import Document
 from space.cli_session import Session, clean, emit, note, to_json
 
 if TYPE_CHECKING:
-    from space._node.serve import ServeOptions
+    from space._node.enrolment import ServeOptions
 
 cluster_app = typer.Typer(no_args_is_help=True, help="Clusters of nodes: status, members, certificates.")
 
@@ -77,7 +77,7 @@ def serve(
 
 def _options(config: str | None, given: Document) -> ServeOptions:
     """Options of the file, and of the command line in their place."""
-    from space._node.serve import ServeOptions
+    from space._node.enrolment import ServeOptions
     from space._node.serve_config import load
 
     found = load(config) if config is not None else {}

@@ -425,9 +425,9 @@ class ClusterNode:
         return status_document(self.config, found_)
 
     def local_status(self) -> Document:
-        """This node's own ``status`` and what it knows of its ``peers``, without asking anybody."""
+        """The node's own ``status`` and what it knows of its ``peers``, without asking anybody."""
 
-        async def look(node: Node) -> Document:  # noqa: RUF029 - it has to run in the loop
+        async def look(node: Node) -> Document:
             peers = {
                 number: {**attrs.asdict(peer, recurse=False), "queued_bytes": _by_name(peer.queued_bytes)}
                 for number, peer in node.transport.peers().items()

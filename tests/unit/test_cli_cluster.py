@@ -23,7 +23,7 @@ from space._errors import (
     UnavailableError,
     UsageError,
 )
-from space._node import serve, serve_config
+from space._node import enrolment, serve, serve_config
 from space._node.caller import Caller, Document, Terms
 from space._node.calls import StoreTarget, carry_out, terms_of
 from space._node.service import Service
@@ -396,14 +396,14 @@ def test_a_configuration_has_the_options_as_keys(tmp_path: Path) -> None:
     )
     given = {"http": "127.0.0.1:3", "shards": None}
     options = cli_cluster._options(str(path), given)
-    assert options == serve.ServeOptions(
+    assert options == enrolment.ServeOptions(
         listen="127.0.0.1:1",
         http="127.0.0.1:3",
         shards=4,
         insecure=True,
         mounts=(("/mnt", "/a"), ("/mnt2", "/")),
     )
-    assert cli_cluster._options(None, {}) == serve.ServeOptions()
+    assert cli_cluster._options(None, {}) == enrolment.ServeOptions()
 
 
 @pytest.mark.parametrize(
@@ -458,20 +458,20 @@ def test_what_becomes_of_a_directory(tmp_path: Path) -> None:
     """A directory becomes the first node, an invited one, or one that waits; and stays what it became."""
     from space._node.cluster import invite
 
-    first = serve.prepare(tmp_path / "one", serve.ServeOptions(shards=2))
+    first = enrolment.prepare(tmp_path / "one", enrolment.ServeOptions(shards=2))
     assert (first.node, first.shards, first.tls) == (1, 2, True)
-    assert serve.prepare(tmp_path / "one", serve.ServeOptions()) == first
-    moved = serve.prepare(tmp_path / "one", serve.ServeOptions(listen="127.0.0.1:1"))
+    assert enrolment.prepare(tmp_path / "one", enrolment.ServeOptions()) == first
+    moved = enrolment.prepare(tmp_path / "one", enrolment.ServeOptions(listen="127.0.0.1:1"))
     assert moved.listen == "127.0.0.1:1"
     invite(tmp_path / "one", 2, tmp_path / "carried", hosts=["127.0.0.1"])
-    (tmp_path / "carried" / serve.INVITATION).write_text(
+    (tmp_path / "carried" / enrolment.INVITATION).write_text(
         json.dumps({"shards": 2, "peers": {"1": "127.0.0.1:1"}})
     )
-    second = serve.prepare(tmp_path / "two", serve.ServeOptions(tls=tmp_path / "carried"))
+    second = enrolment.prepare(tmp_path / "two", enrolment.ServeOptions(tls=tmp_path / "carried"))
     assert (second.node, second.cluster, second.shards) == (2, first.cluster, 2)
     assert second.peers == {1: "127.0.0.1:1"}
-    joining = serve.ServeOptions(join=str(uuid.UUID(bytes=first.cluster)), node=3, insecure=True)
-    third = serve.prepare(tmp_path / "three", joining)
+    joining = enrolment.ServeOptions(join=str(uuid.UUID(bytes=first.cluster)), node=3, insecure=True)
+    third = enrolment.prepare(tmp_path / "three", joining)
     assert (third.node, third.cluster, third.tls) == (3, first.cluster, False)
 
 
@@ -479,33 +479,33 @@ def test_what_becomes_of_a_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options, error",
     [
-        (serve.ServeOptions(join="nonsense", node=2, insecure=True), UsageError),
-        (serve.ServeOptions(join="00000000-0000-0000-0000-000000000001", insecure=True), UsageError),
-        (serve.ServeOptions(join="00000000-0000-0000-0000-000000000001"), UsageError),
-        (serve.ServeOptions(node=2), UsageError),
-        (serve.ServeOptions(tls=Path("/nowhere")), NotFoundError),
-        (serve.ServeOptions(listen="nonsense"), UsageError),
-        (serve.ServeOptions(shards=0), UsageError),
-        (serve.ServeOptions(shards=1000), UsageError),
+        (enrolment.ServeOptions(join="nonsense", node=2, insecure=True), UsageError),
+        (enrolment.ServeOptions(join="00000000-0000-0000-0000-000000000001", insecure=True), UsageError),
+        (enrolment.ServeOptions(join="00000000-0000-0000-0000-000000000001"), UsageError),
+        (enrolment.ServeOptions(node=2), UsageError),
+        (enrolment.ServeOptions(tls=Path("/nowhere")), NotFoundError),
+        (enrolment.ServeOptions(listen="nonsense"), UsageError),
+        (enrolment.ServeOptions(shards=0), UsageError),
+        (enrolment.ServeOptions(shards=1000), UsageError),
     ],
 )
 def test_options_that_do_not_fit(
-    tmp_path: Path, options: serve.ServeOptions, error: type[SpaceError]
+    tmp_path: Path, options: enrolment.ServeOptions, error: type[SpaceError]
 ) -> None:
     """Options that contradict each other end with an error that says so, and leave no node behind."""
     with pytest.raises(error):
-        serve.prepare(tmp_path / "data", options)
+        enrolment.prepare(tmp_path / "data", options)
     assert not (tmp_path / "data" / "node.json").exists()
 
 
 def test_a_damaged_invitation(tmp_path: Path) -> None:
     """An invitation that is not whole is named; none is no harm."""
-    path = tmp_path / serve.INVITATION
-    assert serve._read_invitation(path) == (0, {})
+    path = tmp_path / enrolment.INVITATION
+    assert enrolment._read_invitation(path) == (0, {})
     for text in ("", "[]", "{}", '{"shards": "x", "peers": {}}', '{"shards": 1, "peers": []}'):
         path.write_text(text)
         with pytest.raises(CorruptionError, match="damaged"):
-            serve._read_invitation(path)
+            enrolment._read_invitation(path)
 
 
 class Listener:
@@ -530,7 +530,7 @@ def test_without_the_engine_a_store_is_served_alone(tmp_path: Path) -> None:
         listeners.append(Listener(target))
         return listeners[-1]
 
-    alone = serve.RunningAlone(tmp_path / "data", serve.ServeOptions(), listen)
+    alone = serve.RunningAlone(tmp_path / "data", enrolment.ServeOptions(), listen)
     document = alone.document()
     assert (document["node"], document["pid"], document["http"]) == (None, os.getpid(), None)
     target = listeners[0].target
@@ -539,9 +539,9 @@ def test_without_the_engine_a_store_is_served_alone(tmp_path: Path) -> None:
     alone.stop()
     assert listeners[0].ended == ["retired", "closed"]
     for options in (
-        serve.ServeOptions(join="x"),
-        serve.ServeOptions(shards=2),
-        serve.ServeOptions(mounts=(("/m", "/"),)),
+        enrolment.ServeOptions(join="x"),
+        enrolment.ServeOptions(shards=2),
+        enrolment.ServeOptions(mounts=(("/m", "/"),)),
     ):
         with pytest.raises(UnavailableError, match="consensus engine"):
             serve.RunningAlone(tmp_path / "data", options, listen)
@@ -558,7 +558,7 @@ def test_the_notice_without_the_engine(tmp_path: Path, monkeypatch: pytest.Monke
         told.append((ready, notice))
         over.set()
 
-    serve.serve(tmp_path / "data", serve.ServeOptions(), listen=Listener, announce=announce)
+    serve.serve(tmp_path / "data", enrolment.ServeOptions(), listen=Listener, announce=announce)
     ((ready, notice),) = told
     assert ready["cluster"] is None
     assert "cannot grow" in notice

@@ -1,0 +1,302 @@
+"""A node as who carries out calls: what it answers beside the operations of a store, and which shard answers those.
+
+With several shards a call goes to the shard of its capsule, and to the one with the tree if it names a path or
+nothing.  A call is one look: one ReadIndex at its beginning serves all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import json
+import math
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from space._errors import NotFoundError, NotLeaderError, UnavailableError, UsageError
+from space._node.caller import Caller, Document, Terms
+from space._node.enrolment import INVITATION
+from space._node.mounts import Mounts
+from space._node.service import Service, methods
+from space.events.ids import CapsuleId
+
+if TYPE_CHECKING:
+    from space._node.cluster import ClusterNode
+    from space._node.member import Member
+
+LEADER_SECONDS: Final = 30.0
+CALL_SECONDS: Final = 3600.0
+"""A collection on the leader reads its whole log."""
+
+PROGRESS_SECONDS: Final = 0.5
+
+
+class NodeService:
+    """What can be asked of a node beyond the operations of a store; arguments and results are plain data."""
+
+    def __init__(self, target: NodeTarget, caller: Caller) -> None:
+        self._target = target
+        self._node = target.node
+        self._caller = caller
+
+    def owner(self) -> Document:
+        """The process, its node and its data directory; answered without asking another node."""
+        node = self._node
+        return {
+            "pid": os.getpid(),
+            "data": str(node.home.absolute()),
+            "position": node.store.applied_now.position,
+            "node": node.config.node,
+            "cluster": str(uuid.UUID(bytes=node.config.cluster)),
+            "shards": node.config.shards,
+        }
+
+    def cluster_status(self) -> Document:
+        """Shards with leader, term and nodes; what the nodes of the cluster that answer say."""
+        return self._node.status()
+
+    def cluster_add(self, *, node: int, address: str) -> Document:
+        """Adds a node; done when it votes in every shard."""
+        from space.replication.node import parse_address
+
+        parse_address(address)
+        self._change("add", node, address)
+        return {"node": node, "address": address}
+
+    def cluster_remove(self, *, node: int) -> Document:
+        """Removes a node from every shard."""
+        self._change("remove", node, "")
+        return {"node": node}
+
+    def cluster_lead(self, *, node: int, shard: int | None = None) -> Document:
+        """Lets a node lead one shard, or all."""
+        if shard is not None and shard not in range(self._node.config.shards):
+            raise NotFoundError(f"no shard {shard}", hint=f"there are {self._node.config.shards}, from 0")
+        self._change("lead", node, "", shard)
+        return {"node": node, "shard": shard}
+
+    def _change(self, what: str, node: int, address: str, shard: int | None = None) -> None:
+        """Carries a change out beside this thread, which tells how far it is."""
+        failed: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self._node.change_members(what, node, address, shard)
+            except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
+                failed.append(error)
+
+        thread = threading.Thread(target=work, name="space-change", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(PROGRESS_SECONDS)
+            if thread.is_alive() and what == "add":
+                self._tell(node)
+        if failed:
+            raise failed[0]
+
+    def _tell(self, node: int) -> None:
+        """How far a new node is."""
+        with contextlib.suppress(UnavailableError):
+            for shard in self._node.status()["shards"]:
+                found = next((each for each in shard["nodes"] if each["id"] == node), None)
+                if found is not None and found["position"] is not None:
+                    position = found["position"]
+                    self._caller.progress({"position": position, "last": position + found["lag"]})
+
+    def cluster_invite(
+        self, *, target: str, node: int | None = None, client: str | None = None, hosts: str = ""
+    ) -> Document:
+        """Writes the certificate of a node to be, or of a client, below the absolute path ``target``."""
+        from datetime import UTC, datetime
+
+        from space._node.cluster import AUTHORITY, TLS, invite
+        from space.replication.certificates import issue_client
+
+        home, config = self._node.home, self._node.config
+        if (node is None) == (client is None):
+            raise UsageError("either a node or a client is invited")
+        if client is not None:
+            authority = home / TLS / AUTHORITY
+            if not authority.exists():
+                raise NotFoundError(
+                    f"no authority at {authority}", hint="ask the node that founded the cluster"
+                )
+            issue_client(authority, Path(target), client, now=datetime.now(UTC))
+            return {"client": client, "directory": target}
+        invite(home, int(node or 0), Path(target), hosts=hosts.split())
+        peers = {**config.peers, config.node: self._node.node.address}
+        document = {"shards": config.shards, "peers": {str(each): peers[each] for each in sorted(peers)}}
+        (Path(target) / INVITATION).write_text(json.dumps(document))
+        return {"node": node, "directory": target}
+
+    def gc(self, *, dry_run: bool = False) -> Document:
+        """Gives back what no kept moment can reach, in every shard, on its leader."""
+        reports = [
+            self._target.on_leader(number, dry_run=dry_run) for number in range(self._node.config.shards)
+        ]
+        return _sum(reports, ("bytes_given_back", "frames", "capsules_purged", "clients_forgotten"))
+
+    def verify(self, *, repair: bool = False) -> Document:
+        """Checks every checksum, chain link and reference of every shard, on this node."""
+        reports = []
+        for store in self._node.stores:
+            with store.relaxed(math.inf):
+                store.confirm()
+                reports.append(Service(store, self._caller).verify(repair=repair))
+        totals = _sum(reports, ("segments", "batches", "events", "payload_bytes", "repaired"))
+        return {**totals, "findings": [each for report in reports for each in report["findings"]]}
+
+    def unnamed(self, *, at: str | None = None) -> Iterator[Document]:
+        """Capsules no path leads to, in all shards."""
+        return itertools.chain.from_iterable(
+            self._target.stream(store, Terms(), Service(store, self._caller).unnamed(at=at))
+            for store in self._node.stores
+        )
+
+    def mount(self, *, source: str, target: str, read_only: bool = False) -> Document:
+        """Mounts a tree or capsule in the node's own process."""
+        return self._target.mounts.mount(self._target.reading_for, source, target, read_only=read_only)
+
+    def unmount(self, *, target: str) -> Document:
+        """Ends a mount of the node and waits until it is gone."""
+        return self._target.mounts.end(target)
+
+
+def _sum(reports: list[Document], names: tuple[str, ...]) -> Document:
+    """The first report, with the numbers of all."""
+    total = dict(reports[0])
+    for name in names:
+        total[name] = sum(report[name] for report in reports)
+    return total
+
+
+NODE_METHODS: Final[Mapping[str, Callable[..., Any]]] = {
+    name: method for name, method in vars(NodeService).items() if callable(method) and name[0] != "_"
+}
+
+
+class NodeTarget:
+    """A node with its shards, as who carries out calls."""
+
+    def __init__(self, node: ClusterNode, mounts: Mounts) -> None:
+        self.node = node
+        self.mounts = mounts
+        self.calls = 0
+        node.node.on_call = self._for_a_peer
+
+    @property
+    def path(self) -> Path:
+        return self.node.home
+
+    def find(self, method: str) -> Callable[..., Any] | None:
+        return NODE_METHODS.get(method) or methods().get(method)
+
+    def call(self, method: str, arguments: Document, caller: Caller, terms: Terms) -> Any:
+        self.calls += 1
+        if (own := NODE_METHODS.get(method)) is not None:
+            return own(NodeService(self, caller), **arguments)
+        store = self._store_for(method, arguments, terms)
+        work = methods()[method]
+        if inspect.isgeneratorfunction(work):
+            return self.stream(store, terms, work(Service(store, caller, terms), **arguments))
+        with _looking(store, terms):
+            return work(Service(store, caller, terms), **arguments)
+
+    def stream(self, store: Member, terms: Terms, items: Iterator[Any]) -> Iterator[Any]:
+        """Items of one look at a store, taken by one thread."""
+        with _looking(store, terms):
+            yield from items
+
+    # --- placement -----------------------------------------------------------------------------------
+
+    def _store_for(self, method: str, arguments: Document, terms: Terms) -> Member:
+        """The shard of the capsule a call is about; the one with the tree for a path, or for nothing."""
+        tree = self.node.store
+        if self.node.config.shards == 1:
+            return tree
+        if method in ("put", "create") and arguments.get("name") is None:
+            arguments.setdefault("id", str(tree.new_id()))
+            return self.node.store_of(CapsuleId.parse(arguments["id"]))
+        named = [arguments.get(each) for each in ("capsule", "path", "source")]
+        text = next((each for each in named if isinstance(each, str)), None)
+        if text is None or text.startswith("/"):
+            return tree
+        store = self._holder(CapsuleId.parse(text), terms)
+        if (
+            store is not tree
+            and method in ("clone", "undelete")
+            and (arguments.get("to") or arguments.get("target"))
+        ):
+            raise UsageError(
+                f"capsule {text} is not in the shard of the tree, and gets no name there",
+                hint="put or copy its bytes",
+            )
+        return store
+
+    def _holder(self, capsule: CapsuleId, terms: Terms) -> Member:
+        """Where a capsule is: the shard its id is placed in, or, if it was given a name, the one with the tree."""
+        store = self.node.store_of(capsule)
+        if store is not self.node.store:
+            with _looking(store, terms), contextlib.suppress(NotFoundError):
+                store.stat(capsule)
+                return store
+            with _looking(self.node.store, terms), contextlib.suppress(NotFoundError):
+                self.node.store.stat(capsule)
+                return self.node.store
+        return store
+
+    def reading_for(self, source: str) -> Member:
+        """The store a view of ``source`` reads."""
+        return self.node.store if source.startswith("/") else self._holder(CapsuleId.parse(source), Terms())
+
+    # --- what only a leader can ----------------------------------------------------------------------
+
+    def on_leader(self, shard: int, *, dry_run: bool) -> Document:
+        """Has the leader of a shard, wherever it is, collect its garbage."""
+        deadline = time.monotonic() + LEADER_SECONDS
+        method = "gc dry" if dry_run else "gc"
+        while True:
+            try:
+                return self._ask_leader(shard, method)
+            except NotLeaderError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(PROGRESS_SECONDS / 5)
+
+    def _ask_leader(self, shard: int, method: str) -> Document:
+        leader = self.node.stores[shard].group.replica.driver.leader
+        if leader == self.node.config.node:
+            return self._for_a_peer(shard, method)
+        if not leader:
+            raise NotLeaderError(f"shard {shard} has no leader now", hint="space cluster status")
+
+        def ask(node: Any) -> Any:
+            return node.transport.request(leader, "call", [shard, method], timeout=CALL_SECONDS)
+
+        answer, _ = self.node.call(ask, seconds=CALL_SECONDS)
+        if not isinstance(answer, dict):
+            raise UnavailableError(f"node {leader} gave a malformed answer", hint="is it older or newer?")
+        return answer
+
+    def _for_a_peer(self, shard: int, method: str) -> Document:
+        if method not in ("gc", "gc dry"):
+            raise UsageError(f"no such operation for a leader: {method!r:.40}", hint="is this node older?")
+        return Service(self.node.stores[shard], Caller()).gc(dry_run=method == "gc dry")
+
+
+@contextlib.contextmanager
+def _looking(store: Member, terms: Terms) -> Iterator[None]:
+    """One look: what was acknowledged before it began is seen, at the cost of one question to the leader."""
+    if terms.stale:
+        with store.stale():
+            yield
+    else:
+        with store.relaxed(math.inf):
+            store.confirm()
+            yield
