@@ -19,6 +19,7 @@ from space.projections.block import BlockInfo
 from space.projections.nvme.connection import Connection, Limits
 from space.projections.nvme.pdu import FatalError
 from space.projections.nvme.queue import Pools, Queue
+from space.projections.nvme.reply import Reply
 from space.projections.nvme.target import Namespace, Subsystem, Target
 
 NQN: Final = "nqn.2024-01.org.example:disk"
@@ -103,9 +104,9 @@ def namespace(nsid: int = 1, device: MemoryDevice | None = None, **options: Any)
     return Namespace(
         nsid,
         device or MemoryDevice(),
-        uuid=bytes([0xA0 + nsid]) * 16,
-        nguid=bytes([0xB0 + nsid]) * 16,
-        eui64=bytes([0xC0 + nsid]) * 8,
+        uuid=bytes([(0xA0 + nsid) & 0xFF]) * 16,
+        nguid=bytes([(0xB0 + nsid) & 0xFF]) * 16,
+        eui64=bytes([(0xC0 + nsid) & 0xFF]) * 8,
         **options,
     )
 
@@ -264,17 +265,6 @@ def take_apart(stream: bytes) -> list[Pdu]:
     return found
 
 
-class _Task:
-    """A coroutine somebody else drives."""
-
-    def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        self.coroutine = coroutine
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-
 class Host:
     """One connection to a target without a socket: what is sent arrives at once, and answers are there on return."""
 
@@ -293,7 +283,6 @@ class Host:
         self.connection = Connection(limits or Limits())
         self.queue = Queue(target, self.connection, self, pools or Pools(), now)
         self.local_address = "192.0.2.7"
-        self.tasks: list[_Task] = []
         self.closed: str | None = None
         self.woken = 0
         self._cid = 0
@@ -302,12 +291,8 @@ class Host:
 
     # --- the shell of the queue
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> Any:
-        try:
-            return asyncio.get_running_loop().create_task(coroutine)
-        except RuntimeError:
-            self.tasks.append(_Task(coroutine))
-            return self.tasks[-1]
+    def spawn(self, coroutine: Coroutine[Any, Any, Reply]) -> asyncio.Task[Reply]:
+        return asyncio.get_running_loop().create_task(coroutine)
 
     def wake(self) -> None:
         self.woken += 1
@@ -315,6 +300,11 @@ class Host:
     def close(self, reason: str) -> None:
         self.closed = reason
         self.connection.ended = True
+
+    @property
+    def open(self) -> bool:
+        """Whether the target has not closed the connection."""
+        return self.closed is None
 
     # --- sending
 

@@ -118,6 +118,13 @@ def _payload(command: Command, size: int) -> bytes | bytearray | memoryview:
     return command.data
 
 
+def _ranges(command: Command, size: int) -> memoryview:
+    """The range descriptors of a command; hosts send room for more than they name (Linux always does)."""
+    if command.sgl_length < size or command.data is None:
+        raise CommandError(NvmeStatus.SGL_LENGTH_INVALID, location=32)
+    return memoryview(command.data)[:size]
+
+
 def _durable(queue: Queue, command: Command) -> bool:
     return bool(command.cdw12 & _FUA) or not _controller(queue).features.write_cache
 
@@ -232,7 +239,7 @@ def dataset_management(queue: Queue, command: Command) -> Reply | Coroutine[Any,
     """Dataset Management: ranges to deallocate; hints about their use are taken note of by nobody."""
     namespace, info = _open(queue, command, writes=True)
     count = (command.cdw10 & 0xFF) + 1
-    data = _payload(command, count * _RANGE.size)
+    data = _ranges(command, count * _RANGE.size)
     ranges = [
         (first * info.block_size, blocks * info.block_size) for blocks, first in _RANGE.iter_unpack(data)
     ]
@@ -266,7 +273,7 @@ def copy(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
     count = (command.cdw12 & 0xFF) + 1
     if count > COPY_RANGES_MAX:
         raise CommandError(NvmeStatus.SIZE_LIMIT_EXCEEDED, location=48)
-    ranges = list(_copied(_payload(command, count * _COPY_RANGE.size), info))
+    ranges = list(_copied(_ranges(command, count * _COPY_RANGE.size), info))
     target, length = (command.cdw10 | command.cdw11 << 32) * info.block_size, sum(each[1] for each in ranges)
     if length > COPY_BYTES_MAX:
         raise CommandError(NvmeStatus.SIZE_LIMIT_EXCEEDED)

@@ -7,11 +7,11 @@ import struct
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Final
 
-from space.projections.nvme.controller import Controller, Event
+from space.projections.nvme.controller import ERROR_ENTRIES_MAX, Controller, Event
 from space.projections.nvme.pdu import FABRICS, Command
 from space.projections.nvme.reply import Reply
 from space.projections.nvme.status import CommandError, NvmeStatus
-from space.projections.nvme.target import DISCOVERY_NQN, NAMESPACES_MAX, Namespace, Port
+from space.projections.nvme.target import ANA_GROUPS_MAX, DISCOVERY_NQN, NAMESPACES_MAX, Namespace, Port
 
 if TYPE_CHECKING:
     from space.projections.nvme.queue import Queue
@@ -20,6 +20,8 @@ ALL_NAMESPACES: Final = 0xFFFF_FFFF
 _ERROR: Final = struct.Struct("<QHHHHQIBB2xQ24x")
 _ANA_HEAD: Final = struct.Struct("<QH6x")
 _ANA_GROUP: Final = struct.Struct("<IIQB15x")
+_ANA_BYTES_MAX: Final = _ANA_HEAD.size + ANA_GROUPS_MAX * _ANA_GROUP.size + NAMESPACES_MAX * 4
+"""Hosts read the log in pieces up to what the numbers in Identify Controller say it may have."""
 _DISCOVERY_HEAD: Final = struct.Struct("<QQH1006x")
 _DISCOVERY_ENTRY: Final = struct.Struct("<BBBBHHHH20x32s192x256s256s256x")
 _NOTICE: Final = struct.Struct("<QBB2xI48x")
@@ -44,10 +46,11 @@ _CHANGES_CONTENT: Final = 1 << 1
 
 def _errors(queue: Queue, controller: Controller, command: Command) -> bytes:
     """01h: what failed, newest first."""
-    return b"".join(
+    rows = [
         _ERROR.pack(each.count, each.sqid, each.cid, each.status, each.location, each.lba, each.nsid, 0, 0, 0)
         for each in controller.errors
-    )
+    ]
+    return b"".join(rows).ljust(ERROR_ENTRIES_MAX * _ERROR.size, b"\0")
 
 
 def _smart(queue: Queue, controller: Controller, command: Command) -> bytes:
@@ -111,7 +114,8 @@ def _ana(queue: Queue, controller: Controller, command: Command) -> bytes:
         changes, state = subsystem.ana_changes[group], subsystem.ana_states[group]
         parts.append(_ANA_GROUP.pack(group, len(members), changes, state))
         parts.append(struct.pack(f"<{len(members)}I", *members))
-    return _ANA_HEAD.pack(sum(subsystem.ana_changes.values()), len(subsystem.ana_states)) + b"".join(parts)
+    head = _ANA_HEAD.pack(sum(subsystem.ana_changes.values()), len(subsystem.ana_states))
+    return (head + b"".join(parts)).ljust(_ANA_BYTES_MAX, b"\0")
 
 
 def _reservation_notices(queue: Queue, controller: Controller, command: Command) -> bytes:

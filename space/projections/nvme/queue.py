@@ -16,6 +16,7 @@ others.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
@@ -71,10 +72,16 @@ class Pool:
 
 
 class Handle(Protocol):
-    """A coroutine that runs."""
+    """A coroutine that runs: an asyncio task."""
 
     def cancel(self) -> object:
         """Ends it at its next await."""
+
+    def result(self) -> Reply:
+        """What came of it, once it is done; or raises what it raised."""
+
+    def add_done_callback(self, done: Callable[[Any], None], /) -> object:
+        """Calls ``done`` with this handle when it is done."""
 
 
 class Shell(Protocol):
@@ -84,7 +91,7 @@ class Shell(Protocol):
     def local_address(self) -> str:
         """The address the host has reached."""
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> Handle:
+    def spawn(self, coroutine: Coroutine[Any, Any, Reply]) -> Handle:
         """Runs a coroutine to its end."""
 
     def wake(self) -> None:
@@ -122,6 +129,11 @@ class _Started:
             except StopIteration as done:
                 reply: Reply = done.value
                 return reply
+
+
+async def _finish(coroutine: Coroutine[Any, Any, Reply], waits_for: Any) -> Reply:
+    """The rest of a command that had to wait."""
+    return await _Started(coroutine, waits_for)
 
 
 class Queue:
@@ -361,39 +373,29 @@ class Queue:
 
     def _suspend(self, command: Command, coroutine: Coroutine[Any, Any, Reply], waits_for: Any) -> None:
         length = 0 if command.fetched else command.sgl_length
-        mutates = bool(self.number) and command.opcode in io.MUTATIONS
+        mutating = self.controller if self.number and command.opcode in io.MUTATIONS else None
         self._executing += length
         self._pools.executing.used += length
-        if mutates and self.controller is not None:
-            self.controller.mutations += 1
-        handle = self.shell.spawn(self._run(command, coroutine, waits_for, length, self.controller))
-        self._running[command.cid] = (handle, mutates)
+        if mutating is not None:
+            mutating.mutations += 1
+        handle = self.shell.spawn(_finish(coroutine, waits_for))
+        self._running[command.cid] = (handle, mutating is not None)
+        handle.add_done_callback(functools.partial(self._finished, command, length, mutating))
 
-    async def _run(
-        self,
-        command: Command,
-        coroutine: Coroutine[Any, Any, Reply],
-        waits_for: Any,
-        length: int,
-        controller: Controller | None,
-    ) -> None:
-        """The rest of a command that had to wait."""
-        outcome: Reply | CommandError = CommandError(NvmeStatus.ABORT_REQUESTED)
+    def _finished(self, command: Command, length: int, mutating: Controller | None, handle: Handle) -> None:
+        """A command that had to wait is done, or was cancelled (perhaps before it could go on at all)."""
+        del self._running[command.cid]
+        if mutating is not None:
+            mutating.mutations -= 1
+        self._executing -= length
+        self._pools.executing.give(length)
         try:
-            outcome = await _Started(coroutine, waits_for)
+            self.complete(command, handle.result())
         except Exception as error:  # noqa: BLE001 - see _begin
-            outcome = self.error_of(error)
-        finally:
-            _, mutates = self._running.pop(command.cid)
-            if mutates and controller is not None:
-                controller.mutations -= 1
-            self._executing -= length
-            self._pools.executing.give(length)
-            if isinstance(outcome, Reply):
-                self.complete(command, outcome)
-            else:
-                self._fail(command, outcome)
-            self.shell.wake()
+            self._fail(command, self.error_of(error))
+        except BaseException:  # noqa: BLE001 - cancelled; nothing else gets out of a task
+            self._fail(command, CommandError(NvmeStatus.ABORT_REQUESTED))
+        self.shell.wake()
 
     @staticmethod
     def error_of(error: Exception) -> CommandError:

@@ -21,6 +21,7 @@ import attrs
 from space.projections.nvme.connection import Connection, Limits
 from space.projections.nvme.pdu import FatalError
 from space.projections.nvme.queue import Pools, Queue
+from space.projections.nvme.reply import Reply
 from space.projections.nvme.target import IO_PORT, Port, Target
 
 CONNECTIONS_MAX: Final = 2048
@@ -71,7 +72,7 @@ class Session(asyncio.BufferedProtocol):
         assert self._transport is not None
         return str(self._transport.get_extra_info("sockname")[0])
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, coroutine: Coroutine[Any, Any, Reply]) -> asyncio.Task[Reply]:
         """Runs a command that has to wait."""
         return self._server.spawn(coroutine)
 
@@ -212,7 +213,7 @@ class Server:
         self.pools = pools or Pools()
         self.loop = asyncio.get_running_loop()
         self._sessions: set[Session] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Reply]] = set()
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
 
@@ -269,7 +270,7 @@ class Server:
         """A connection has ended."""
         self._sessions.discard(session)
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, coroutine: Coroutine[Any, Any, Reply]) -> asyncio.Task[Reply]:
         """Runs a command that has to wait."""
         task = self.loop.create_task(coroutine)
         self._tasks.add(task)
