@@ -574,7 +574,7 @@ def _silent_clients(store: Store) -> list[bytes]:
     with store._read() as txn:
         for key, value in txn.scan(REPLY, b""):
             client = key[:ID_BYTES]
-            newest[client] = max(newest.get(client, 0), U64.unpack(value)[0])
+            newest[client] = max(newest.get(client, 0), U64.unpack_from(value)[0])
     before = store._clock() - RETRY_NS
     return [client for client, position in newest.items() if store.wal.time_ns(position) < before]
 

@@ -47,6 +47,9 @@ class Kind(enum.IntEnum):
     BLOCK_DEVICE = 7
 
 
+REFUSAL_BYTES_MAX: Final = 1024
+"""Longest message of a refusal that is kept."""
+
 EXTENT_BYTES_MAX: Final = 1 << 20
 """Longest extent one ExtentWritten may carry: bounds what one read must look at and one batch must hold."""
 
@@ -339,6 +342,21 @@ class NamespaceAssigned:
     nsid: int = u32()
 
 
+@event(27)
+class CommandRefused:
+    """A command with a client id was decided against: whatever attempt of it comes later gets the same answer.
+
+    Without it a delayed attempt could be carried out after its caller was told that it was refused.  ``status`` is
+    the name of a :class:`space._errors.Status`.  It belongs to no capsule: its link starts from nothing.
+    """
+
+    capsule: bytes = identifier()
+    client: bytes = identifier()
+    sequence: int = u63()
+    status: str = text(32)
+    message: str = text(REFUSAL_BYTES_MAX)
+
+
 Event = (
     StoreInitialised
     | CapsuleCreated
@@ -366,4 +384,5 @@ Event = (
     | RepliesForgotten
     | RangeCopied
     | NamespaceAssigned
+    | CommandRefused
 )

@@ -18,6 +18,7 @@ from blake3 import blake3
 from space._errors import CorruptionError
 from space.events import types as ev
 from space.events.codec import chain_link
+from space.events.commands import REPLIES_KEPT_PER_CLIENT
 from space.events.ids import ID_BYTES, NIL, CapsuleId
 from space.statemachine.tables import (
     COUNTER,
@@ -418,6 +419,18 @@ def _replies_forgotten(state: Overlay, context: Context, link: bytes, event: ev.
             state.delete(REPLY, key)
 
 
+def _refused(state: Overlay, context: Context, link: bytes, event: ev.CommandRefused) -> None:
+    refusal = msgpack.packb([event.status, event.message])
+    keep_reply(state, event.client, event.sequence, U64.pack(context.position) + refusal)
+
+
+def keep_reply(state: Overlay, client: bytes, sequence: int, reply: bytes) -> None:
+    """Keeps the answer to a command for retries of it; forgets the oldest of that client."""
+    state.put(REPLY, client + U64.pack(sequence), reply)
+    if sequence >= REPLIES_KEPT_PER_CLIENT:
+        state.delete(REPLY, client + U64.pack(sequence - REPLIES_KEPT_PER_CLIENT))
+
+
 def _lose_name(state: Overlay, context: Context, capsule: bytes) -> None:
     """A directory that led to ``capsule`` is purged; without any name left it is an orphan itself."""
     row = state.capsule(capsule)
@@ -481,6 +494,7 @@ HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.CapsuleDeleted: _deleted,
     ev.MembershipChanged: _membership,
     ev.RepliesForgotten: _replies_forgotten,
+    ev.CommandRefused: _refused,
     ev.RangeCopied: _written,
     ev.NamespaceAssigned: _namespace_assigned,
 }

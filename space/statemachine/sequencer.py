@@ -2,8 +2,9 @@
 
 Each command is decided against state plus everything decided before it in the same batch, so a batch
 is as if its commands had come one after the other; all of them then share one log record and one
-fdatasync.  A command with a client id that was applied before is answered from the reply rows instead
-of being applied again.
+fdatasync.  A command with a client id that was answered before is answered from the reply rows instead
+of being decided again, refusals included: they are events (:class:`space.events.types.CommandRefused`), so that no
+attempt that was delayed on its way is carried out after its caller was told that it was refused.
 
 Pure: the caller logs the batch and then calls :meth:`Prepared.flush`, or drops it if the log refused.
 """
@@ -14,8 +15,9 @@ from collections.abc import Sequence
 from typing import Final
 
 import attrs
+import msgpack
 
-from space._errors import SpaceError, UsageError, rejection
+from space._errors import SpaceError, Status, UsageError, rejection
 from space.events.codec import (
     ACTOR_CHARACTERS_MAX,
     EVENTS_MAX,
@@ -26,11 +28,11 @@ from space.events.codec import (
     encode_batch,
     encode_event,
 )
-from space.events.commands import REPLIES_KEPT_PER_CLIENT, Buffer, Receipt, Request
-from space.events.ids import ID_BYTES
+from space.events.commands import Buffer, Receipt, Request
+from space.events.ids import CLUSTER, ID_BYTES
 from space.events.registry import U63_MAX
-from space.events.types import Event
-from space.statemachine.apply import Context, apply
+from space.events.types import REFUSAL_BYTES_MAX, CommandRefused, Event
+from space.statemachine.apply import Context, apply, keep_reply
 from space.statemachine.decide import PayloadPlacer, Rejected, decide
 from space.statemachine.tables import REPLY, U64, Overlay, Reader
 
@@ -105,20 +107,20 @@ def _one(batch: Prepared, request: Request, payload: PayloadPlacer) -> Receipt |
     overlay = batch.overlay
     if (problem := _unusable(request)) is not None:
         return problem
-    reply_key = request.client + U64.pack(request.sequence) if request.client else b""
-    if reply_key and (answered := overlay.get(REPLY, reply_key)) is not None:
-        return Receipt(U64.unpack(answered)[0], repeated=True)
+    answered = overlay.get(REPLY, request.client + U64.pack(request.sequence)) if request.client else None
+    if answered is not None:
+        return _answer(answered)
     events = decide(overlay, request.command, payload)
     if isinstance(events, Rejected):
-        return rejection(events.status, events.message)
+        return _refuse(batch, request, rejection(events.status, events.message))
     try:
         encoded = [encode_event(event) for event in events]
     except UsageError as error:
-        return error
-    size = _ENTRY_BYTES + sum(len(each) + _EVENT_BYTES for each in encoded)
-    if batch.metadata_bytes + size > METADATA_BYTES_MAX:
-        return None if batch.entries else UsageError(f"one command of {size} bytes of events")
-    batch.metadata_bytes += size
+        return _refuse(batch, request, error)
+    if not _fits(batch, encoded):
+        if batch.entries:
+            return None
+        return UsageError(f"one command of more than {METADATA_BYTES_MAX} bytes of events")
     linked = []
     for event, raw in zip(events, encoded, strict=True):
         row = overlay.capsule(event.capsule)
@@ -126,18 +128,46 @@ def _one(batch: Prepared, request: Request, payload: PayloadPlacer) -> Receipt |
         apply(overlay, Context(batch.position, batch.events, batch.time_ns), link, event)
         linked.append((link, event))
         batch.events += 1
-    if linked:
-        record_reply(overlay, request.client, request.sequence, batch.position)
-        entry = Entry(
-            request.client,
-            request.sequence,
-            batch.time_ns,
-            request.actor[:ACTOR_CHARACTERS_MAX],
-            tuple(linked),
-        )
-        batch.entries.append(entry)
-        return Receipt(batch.position)
-    return Receipt(batch.position - 1)  # nothing to change: true as of the batch before
+    if not linked and not request.client:
+        return Receipt(batch.position - 1)  # nothing to change: true as of the batch before
+    record_reply(overlay, request.client, request.sequence, batch.position)
+    actor = request.actor[:ACTOR_CHARACTERS_MAX]
+    batch.entries.append(Entry(request.client, request.sequence, batch.time_ns, actor, tuple(linked)))
+    return Receipt(batch.position)
+
+
+def _fits(batch: Prepared, encoded: list[bytes]) -> bool:
+    """Whether the events of one more command fit into the batch; counts them if so."""
+    size = _ENTRY_BYTES + sum(len(each) + _EVENT_BYTES for each in encoded)
+    if batch.metadata_bytes + size > METADATA_BYTES_MAX:
+        return False
+    batch.metadata_bytes += size
+    return True
+
+
+def _answer(reply: bytes) -> Receipt | SpaceError:
+    """What the first attempt of a command was told."""
+    if len(reply) == U64.size:
+        return Receipt(U64.unpack(reply)[0], repeated=True)
+    status, message = msgpack.unpackb(reply[U64.size :])
+    return rejection(Status[status], message)
+
+
+def _refuse(batch: Prepared, request: Request, error: SpaceError) -> SpaceError | None:
+    """Refuses a command; of a client that may try again, as an event, so that every attempt is told the same."""
+    if not request.client:
+        return error
+    message = Exception.__str__(error).encode(errors="replace")[:REFUSAL_BYTES_MAX].decode(errors="ignore")
+    event = CommandRefused(CLUSTER, request.client, request.sequence, error.status.name, message)
+    raw = encode_event(event)
+    if not _fits(batch, [raw]):
+        return None
+    link = chain_link(NO_LINK, raw)
+    apply(batch.overlay, Context(batch.position, batch.events, batch.time_ns), link, event)
+    batch.events += 1
+    actor = request.actor[:ACTOR_CHARACTERS_MAX]
+    batch.entries.append(Entry(b"", 0, batch.time_ns, actor, ((link, event),)))
+    return error
 
 
 def _unusable(request: Request) -> UsageError | None:
@@ -152,8 +182,6 @@ def _unusable(request: Request) -> UsageError | None:
 
 
 def record_reply(overlay: Overlay, client: bytes, sequence: int, position: int) -> None:
-    """Remembers that a client's command was answered at ``position``; forgets the oldest."""
+    """Remembers that a client's command was carried out at ``position``."""
     if client:
-        overlay.put(REPLY, client + U64.pack(sequence), U64.pack(position))
-        if sequence >= REPLIES_KEPT_PER_CLIENT:
-            overlay.delete(REPLY, client + U64.pack(sequence - REPLIES_KEPT_PER_CLIENT))
+        keep_reply(overlay, client, sequence, U64.pack(position))

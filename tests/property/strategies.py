@@ -42,6 +42,11 @@ _BY_NAME: Final[Mapping[str, st.SearchStrategy[Any]]] = {
     "subsystem": st.sampled_from(["nqn.2014-08.org.example:a", "nqn.2014-08.org.example:b"])
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=223),
     "at": u63,
+    "client": ids,
+    "sequence": u63,
+    "status": st.sampled_from(["EXISTS", "NOT_FOUND"])
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=32),
+    "message": st.text(st.characters(exclude_categories=["Cs"]), max_size=200),
     "atime": st.none() | st.integers(-(2**63), 2**63 - 1),
     "mtime": st.none() | st.integers(-(2**63), 2**63 - 1),
     "snapshot": st.sampled_from(["s", "t"]) | st.text(st.characters(exclude_categories=["Cs"]), max_size=255),

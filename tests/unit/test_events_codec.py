@@ -52,6 +52,7 @@ SAMPLES: Final[dict[str, ev.Event]] = {
     "24.1": ev.RepliesForgotten(ONE, TWO),
     "23.1": ev.MembershipChanged(ONE, b"change", b"members"),
     "25.1": ev.RangeCopied(ONE, 4096, 2**28, TWO, 0, LINK),
+    "27.1": ev.CommandRefused(ONE, TWO, 7, "EXISTS", "it exists"),
     "26.1": ev.NamespaceAssigned(ONE, "nqn.2014-08.org.nvmexpress:uuid:x", TWO, 1),
 }
 READ_AS: Final = {"2.1": ev.CapsuleCreated(ONE, 1, 0o644, 1, 2, 3, 2**63 - 1, 4096, 5, 0, b"target")}
@@ -157,6 +158,7 @@ def test_numbers_are_frozen() -> None:
         23: "MembershipChanged",
         24: "RepliesForgotten",
         25: "RangeCopied",
+        27: "CommandRefused",
         26: "NamespaceAssigned",
     }
 

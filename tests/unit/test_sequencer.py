@@ -11,10 +11,11 @@ from space.events.commands import (
     InitialiseStore,
     Receipt,
     Request,
+    SetAttributes,
     Unlink,
 )
 from space.events.ids import ROOT
-from space.events.types import CapsuleCreated, NameLinked, NameUnlinked
+from space.events.types import CapsuleCreated, CommandRefused, NameLinked, NameUnlinked
 from space.statemachine import sequencer
 from space.statemachine.sequencer import Prepared, prepare
 from space.statemachine.tables import REPLY
@@ -94,3 +95,31 @@ def test_what_does_not_fit_waits(state: MemoryWriter, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sequencer, "COMMANDS_MAX", 3)
     batch = decided(state, [create(number, b"%d" % number) for number in range(2, 10)])
     assert batch.taken == len(batch.outcomes) == 3
+
+
+def test_a_refusal_is_remembered_for_whoever_may_try_again(state: MemoryWriter) -> None:
+    """A refused command of a client is refused for every later attempt, also when it would be possible by then."""
+    decided(state, [create(2, b"x")])
+    first = decided(state, [create(3, b"x", 7)], position=3)
+    (refused,) = first.outcomes
+    assert isinstance(refused, ConflictError)
+    assert [type(event) for entry in first.entries for _, event in entry.events] == [CommandRefused]
+    decided(state, [Request(Unlink(ROOT, b"x"))], position=4)
+    again = decided(state, [create(3, b"x", 7)], position=5)
+    (outcome,) = again.outcomes
+    assert isinstance(outcome, ConflictError)
+    assert Exception.__str__(outcome) == Exception.__str__(refused)
+    assert not again.entries
+
+
+def test_a_refusal_nobody_can_retry_leaves_no_trace(state: MemoryWriter) -> None:
+    """Without a client id there is no later attempt, and nothing to log."""
+    decided(state, [create(2, b"x")])
+    assert not decided(state, [create(3, b"x")], position=3).entries
+
+
+def test_a_command_that_changes_nothing_is_remembered_too(state: MemoryWriter) -> None:
+    """Its late second attempt would otherwise undo what others did meanwhile."""
+    nothing = Request(SetAttributes(bytes(ROOT)), client=CLIENT, sequence=7)
+    assert decided(state, [nothing]).outcomes == [Receipt(2)]
+    assert decided(state, [nothing], position=3).outcomes == [Receipt(2, repeated=True)]
