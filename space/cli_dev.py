@@ -29,6 +29,9 @@ from space.control import SocketEndpoint
 from space.remote import Nodes
 
 DEV_FILE: Final = "dev.json"
+MASTER_KEY_FILE: Final = "master.key"
+MASTER_KEY_ENVIRONMENT: Final = "SPACE_MASTER_KEY_FILE"
+_NOT_FOR_NODES: Final = ("SPACE_NODE", "SPACE_DATA", "SPACE_CERTIFICATE")
 WATCH_SECONDS: Final = 0.2
 START_SECONDS: Final = 120.0
 """How long the first answer of a node may take: it may have to recover or heal its log."""
@@ -127,6 +130,7 @@ class DevCluster:
             if self._temporary:
                 events.happened("note", {}, f"in {self._home}, which is removed at the end: --dir D keeps it")
             plan = self._planned()
+            self._make_master_key()
             if self._begin(plan):
                 events.ready([child.document() for child in self._children.values()])
                 self._watch(plan)
@@ -153,6 +157,15 @@ class DevCluster:
         plan = self._extended(plan)
         plan.save(path)
         return plan
+
+    def _make_master_key(self) -> None:
+        """One master key for all nodes: what is encrypted through one is read through every other."""
+        from space.content.keys import generate_master_key
+
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(self._home / MASTER_KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(generate_master_key(os.urandom).hex().encode() + b"\n")
 
     def _check(self, plan: _Plan) -> None:
         if self._shards not in (None, plan.shards):
@@ -216,9 +229,8 @@ class DevCluster:
                         "--shards",
                         str(plan.shards),
                     ]
-        environment = {
-            key: value for key, value in os.environ.items() if key not in ("SPACE_NODE", "SPACE_DATA")
-        }
+        environment = {key: value for key, value in os.environ.items() if key not in _NOT_FOR_NODES}
+        environment.setdefault(MASTER_KEY_ENVIRONMENT, str(self._home / MASTER_KEY_FILE))
         with (self._home / f"node-{number}.log").open("ab") as errors:
             process = subprocess.Popen(
                 command,

@@ -63,6 +63,10 @@ def test_dev_runs_a_cluster(tmp_path: Path, random_file: Path) -> None:
                 assert _fetched(each["url"], f"/from-{other['id']}", tmp_path).read_bytes() == content
             names = [entry["name"] for entry in on(each["url"], "ls", "--json").json]
             assert names == ["from-1", "from-2", "from-3"]
+        policy = tmp_path / "policy.yaml"
+        policy.write_text("encryption: aes-256-gcm\n")
+        on(nodes[0]["url"], "put", random_file, "--policy-file", policy, "--name", "/secret")
+        assert _fetched(nodes[1]["url"], "/secret", tmp_path).read_bytes() == content
         (shard,) = status(nodes[0]["url"])
         assert {"shard", "leader", "term", "nodes"} <= keys(shard)
         assert all({"id", "role", "position", "digest", "lag"} <= keys(node) for node in shard["nodes"])
@@ -72,7 +76,8 @@ def test_dev_runs_a_cluster(tmp_path: Path, random_file: Path) -> None:
     assert not any(Path(f"/proc/{each['pid']}").exists() for each in nodes)
     with dev(tmp_path / "dev", "--nodes", "3") as (_, again):
         assert [each["peer"] for each in again] == [each["peer"] for each in nodes]
-        assert len(on(again[2]["url"], "ls", "--json").json) == 3
+        assert len(on(again[2]["url"], "ls", "--json").json) == 4
+        assert _fetched(again[2]["url"], "/secret", tmp_path).read_bytes() == content
 
 
 def _fetched(node: str, path: str, directory: Path) -> Path:
