@@ -27,7 +27,7 @@ from typing import Any, Final, Self, TypeVar
 import attrs
 import pytest
 
-from space._errors import CorruptionError, SpaceError, UnavailableError
+from space._errors import CorruptionError, SpaceError, StorageError, UnavailableError
 from space._node.cluster import NodeConfig, found, invite, join
 from space.control import RemoteService, _address
 
@@ -396,9 +396,12 @@ class Cluster:
                 last = error
         raise last
 
-    def here(self, node: int) -> dict[str, Any]:
-        """What a node says of itself."""
-        found_: dict[str, Any] = self.client(node).probe_here()
+    def here(self, node: int, seconds: float = CLIENT_SECONDS) -> dict[str, Any]:
+        """What a node says of itself; one that is about to end because of its disk says nothing that counts."""
+        try:
+            found_: dict[str, Any] = self.client(node, seconds).probe_here()
+        except StorageError as error:
+            raise UnavailableError(str(error)) from None
         return found_
 
     def position_of(self, node: int) -> int | None:
@@ -415,7 +418,7 @@ class Cluster:
             best = (0, 0)
             for node in self.up:
                 with contextlib.suppress(UnavailableError):
-                    state = self.client(node, 1.0).probe_here()
+                    state = self.here(node, 1.0)
                     if state["role"] == "leader" and node != but:
                         best = max(best, (state["term"], node))
             return best[1]

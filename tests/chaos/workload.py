@@ -365,7 +365,7 @@ class Worker(threading.Thread):
         else:
             try:
                 found = self.client_of_any().stat(capsule=str(register))["xattrs"].get(key)
-            except UnavailableError:
+            except (UnavailableError, StorageError):
                 self.suspect()
                 return
             done = Operation(key, ("get",), found, start, self.load.tick())
@@ -468,7 +468,7 @@ class Workload:
         while not self._sampling.wait(0.1):
             for node in list(self.cluster.nodes):
                 try:
-                    state = self.cluster.client(node, 1.0).probe_here()
+                    state = self.cluster.here(node, 1.0)
                 except UnavailableError:
                     continue
                 known = self._samples.setdefault(state["position"], state["digest"])
