@@ -25,8 +25,9 @@ import asyncio
 import contextlib
 import logging
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -53,6 +54,7 @@ from space.projections import content_map
 from space.projections.block import BlockInfo
 from space.statemachine.apply import namespace_key
 from space.statemachine.store import ReadTransaction
+from space.statemachine.store import Store as Tables
 from space.statemachine.tables import NAMESPACE, U32, U64, CapsuleRow
 
 if TYPE_CHECKING:
@@ -74,9 +76,6 @@ TOGETHER_MAX: Final = 1024
 
 COMPARE_RETRIES: Final = 64
 """How often a compare-and-write begins anew because others write to the capsule, before it gives up."""
-
-POLICIES_MAX: Final = 256
-"""Policies of capsules kept decoded; devices have few, and a policy's number means the same for ever."""
 
 ANSWER_SECONDS: Final = 60.0
 """How long a group's answer is waited for: twice what the group itself takes to give up, so its node has ended."""
@@ -293,6 +292,17 @@ def _member(reading: Reading) -> Member | None:
 # --- the device ------------------------------------------------------------------------------------
 
 
+@attrs.frozen
+class _Seen:
+    """A capsule as of one version of the tables, which is worth remembering for all that happens at that one."""
+
+    tables: Tables
+    version: int
+    row: CapsuleRow
+    policy: Policy
+    info: BlockInfo
+
+
 class LocalBlockDevice:
     """A :class:`space.projections.block.BlockDevice` over a :class:`Reading`."""
 
@@ -312,22 +322,23 @@ class LocalBlockDevice:
         self._writer = writer
         self._member = _member(reading)
         self._gate = writer.gate(capsule) if writer else _Gate()
-        self._policies: dict[int, Policy] = {}
-        self._info: tuple[object, BlockInfo] | None = None
+        self._seen: _Seen | None = None
         kind = reading.stat(capsule).kind
         if kind != Kind.FILE:
             raise UsageError(f"not a file: {capsule}")
-        self._pinning = reading if isinstance(reading, Store) else None
-        if self._pinning:
-            self._pinning.pinned[capsule] += 1
+        self._store = reading if isinstance(reading, Store) else None
+        if self._store:
+            self._store.pinned[capsule] += 1
+        self._closed = False
 
     def close(self) -> None:
         """Lets go of the capsule; closing twice does nothing."""
-        store, self._pinning = self._pinning, None
-        if store:
+        store = self._store
+        if store and not self._closed:
             store.pinned[self._capsule] -= 1
             if not store.pinned[self._capsule]:
                 del store.pinned[self._capsule]
+        self._closed = True
 
     def info(self) -> BlockInfo:
         """What it is now, on a cluster's member as far as that one knows.
@@ -335,19 +346,31 @@ class LocalBlockDevice:
         Raises:
             NotFoundError: the capsule is gone.
         """
-        with self._look() as txn:
-            seen = (self._reading._tables, txn._txn.id())
-            if self._info is None or self._info[0] != seen:
-                self._info = seen, self._found(txn)
-            return self._info[1]
+        return self._now().info
 
-    def _found(self, txn: ReadTransaction) -> BlockInfo:
-        row = self._reading._row(txn, self._capsule)
+    def _now(self) -> _Seen:
+        """The capsule as it is; asking for the version of the tables is cheaper than looking it up."""
+        seen, tables = self._seen, self._reading._tables
+        behind = self._store is not None and self._store._behind  # the look below brings the tables up
+        if seen is not None and not behind and seen.tables is tables and seen.version == tables.version:
+            return seen
+        with self._look() as txn:
+            return self._see(txn)
+
+    def _see(self, txn: ReadTransaction) -> _Seen:
+        before, reading = self._seen, self._reading
+        row = reading._row(txn, self._capsule)
+        if before is not None and before.row.policy == row.policy:  # a number means the same policy for ever
+            policy = before.policy
+        else:
+            policy = reading._policy(txn, row.policy)
         mapped = content_map.map_row(txn, self._capsule)
-        size = _whole_blocks(row)
-        allocated = min(mapped.allocated, size) if mapped else 0
         block = row.block_size or BLOCK_BYTES
-        return BlockInfo(self._capsule, size, block, allocated, self._writer is None, row.change)
+        size = row.size - row.size % block
+        allocated = min(mapped.allocated, size) if mapped else 0
+        info = BlockInfo(self._capsule, size, block, allocated, self._writer is None, row.change)
+        self._seen = _Seen(reading._tables, txn.version, row, policy, info)
+        return self._seen
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -362,11 +385,12 @@ class LocalBlockDevice:
         except CorruptionError:
             return await asyncio.to_thread(self._read_whole, offset, length)
 
-    @contextlib.contextmanager
-    def _look(self) -> Iterator[ReadTransaction]:
+    def _look(self) -> AbstractContextManager[ReadTransaction]:
         """A snapshot of what is here; on a member as it is, confirmed or not."""
-        with self._member.stale() if self._member else contextlib.nullcontext(), self._reading._read() as txn:
-            yield txn
+        if self._member is None:
+            return self._reading._read()
+        with self._member.stale():
+            return self._member._read()
 
     async def _confirm(self, member: Member) -> None:
         """Returns when this replica has everything acknowledged anywhere before (ReadIndex)."""
@@ -393,6 +417,9 @@ class LocalBlockDevice:
 
     def _pieces(self, txn: ReadTransaction, offset: int, length: int) -> list[Buffer]:
         read = self._reading._content.read_parts
+        whole = content_map.covering(txn, self._capsule, offset, length)
+        if whole is not None:
+            return read(whole.frames, whole.position, whole.skip, length)
         pieces: list[Buffer] = []
         at, end = offset, offset + length
         for extent in content_map.extents(txn, self._capsule, offset, length):
@@ -416,9 +443,7 @@ class LocalBlockDevice:
         await self._gate.enter()
         try:
             for attempt in range(STALE_RETRIES):
-                with self._look() as txn:
-                    row = self._inside(txn, offset, len(data))
-                    command = self._encoded(txn, row, offset, data, plainly=attempt > 0)
+                command = self._encoded(writer, self._now(), offset, data, plainly=attempt > 0)
                 (outcome,) = await writer.execute([Request(command, actor)], durable=durable)
                 if isinstance(outcome, Receipt):
                     return
@@ -427,34 +452,26 @@ class LocalBlockDevice:
         finally:
             self._gate.leave()
 
-    def _inside(self, txn: ReadTransaction, offset: int, length: int) -> CapsuleRow:
-        """The capsule's row, if the range is inside it: a file without blocks would grow."""
-        row = self._reading._row(txn, self._capsule)
-        if offset < 0 or offset + length > _whole_blocks(row):
+    def _check_inside(self, seen: _Seen, offset: int, length: int) -> None:
+        """A capsule without blocks would grow; one with blocks is refused later, in the same words."""
+        if offset < 0 or offset + length > seen.info.size:
             raise UsageError(
-                f"{offset}+{length} is beyond the {_whole_blocks(row)} bytes of {self._capsule}",
+                f"{offset}+{length} is beyond the {seen.info.size} bytes of {self._capsule}",
                 status=Status.NO_SPACE,
             )
-        return row
 
     def _encoded(
-        self, txn: ReadTransaction, row: CapsuleRow, offset: int, data: Buffer, *, plainly: bool
+        self, writer: BlockWriter, seen: _Seen, offset: int, data: Buffer, *, plainly: bool
     ) -> cmd.WriteExtent:
         """The one command that writes ``data``; ``plainly``: without referring to bytes stored before."""
-        assert self._writer
         if not 0 < len(data) <= WRITE_BYTES_MAX:
             raise UsageError(
                 f"a write of {len(data)} bytes; 1 to {WRITE_BYTES_MAX} are whole after a crash",
                 status=Status.TOO_LARGE,
             )
-        policy = self._policies.get(row.policy)
-        if policy is None:
-            if len(self._policies) >= POLICIES_MAX:
-                self._policies.clear()
-            policy = self._policies[row.policy] = self._reading._policy(txn, row.policy)
-        if plainly:
-            policy = attrs.evolve(policy, dedupe=False)
-        (command,) = self._writer.store.encode_extents(self._capsule, offset, data, policy, row.key)
+        self._check_inside(seen, offset, len(data))
+        policy = attrs.evolve(seen.policy, dedupe=False) if plainly else seen.policy
+        (command,) = writer.store.encode_extents(self._capsule, offset, data, policy, seen.row.key)
         assert isinstance(command, cmd.WriteExtent)
         return command
 
@@ -472,8 +489,7 @@ class LocalBlockDevice:
     ) -> None:
         """As the protocol says; a copy that ends beyond the device does nothing."""
         self._writable()
-        with self._look() as txn:
-            self._inside(txn, target, sum(length for _, length in ranges))
+        self._check_inside(self._now(), target, sum(length for _, length in ranges))
         commands: list[Command] = []
         for offset, length in ranges:
             commands += _copies(self._capsule, offset, length, target)
@@ -512,15 +528,15 @@ class LocalBlockDevice:
                     await self._confirm(self._member)
                 try:
                     with self._look() as txn:
-                        row = self._inside(txn, offset, len(data))
+                        seen = self._see(txn)
+                        command = self._encoded(writer, seen, offset, data, plainly=attempt > 0)
                         held = b"".join(self._pieces(txn, offset, len(data)))
-                        command = self._encoded(txn, row, offset, data, plainly=attempt > 0)
                 except CorruptionError:
                     await asyncio.to_thread(self._read_whole, offset, len(data))
                     continue
                 if (differs := _first_difference(held, expected)) >= 0:
                     return differs
-                conditional = attrs.evolve(command, change=row.change)
+                conditional = attrs.evolve(command, change=seen.row.change)
                 (outcome,) = await writer.execute([Request(conditional, actor)], durable=durable)
                 if isinstance(outcome, Receipt):
                     return -1
@@ -536,10 +552,6 @@ class LocalBlockDevice:
         if self._writer is None:
             raise RefusedError("this device is read-only", status=Status.READ_ONLY)
         return self._writer
-
-
-def _whole_blocks(row: CapsuleRow) -> int:
-    return row.size - row.size % (row.block_size or BLOCK_BYTES)
 
 
 def _zeros(length: int) -> list[Buffer]:

@@ -304,13 +304,11 @@ class Member(Store):
         if good_for is not None:
             self._thread.until = now + good_for
 
-    @contextlib.contextmanager
-    def _read(self) -> Iterator[ReadTransaction]:
+    def _read(self) -> AbstractContextManager[ReadTransaction]:
         if self._closed:
             raise UnavailableError(f"store {self.path} is closed")
         self.confirm()
-        with self._tables.read() as txn:
-            yield txn
+        return self._tables.read()
 
     # --- the machine of the group ------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ store is one; a past moment is another, on tables made for it (:mod:`space._node
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final, Self
 
@@ -132,10 +132,9 @@ class Reading:
         self._content = content
         self.root = root
 
-    @contextmanager
-    def _read(self) -> Iterator[ReadTransaction]:
-        with self._tables.read() as txn:
-            yield txn
+    def _read(self) -> AbstractContextManager[ReadTransaction]:
+        """A snapshot of the tables."""
+        return self._tables.read()
 
     # --- where it stands -------------------------------------------------------------------------
 

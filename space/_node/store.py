@@ -223,15 +223,13 @@ class Store(Reading):
 
     # --- the read side's needs -------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _read(self) -> Iterator[ReadTransaction]:
+    def _read(self) -> AbstractContextManager[ReadTransaction]:
         if self._closed:
             raise UnavailableError(f"store {self.path} is closed")
         if self._behind:
             with self._lock:
                 self._follow()
-        with self._tables.read() as txn:
-            yield txn
+        return self._tables.read()
 
     def _new_reader(self) -> ContentReader:
         return ContentReader(
@@ -301,8 +299,8 @@ class Store(Reading):
     def answered(self, client: bytes, sequence: int) -> int | None:
         """Position at which a client's command was carried out; None if it was not, or long ago."""
         with self._read() as txn:
-            position = txn.get(REPLY, client + U64.pack(sequence))
-        return None if position is None else U64.unpack(position)[0]
+            reply = txn.get(REPLY, client + U64.pack(sequence))
+        return U64.unpack(reply)[0] if reply is not None and len(reply) == U64.size else None
 
     def execute_all(
         self, requests: Sequence[Request], *, durability: Durability = Durability.DURABLE

@@ -121,17 +121,32 @@ def extents(txn: Reader, capsule: bytes, offset: int, length: int) -> Iterator[E
         yield from visible(txn, _MAP.unpack(data)[0], offset, min(offset + length, OFFSET_MAX))
 
 
+def covering(txn: Reader, capsule: bytes, offset: int, length: int) -> Extent | None:
+    """The one extent that all of [offset, offset + length) of a capsule is in, if there is one.
+
+    What :func:`extents` finds too, for the small reads of block devices in a fraction of the time.
+    """
+    data = txn.get(MAP, capsule)
+    if data is None:
+        return None
+    layer = _MAP.unpack(data)[0]
+    row = txn.last_at_or_before(EXTENT, _pack_key(layer, offset))
+    if row is None or not _reaches(row, layer, offset + length - 1):
+        return None
+    extent = _decode(*row)
+    return extent.part(offset, offset + length) if extent.frames else None
+
+
 def visible(txn: Reader, layer: int, start: int, end: int) -> Iterator[Extent]:
     """Extents with frames in [start, end), looking through gaps into the layers below; holes are left out."""
-    parent = _parent(txn, layer)
     at = start
     for extent in _own(txn, layer, start, end):
-        if parent and extent.offset > at:
+        if extent.offset > at and (parent := _parent(txn, layer)):
             yield from visible(txn, parent, at, extent.offset)
         if extent.frames:
             yield extent.part(start, end)
         at = extent.end
-    if parent and at < end:
+    if at < end and (parent := _parent(txn, layer)):
         yield from visible(txn, parent, at, end)
 
 

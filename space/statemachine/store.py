@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
@@ -129,6 +129,11 @@ class ReadTransaction:
         data = self.get(0, b"applied")
         return Applied() if data is None else Applied.decode(data)
 
+    @property
+    def version(self) -> int:
+        """Number of the transaction that made what this one sees."""
+        return int(self._txn.id())
+
 
 class WriteTransaction(ReadTransaction):
     """One atomic change of state, views and position."""
@@ -149,6 +154,27 @@ class WriteTransaction(ReadTransaction):
 
     def set_generation(self, view: str, generation: int) -> None:
         self._txn.put(b"generation:" + view.encode(), b"%d" % generation, db=self._handles[0])
+
+
+class Snapshot(AbstractContextManager[ReadTransaction]):
+    """What :meth:`Store.read` returns; no generator, because most reads are so short that one would show."""
+
+    __slots__ = ("_store", "_txn")
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __enter__(self) -> ReadTransaction:
+        try:
+            self._txn, handles = self._store.snapshot()
+        except lmdb.Error as error:
+            raise _storage(error, self._store.path) from None
+        return ReadTransaction(self._txn, handles)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        self._txn.abort()
+        if isinstance(error, lmdb.Error):
+            raise _storage(error, self._store.path) from None
 
 
 class Store:
@@ -196,23 +222,27 @@ class Store:
             for table, name in self.layout.tables[view].items()
         }
 
-    @contextmanager
-    def read(self) -> Iterator[ReadTransaction]:
-        """A snapshot of now.
+    def read(self) -> Snapshot:
+        """A snapshot of now, for a ``with``.
 
         Raises:
             StorageError: LMDB fails, or the environment is closed meanwhile.
         """
+        return Snapshot(self)
+
+    @property
+    def version(self) -> int:
+        """Number of the last transaction: what :attr:`ReadTransaction.version` was equal to it is how things are.
+
+        Raises:
+            StorageError: the environment is closed.
+        """
         try:
-            txn, handles = self._snapshot()
-            try:
-                yield ReadTransaction(txn, handles)
-            finally:
-                txn.abort()
+            return int(self._env.info()["last_txnid"])
         except lmdb.Error as error:
             raise _storage(error, self.path) from None
 
-    def _snapshot(self) -> tuple[lmdb.Transaction, Mapping[int, Any]]:
+    def snapshot(self) -> tuple[lmdb.Transaction, Mapping[int, Any]]:
         while True:
             handles = self._handles
             txn = self._env.begin(buffers=False)
