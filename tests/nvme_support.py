@@ -25,6 +25,7 @@ from space.projections.nvme.target import Namespace, Subsystem, Target
 NQN: Final = "nqn.2024-01.org.example:disk"
 HOST: Final = "nqn.2014-08.org.nvmexpress:uuid:11111111-2222-3333-4444-555555555555"
 HOST_ID: Final = bytes(range(1, 17))
+DEVICE_ID: Final = CapsuleId(bytes(15) + b"\7")
 DISCOVERY: Final = "nqn.2014-08.org.nvmexpress.discovery"
 
 
@@ -45,9 +46,8 @@ class MemoryDevice:
         self.allocated = 0
 
     def info(self) -> BlockInfo:
-        identity = CapsuleId(bytes(15) + b"\7")
         return BlockInfo(
-            identity, len(self.data), self.block_size, self.allocated, self.read_only, self.changes
+            DEVICE_ID, len(self.data), self.block_size, self.allocated, self.read_only, self.changes
         )
 
     async def _enter(self, *call: Any) -> None:

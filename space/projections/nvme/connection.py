@@ -198,7 +198,8 @@ class Connection:
                 if have < 8:
                     return None
                 kind, flags, hlen, pdo, plen = pdu.HEADER.unpack_from(self._staging, start)
-                self._check_kind(kind, hlen, plen)
+                if kind != _CAPSULE_CMD or hlen != CAPSULE_BYTES or plen < CAPSULE_BYTES or not self.ready:
+                    self._check_kind(kind, hlen, plen)
                 need = hlen + DIGEST_BYTES if self._hdgst and kind in _DIGESTED else hlen
                 if have < need:
                     return None
@@ -206,9 +207,9 @@ class Connection:
                     self._check_header_digest(start, flags, hlen)
                 elif flags & HDGSTF:
                     raise self._invalid(1, "a header digest that was not agreed")
-                if kind == PduType.CAPSULE_CMD:
+                if kind == _CAPSULE_CMD:
                     if plen == need:
-                        command = Command(*pdu.CAPSULE.unpack_from(self._staging, start)[5:])
+                        command = Command(*pdu.CAPSULE.unpack_from(self._staging, start))
                         self._start = start + need
                         return command
                     if have < pdo:
@@ -289,7 +290,7 @@ class Connection:
         length, has_digest = self._data_length(flags, need, pdo, plen)
         if length > self.capsule_bytes:
             raise self._fatal(Fes.DATA_LIMIT_EXCEEDED, 4, f"{length} bytes of data in a capsule")
-        command = Command(*pdu.CAPSULE.unpack_from(self._staging, start)[5:])
+        command = Command(*pdu.CAPSULE.unpack_from(self._staging, start))
         if command.sgl_type != SGL_IN_CAPSULE:
             raise self._invalid(4, "data in a capsule whose command has its data elsewhere")
         begin = start + pdo
@@ -439,6 +440,7 @@ class Connection:
         return out
 
 
+_CAPSULE_CMD: Final = int(PduType.CAPSULE_CMD)  # looking a member up costs as much as reading the header
 _HLEN: Final[dict[int, int]] = {
     PduType.ICREQ: IC_BYTES,
     PduType.H2C_TERM: TERM_BYTES,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 from crc32c import crc32c
 
@@ -26,8 +26,8 @@ HEADER: Final = struct.Struct("<BBBBI")
 """Common header: type, flags, hlen, pdo, plen."""
 IC: Final = struct.Struct("<BBBBI HBBI112x")
 """ICReq (pfv, hpda, dgst, maxr2t) and ICResp (pfv, cpda, dgst, maxh2cdata)."""
-CAPSULE: Final = struct.Struct("<BBBBI BBHIIIQQI3xB6I")
-"""CapsuleCmd: a submission queue entry (Base Specification 2.0, figure 87) whose data pointer is an SGL descriptor."""
+CAPSULE: Final = struct.Struct("<8xBBHIIIQQI3xB6I")
+"""CapsuleCmd behind its common header: a submission queue entry (Base Specification 2.0, figure 87) with an SGL."""
 RESPONSE: Final = struct.Struct("<BBBBI QHHHH")
 """CapsuleResp: a completion queue entry: result (dwords 0 and 1), sqhd, sqid, cid, status with the phase bit."""
 DATA: Final = struct.Struct("<BBBBI HHII4x")
@@ -119,6 +119,7 @@ class Command:
         sgl_length: bytes the host offers to send or to take.
         data: what the host sent; None while there is none (yet).
         fetched: its data was asked for with R2T.
+        handler: what will carry it out, once that is known.
         damaged: its data came with a wrong digest, which is an error of the command only (section 3.3.2).
     """
 
@@ -136,6 +137,7 @@ class Command:
         "data",
         "fetched",
         "flags",
+        "handler",
         "mptr",
         "nsid",
         "opcode",
@@ -183,6 +185,7 @@ class Command:
         self.data: Buffer | None = None
         self.damaged = False
         self.fetched = False
+        self.handler: Any = None
 
     @property
     def sends(self) -> bool:

@@ -158,6 +158,7 @@ class Queue:
         self.now = now
         self.gone = False
         self._pools = pools
+        self._handlers: dict[int, Handler] = {}
         self._sqhd = 0
         self._outstanding: dict[int, Command] = {}
         self._running: dict[int, tuple[Handle, bool]] = {}
@@ -209,15 +210,25 @@ class Queue:
             self._send(cid, NvmeStatus.COMMAND_ID_CONFLICT | DNR)
 
     def _refusal(self, command: Command) -> CommandError | None:
-        """What is wrong with a command as a whole, before its data is fetched."""
-        if self.controller is None:
-            if command.opcode != FABRICS or command.nsid & 0xFF != fabrics.CONNECT:
+        """What is wrong with a command as a whole, before its data is fetched; else its handler is set."""
+        opcode, controller = command.opcode, self.controller
+        if controller is None:
+            if opcode != FABRICS or command.nsid & 0xFF != fabrics.CONNECT:
                 return CommandError(NvmeStatus.COMMAND_SEQUENCE_ERROR, location=0)
-        elif command.opcode != FABRICS and not self.controller.ready:
+        elif not controller.ready and opcode != FABRICS:
             return CommandError(NvmeStatus.COMMAND_SEQUENCE_ERROR, location=0)
-        if self._handler(command) is None:
+        if opcode == FABRICS:
+            command.handler = fabrics.handler(self, command)
+        else:
+            command.handler = self._handlers.get(opcode)
+        if command.handler is None:
             return CommandError(NvmeStatus.INVALID_OPCODE, location=0)
-        if not command.sgl_length or not (command.sends or command.takes):
+        return self._data_refusal(command) if command.sgl_length else None
+
+    def _data_refusal(self, command: Command) -> CommandError | None:
+        """What is wrong with the data pointer of a command."""
+        takes = command.takes
+        if not takes and not command.sends:
             return None
         if command.opcode != FABRICS and not 0 < command.flags >> 6 < 3:
             return CommandError(NvmeStatus.INVALID_FIELD, location=1)  # PRPs, which fabrics do not have
@@ -225,7 +236,7 @@ class Queue:
             return CommandError(NvmeStatus.INVALID_FIELD, location=32)
         if command.sgl_type == SGL_TRANSPORT:
             return None
-        if command.sgl_type != SGL_IN_CAPSULE or command.takes:
+        if command.sgl_type != SGL_IN_CAPSULE or takes:
             return CommandError(NvmeStatus.SGL_TYPE_INVALID, location=39)
         return self._in_capsule(command)
 
@@ -240,16 +251,6 @@ class Queue:
         if end - begin < len(data):
             command.data = memoryview(data)[begin:end]
         return None
-
-    def _handler(self, command: Command) -> Handler | None:
-        if command.opcode == FABRICS:
-            return fabrics.handler(self, command)
-        if self.number:
-            return io.HANDLERS.get(command.opcode)
-        assert self.controller is not None
-        return (admin.DISCOVERY_HANDLERS if self.controller.is_discovery else admin.HANDLERS).get(
-            command.opcode
-        )
 
     # --- data that travels apart
 
@@ -348,17 +349,15 @@ class Queue:
         if command.damaged:
             self._fail(command, CommandError(NvmeStatus.TRANSIENT_TRANSPORT_ERROR, retry=True))
             return
-        handler = self._handler(command)
-        assert handler is not None
         try:
-            outcome = handler(self, command)
+            outcome = command.handler(self, command)
         except Exception as error:  # noqa: BLE001 - whatever happens is this command's status, nobody else's
             self._fail(command, self.error_of(error))
             return
         if outcome.__class__ is Reply:
             self.complete(command, outcome)
         elif outcome is not None:
-            self._drive(command, outcome)  # type: ignore[arg-type]
+            self._drive(command, outcome)
 
     def _drive(self, command: Command, coroutine: Coroutine[Any, Any, Reply]) -> None:
         """Runs a coroutine as far as it goes without waiting."""
@@ -437,7 +436,7 @@ class Queue:
             self.connection.send_data(command.cid, reply.data, reply.length, success=success)
             if success:
                 return
-        self._send(command.cid, NvmeStatus.SUCCESS, reply.result)
+        self._send(command.cid, 0, reply.result)
 
     def _fail(self, command: Command, error: CommandError) -> None:
         if not self._settle(command):
@@ -481,6 +480,10 @@ class Queue:
         self.number = number
         self.entries = entries
         self.flow_control = flow_control
+        if number:
+            self._handlers = io.HANDLERS
+        else:
+            self._handlers = admin.DISCOVERY_HANDLERS if controller.is_discovery else admin.HANDLERS
         self._sqhd = 1 % entries  # the Connect itself
         controller.queues[number] = self
         if number:
