@@ -33,9 +33,7 @@ def metrics(samples: Iterable[Sample]) -> str:
     families: dict[str, list[str]] = {}
     for name, labels, value in samples:
         inside = ",".join(f'{key}="{_escaped(str(each))}"' for key, each in labels.items())
-        families.setdefault(name, []).append(
-            f"{name}{{{inside}}} {value}" if inside else f"{name} {value}"
-        )
+        families.setdefault(name, []).append(f"{name}{{{inside}}} {value}" if inside else f"{name} {value}")
     lines: list[str] = []
     for name, found in families.items():
         kind = "counter" if name.endswith("_total") else "gauge"
