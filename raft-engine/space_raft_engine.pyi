@@ -175,6 +175,7 @@ class Node:
     max_inflight           MsgAppends to one peer without an answer, at most 65,536
     max_uncommitted_bytes  payload a leader takes beyond commit, or one proposal; 0 for no limit
     pre_vote, check_quorum  sections 9.6 and 6.4 of the dissertation
+    batch_append  joins append messages; 0.7.0 breaks with it when messages are reordered: for tests that show so
 
     Raises RaftError if these do not fit together.
     """
@@ -197,6 +198,7 @@ class Node:
         max_uncommitted_bytes: int = 0,
         pre_vote: bool = True,
         check_quorum: bool = True,
+        batch_append: bool = False,
     ) -> Node: ...
     def tick(self) -> None:
         """One tick of the caller's clock has passed."""

@@ -190,7 +190,7 @@ impl Node {
     #[new]
     #[pyo3(signature = (*, id, conf_state, term, vote, commit, applied, before, entries, election_tick,
         heartbeat_tick, max_message_bytes, max_inflight, max_uncommitted_bytes=0, pre_vote=true,
-        check_quorum=true))]
+        check_quorum=true, batch_append=false))]
     #[allow(clippy::too_many_arguments)] // all by name, and all of them are one node's start
     fn new(
         id: u64,
@@ -208,6 +208,7 @@ impl Node {
         max_uncommitted_bytes: u64,
         pre_vote: bool,
         check_quorum: bool,
+        batch_append: bool,
     ) -> PyResult<Self> {
         if election_tick > TICKS_MAX || max_inflight > INFLIGHT_MAX {
             return refuse(format!("more than {TICKS_MAX} ticks or {INFLIGHT_MAX} messages in flight"));
@@ -226,6 +227,7 @@ impl Node {
             max_inflight_msgs: max_inflight,
             check_quorum,
             pre_vote,
+            batch_append,
             max_committed_size_per_ready: COMMITTED_BYTES_PER_READY,
             ..Config::default()
         };

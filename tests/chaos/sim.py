@@ -146,7 +146,7 @@ class Options:
     disk: float = 0.1
     faults: tuple[tuple[str, int], ...] = ()
     fault_every: float = 8.0
-    late: bool = False
+    late: bool = True
     checkpoint: int = 16
     segment_bytes: int = 16 << 10
     settings: Settings = _SETTINGS
