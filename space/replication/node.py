@@ -432,6 +432,9 @@ class Node:
             return
         try:
             parts.group.replica.receive(sender, message, blobs)
+        except StorageError as error:
+            parts.group.fail(error)
+            return
         except SpaceError as error:
             log.warning("shard %d of node %d: %s", number, self.id, error)
             return

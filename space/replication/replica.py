@@ -410,9 +410,10 @@ class Replica:
         """A message from a member of the group.
 
         Raises:
-            SpaceError: it is malformed; the peer is at fault.
+            UnavailableError: it is malformed; the peer is at fault.
+            StorageError: it says what cannot be unless something durable was lost here: this replica must stop.
         """
-        from space_raft_engine import RaftError, describe
+        from space_raft_engine import Panic, RaftError, describe
 
         try:
             found = describe(message)
@@ -427,6 +428,11 @@ class Replica:
                         raise UnavailableError(f"entry {index} came without its {size} bytes")
                     self._stash[index, term] = blob
             self.driver.receive(message)
+        except Panic as error:
+            raise StorageError(
+                f"the log here is not what node {sender} was told of: {error}",
+                hint="this disk has lost what it acknowledged: remove this node and add it anew, empty",
+            ) from error
         except RaftError as error:
             raise UnavailableError(f"a message of node {sender} was refused: {error}") from None
 
