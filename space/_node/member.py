@@ -30,6 +30,7 @@ from crc32c import crc32c
 from space._errors import (
     DiskFullError,
     NotFoundError,
+    RefusedError,
     SpaceError,
     StorageError,
     UnavailableError,
@@ -39,6 +40,8 @@ from space._node import history, maintenance
 from space._node.store import (
     FORMAT_FILE,
     FREE_BYTES_MIN,
+    MASTER_KEY_ENVIRONMENT,
+    MASTER_KEY_FILE,
     WAL,
     Store,
     read_format,
@@ -197,6 +200,20 @@ class Member(Store):
 
     def sync(self) -> None:
         """Nothing to do: what is acknowledged is durable on a quorum."""
+
+    def _make_master_key(self) -> None:
+        """Makes one while this node is alone; a key that the other members lack would leave them unreadable content.
+
+        Raises:
+            RefusedError: there are other members.
+        """
+        state = self.state_file.state
+        if state is not None and state.configuration.voters != (self._node_id,):
+            raise RefusedError(
+                "this cluster has no master key, and one made here would be missing on its other nodes",
+                hint=f"give every node the same: {MASTER_KEY_ENVIRONMENT}, or {MASTER_KEY_FILE} in its directory",
+            )
+        super()._make_master_key()
 
     def refuse(self, requests: list[Request]) -> SpaceError | None:
         """Why the leader cannot decide these now, or None; asked in the loop."""

@@ -35,7 +35,8 @@ from space._errors import NotFoundError, SpaceError, error_document
 from space._node.cluster import ClusterNode, NodeConfig
 from space._node.member import Member
 from space._node.mounts import Mounts
-from space._node.serve import RETIRE_SECONDS, NodeTarget
+from space._node.node_target import NodeTarget
+from space._node.serve import RETIRE_SECONDS
 from space._node.service import Service
 from space.control import ControlServer
 from space.events.codec import decode_batch
