@@ -31,6 +31,7 @@ LOADS: Final = {
 _LOAD_MILLISECONDS: Final = 5_000
 _KILLS: Final = 10
 _KILLS_OF_NATS: Final = 3  # it takes seconds each time, and no aim depends on it
+_OURS_A_TURN: Final = 3  # ours is the median to be trusted most, and soon over
 _FAILOVER_SECONDS_AIM: Final = 1.0
 _PEERS: Final = ("etcd", "NATS")
 _OURS: Final = {
@@ -135,15 +136,15 @@ def _failover(scale: Scale, ours: Ours, peers: Mapping[str, Peer]) -> list[Row]:
     few = min(kills, _KILLS_OF_NATS)
     times: dict[str, list[float]] = {"ours": [], **{name: [] for name in peers}}
     for turn in range(kills):
-        times["ours"].append(ours.failover())
+        times["ours"] += [ours.failover() for _ in range(1 if scale.quick else _OURS_A_TURN)]
         for name, cluster in peers.items():
             if name != "NATS" or turn < few:
                 times[name].append(cluster.failover())
         scale.note(f"cluster: {turn + 1} of {kills} kills")
-    label = f"failover, kill -9 to next acknowledgement, {kills} kills"
+    label = f"failover, kill -9 to next acknowledgement, {len(times['ours'])} kills"
     rows = []
     for peer in _PEERS:
-        name = peer if peer in times else f"{peer} (not installed)"
+        name = f"{peer}, {len(times[peer])} kills" if peer in times else f"{peer} (not installed)"
         for what, figure in _SUMMARIES.items():
             value = figure(times[peer]) if peer in times else None
             rows.append(Row(f"{label}: {what}", "s", figure(times["ours"]), name, value))
