@@ -278,6 +278,7 @@ class Host:
         limits: Limits | None = None,
         pools: Pools | None = None,
         now: float = 0.0,
+        greet: bool = True,
     ) -> None:
         self.digests = digests
         self.connection = Connection(limits or Limits())
@@ -286,8 +287,9 @@ class Host:
         self.closed: str | None = None
         self.woken = 0
         self._cid = 0
-        answer = self.send(icreq(digests=digests, hpda=hpda, maxr2t=maxr2t))
-        assert [each.kind for each in answer] == [1]
+        if greet:
+            answer = self.send(icreq(digests=digests, hpda=hpda, maxr2t=maxr2t))
+            assert [each.kind for each in answer] == [1]
 
     # --- the shell of the queue
 

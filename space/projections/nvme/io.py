@@ -58,6 +58,7 @@ ANA_STATUS: Final = {
     AnaState.CHANGE: NvmeStatus.ANA_TRANSITION,
 }
 """What commands end with when their namespace is not reached this way now; the host tries another path."""
+_FIRST_UNREACHABLE: Final = int(AnaState.INACCESSIBLE)
 
 
 # --- checks
@@ -76,7 +77,7 @@ def _namespace(queue: Queue, nsid: int) -> Namespace:
         valid = 1 <= nsid <= NAMESPACES_MAX  # but nobody's
         raise CommandError(NvmeStatus.INVALID_FIELD if valid else NvmeStatus.INVALID_NAMESPACE, location=4)
     state = subsystem.ana_states[namespace.ana_group]
-    if state in ANA_STATUS:
+    if state >= _FIRST_UNREACHABLE:
         raise CommandError(ANA_STATUS[state], retry=state != AnaState.PERSISTENT_LOSS)
     return namespace
 

@@ -192,11 +192,6 @@ class Command:
         """Whether its data, if any, goes to the controller: bit 0 of the opcode, or of a fabrics command's type."""
         return bool((self.nsid if self.opcode == FABRICS else self.opcode) & 1)
 
-    @property
-    def takes(self) -> bool:
-        """Whether its data, if any, goes from controller to host."""
-        return (self.nsid if self.opcode == FABRICS else self.opcode) & 3 == 2
-
     def __repr__(self) -> str:
         return f"<command opcode={self.opcode:#04x} cid={self.cid} nsid={self.nsid:#x}>"
 

@@ -227,8 +227,8 @@ class Queue:
 
     def _data_refusal(self, command: Command) -> CommandError | None:
         """What is wrong with the data pointer of a command."""
-        takes = command.takes
-        if not takes and not command.sends:
+        direction = (command.nsid if command.opcode == FABRICS else command.opcode) & 3
+        if direction not in {1, 2}:
             return None
         if command.opcode != FABRICS and not 0 < command.flags >> 6 < 3:
             return CommandError(NvmeStatus.INVALID_FIELD, location=1)  # PRPs, which fabrics do not have
@@ -236,7 +236,7 @@ class Queue:
             return CommandError(NvmeStatus.INVALID_FIELD, location=32)
         if command.sgl_type == SGL_TRANSPORT:
             return None
-        if command.sgl_type != SGL_IN_CAPSULE or takes:
+        if command.sgl_type != SGL_IN_CAPSULE or direction == 2:
             return CommandError(NvmeStatus.SGL_TYPE_INVALID, location=39)
         return self._in_capsule(command)
 
