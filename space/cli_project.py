@@ -79,8 +79,7 @@ def mount(
         raise UsageError("say what to mount: --id C or --path PATH")
     if target is None:
         raise UsageError("say where to mount it: --target DIR")
-    if session.node:
-        raise UsageError("a mount is made where the store is", hint="leave --node out, and say --data DIR")
+    session.data = _home(session)
     begun = time.monotonic()
     source, place = id or path or "/", str(Path(target).absolute())
 
