@@ -293,6 +293,9 @@ class Host:
 
     # --- the shell of the queue
 
+    def future(self) -> asyncio.Future[None]:
+        return asyncio.get_running_loop().create_future()
+
     def spawn(self, coroutine: Coroutine[Any, Any, Reply]) -> asyncio.Task[Reply]:
         return asyncio.get_running_loop().create_task(coroutine)
 

@@ -667,6 +667,8 @@ def test_what_is_offered_is_offered_once() -> None:
         subsystem.remove(2)
     with pytest.raises(NotFoundError):
         Target().remove(NQN)
+    with pytest.raises(NotFoundError):
+        Target().set_hosts(NQN, None)
 
 
 def test_removing_a_subsystem_ends_its_controllers() -> None:

@@ -865,6 +865,72 @@ def test_registrants_are_told() -> None:
     assert log == bytes(64)
 
 
+def test_preempt_and_abort_waits_for_the_preempted() -> None:
+    """It completes when no write of the preempted host is under way; plain preempting does not wait."""
+
+    async def scenario() -> None:
+        (one, two, _), device = hosts()
+        register(one, 1)
+        register(two, 2)
+        assert acquire(one, 5, 1) == 0
+        gate = device.gate = asyncio.Event()
+        two.command(WRITE, nsid=1, cid=900, cdw=blocks(0, 1), data=b"w" * 512)
+        keys = struct.pack("<QQ", 1, 2)
+        assert one.command(ACQUIRE, nsid=1, cid=901, cdw=(2 | 5 << 8,), data=keys) == []
+        assert two.status(WRITE, nsid=1, cdw=blocks(0, 1), data=bytes(512)) == S.RESERVATION_CONFLICT
+        await settle()
+        assert one.answers() == []
+        gate.set()
+        await settle()
+        assert [(each.cid, each.status) for each in one.answers()] == [(901, 0)]
+        assert device.data[:512] == b"w" * 512
+
+    asyncio.run(scenario())
+
+
+def test_two_hosts_that_preempt_each_other_both_finish() -> None:
+    """Neither waits for the other's Acquire, only for writes."""
+
+    async def scenario() -> None:
+        (one, two, _), device = hosts()
+        register(one, 1)
+        register(two, 2)
+        gate = device.gate = asyncio.Event()
+        for host in (one, two):
+            assert host.command(WRITE, nsid=1, cid=900, cdw=blocks(0, 1), data=b"w" * 512) == []
+        one.command(ACQUIRE, nsid=1, cid=901, cdw=(2 | 1 << 8,), data=struct.pack("<QQ", 1, 2))
+        assert register(two, 2) == 0
+        two.command(ACQUIRE, nsid=1, cid=901, cdw=(2 | 1 << 8,), data=struct.pack("<QQ", 2, 1))
+        gate.set()
+        await settle()
+        for host in (one, two):
+            assert {(each.cid, each.status) for each in host.answers()} == {(900, 0), (901, 0)}
+
+    asyncio.run(scenario())
+
+
+def test_a_fused_operation_outlives_its_host() -> None:
+    """Memory of both halves is accounted for once, though the connection is lost while the device works."""
+
+    async def scenario() -> None:
+        pools = Pools()
+        target, _ = target_with(namespace(1, device := MemoryDevice()))
+        queue = io_queue(admin_queue(target), target, pools=pools)
+        gate = device.gate = asyncio.Event()
+        queue.command(COMPARE, nsid=1, cid=801, cdw=blocks(0, 1), length=512, flags=0x41)
+        r2ts = queue.command(WRITE, nsid=1, cid=802, cdw=blocks(0, 1), length=512, flags=0x42)
+        for r2t in r2ts:
+            queue.send(h2c_data(r2t.cid, r2t.fields[1], 0, bytes(512)))
+        assert pools.fetched.used == 1024
+        queue.queue.lost()
+        gate.set()
+        await settle()
+        assert device.calls == [("compare_and_write", 0, 512, False)]
+        assert pools.fetched.used == 0
+
+    asyncio.run(scenario())
+
+
 def test_reservations_that_cannot_be_asked_for_so() -> None:
     """Persistence, the short report, reserved actions and missing keys are refused."""
     (one, _, _), _ = hosts()

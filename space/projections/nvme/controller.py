@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -152,6 +153,7 @@ class Controller:
         self.queues: dict[int, Queue] = {}
         self.features = Features(timestamp_at=now)
         self.mutations = 0
+        self._when_idle: list[Callable[[], None]] = []
         self.active = False
         self.started = now
         self.changed_namespaces: set[int] = set()
@@ -191,6 +193,18 @@ class Controller:
     def _refresh(self, now: float) -> None:
         milliseconds = self.keep_alive_ms or (DISCOVERY_KEEP_ALIVE_MS if self.is_discovery else 0)
         self._deadline = now + milliseconds / 1000 if milliseconds else None
+
+    def mutation_done(self) -> None:
+        """One of :attr:`mutations` is carried out."""
+        self.mutations -= 1
+        if not self.mutations:
+            waiting, self._when_idle = self._when_idle, []
+            for call in waiting:
+                call()
+
+    def when_idle(self, call: Callable[[], None]) -> None:
+        """Calls back when nothing that changes a namespace is under way."""
+        self._when_idle.append(call)
 
     def tick(self, now: float) -> None:
         """Time has passed; any command counts as a sign of life (traffic based keep alive, section 3.9)."""

@@ -9,6 +9,7 @@ with the cache off every write is durable.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -27,6 +28,8 @@ from space.projections.nvme.status import CommandError, NvmeStatus
 from space.projections.nvme.target import NAMESPACES_MAX, AnaState, Namespace
 
 if TYPE_CHECKING:
+    import asyncio
+
     from space.projections.nvme.queue import Handler, Queue
 
 FLUSH: Final = 0x00
@@ -362,8 +365,27 @@ def reservation_register(queue: Queue, command: Command) -> Coroutine[Any, Any, 
     return _replace(queue, namespace, state, told)
 
 
+async def _preempt_and_abort(
+    queue: Queue, namespace: Namespace, state: reservations.State, told: reservations.Told
+) -> Reply:
+    """Answered when nothing of the preempted hosts is under way: writes are waited for, they cannot be undone."""
+    await _replace(queue, namespace, state, told)
+    gone = {host for host, notice in told if notice == reservations.Notice.REGISTRATION_PREEMPTED}
+    for controller in list(_controller(queue).subsystem.controllers.values()):
+        if controller.host_id in gone and controller.mutations:
+            idle = queue.shell.future()
+            controller.when_idle(functools.partial(_wake, idle))
+            await idle
+    return DONE
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
 def reservation_acquire(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
-    """Reservation Acquire; commands of a preempted host that are under way are done before this is answered."""
+    """Reservation Acquire: acquires or preempts."""
     namespace = _namespace(queue, command.nsid)
     current, preempted = _KEYS.unpack(_payload(command, _KEYS.size))
     if command.cdw10 >> 3 & 1:
@@ -376,7 +398,8 @@ def reservation_acquire(queue: Queue, command: Command) -> Coroutine[Any, Any, R
         current,
         preempted,
     )
-    return _replace(queue, namespace, state, told)
+    carry_out = _preempt_and_abort if command.cdw10 & 7 == 2 else _replace
+    return carry_out(queue, namespace, state, told)
 
 
 def reservation_release(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
@@ -425,16 +448,10 @@ HANDLERS: Final[dict[int, Handler]] = {
 }
 """By opcode; Write Uncorrectable is not among them, so it is refused as an opcode there is not."""
 
-MUTATIONS: Final = frozenset(
-    {
-        FLUSH,
-        WRITE,
-        WRITE_ZEROES,
-        DATASET_MANAGEMENT,
-        COPY,
-        RESERVATION_REGISTER,
-        RESERVATION_ACQUIRE,
-        RESERVATION_RELEASE,
-    }
-)
+WRITING: Final = frozenset({FLUSH, WRITE, WRITE_ZEROES, DATASET_MANAGEMENT, COPY})
+"""What a host that disables a controller, or preempts another host, has to see the end of.
+
+Reservation commands are not among them: two hosts that preempt each other would wait for each other.
+"""
+MUTATIONS: Final = WRITING | {RESERVATION_REGISTER, RESERVATION_ACQUIRE, RESERVATION_RELEASE}
 """Once begun they are carried out to their end, whoever has gone meanwhile."""

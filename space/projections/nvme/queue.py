@@ -20,7 +20,7 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
 
@@ -32,6 +32,9 @@ from space.projections.nvme.pdu import FABRICS, SGL_IN_CAPSULE, SGL_TRANSPORT, C
 from space.projections.nvme.reply import DONE, Reply
 from space.projections.nvme.status import DNR, CommandError, NvmeStatus, status_of
 from space.projections.nvme.target import Target
+
+if TYPE_CHECKING:
+    import asyncio
 
 CONNECTION_BYTES: Final = 8 << 20
 """Of each sum, for one connection: eight transfers of the largest size keep a disk and a network busy."""
@@ -90,6 +93,9 @@ class Shell(Protocol):
     @property
     def local_address(self) -> str:
         """The address the host has reached."""
+
+    def future(self) -> asyncio.Future[None]:
+        """Something to wait for."""
 
     def spawn(self, coroutine: Coroutine[Any, Any, Reply]) -> Handle:
         """Runs a coroutine to its end."""
@@ -372,20 +378,20 @@ class Queue:
 
     def _suspend(self, command: Command, coroutine: Coroutine[Any, Any, Reply], waits_for: Any) -> None:
         length = 0 if command.fetched else command.sgl_length
-        mutating = self.controller if self.number and command.opcode in io.MUTATIONS else None
+        writing = self.controller if self.number and command.opcode in io.WRITING else None
         self._executing += length
         self._pools.executing.used += length
-        if mutating is not None:
-            mutating.mutations += 1
+        if writing is not None:
+            writing.mutations += 1
         handle = self.shell.spawn(_finish(coroutine, waits_for))
-        self._running[command.cid] = (handle, mutating is not None)
-        handle.add_done_callback(functools.partial(self._finished, command, length, mutating))
+        self._running[command.cid] = (handle, bool(self.number) and command.opcode in io.MUTATIONS)
+        handle.add_done_callback(functools.partial(self._finished, command, length, writing))
 
-    def _finished(self, command: Command, length: int, mutating: Controller | None, handle: Handle) -> None:
+    def _finished(self, command: Command, length: int, writing: Controller | None, handle: Handle) -> None:
         """A command that had to wait is done, or was cancelled (perhaps before it could go on at all)."""
         del self._running[command.cid]
-        if mutating is not None:
-            mutating.mutations -= 1
+        if writing is not None:
+            writing.mutation_done()
         self._executing -= length
         self._pools.executing.give(length)
         try:
@@ -447,8 +453,9 @@ class Queue:
 
     def _settle(self, command: Command) -> bool:
         """The command is not outstanding any more; whether the host is still there to be told."""
-        if self._outstanding.get(command.cid) is command:
-            del self._outstanding[command.cid]
+        if self._outstanding.get(command.cid) is not command:
+            return False  # the half of a fused operation whose connection was lost meanwhile
+        del self._outstanding[command.cid]
         if command.fetched:
             self._fetched -= command.sgl_length
             self._pools.fetched.give(command.sgl_length)

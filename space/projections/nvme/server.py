@@ -38,6 +38,8 @@ TICK_SECONDS: Final = 1.0
 LINGER_SECONDS: Final = 2.0
 """How long a host may take to see the end of a connection coming; closing at once could cost it the reason."""
 DISCARD_BYTES: Final = 16 << 10
+_KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+"""A host that has vanished is noticed in a minute, though it has switched the keep alive of NVMe off."""
 
 log: Final = logging.getLogger("space.nvme")
 
@@ -72,6 +74,10 @@ class Session(asyncio.BufferedProtocol):
         assert self._transport is not None
         return str(self._transport.get_extra_info("sockname")[0])
 
+    def future(self) -> asyncio.Future[None]:
+        """Something to wait for."""
+        return self._loop.create_future()
+
     def spawn(self, coroutine: Coroutine[Any, Any, Reply]) -> asyncio.Task[Reply]:
         """Runs a command that has to wait."""
         return self._server.spawn(coroutine)
@@ -86,6 +92,12 @@ class Session(asyncio.BufferedProtocol):
         """Ends the connection once this turn's answers are on their way."""
         self._loop.call_soon(self._end, reason)
 
+    def tick(self, now: float) -> None:
+        """Time has passed; a host whose bytes are left unread is not silent."""
+        if self._paused:
+            self.queue.heard(now)
+        self.queue.tick(now)
+
     # --- what the loop does
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -97,6 +109,9 @@ class Session(asyncio.BufferedProtocol):
         sock = self._transport.get_extra_info("socket")
         with contextlib.suppress(OSError):  # of a socket the host has closed already
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._ending or self._connection.ended:
@@ -280,7 +295,7 @@ class Server:
     def _tick(self) -> None:
         now = self.loop.time()
         for session in list(self._sessions):
-            session.queue.tick(now)
+            session.tick(now)
         for controller in self.target.controllers():
             controller.tick(now)
         self._timer = self.loop.call_later(TICK_SECONDS, self._tick)

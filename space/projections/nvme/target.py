@@ -263,8 +263,14 @@ class Target:
         return subsystem
 
     def set_hosts(self, nqn: str, hosts: frozenset[str] | None) -> None:
-        """Who may connect from now on; controllers of hosts that may not any more are ended."""
-        subsystem = self.subsystems[nqn]
+        """Who may connect from now on; controllers of hosts that may not any more are ended.
+
+        Raises:
+            NotFoundError: there is no such subsystem.
+        """
+        subsystem = self.subsystems.get(nqn)
+        if subsystem is None:
+            raise NotFoundError(f"there is no subsystem {nqn}")
         subsystem.hosts = hosts
         for controller in list(subsystem.controllers.values()):
             if not subsystem.admits(controller.host_nqn):
