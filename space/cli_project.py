@@ -19,28 +19,34 @@ from space._node.caller import Caller, Document
 from space.cli_session import At, Session, ask_owner, clean, emit, note, open_or_ask, to_json
 
 if TYPE_CHECKING:
-    from space._node.reading import Reading
+    from space._node.beside import PastBeside
     from space._node.store import Store
 
 project_app = typer.Typer(no_args_is_help=False, help="Views of capsules and trees: mount, list, stop.")
 
 NODE_POLL_SECONDS: Final = 0.5
-VIEWS: Final = ("fuse",)
-VIEWS_LATER: Final = ("nvme", "nfs", "csi")
+VIEWS: Final = ("fuse", "nvme")
+VIEWS_LATER: Final = ("nfs", "csi")
 
 PathOption = Annotated[str | None, typer.Option("--path", metavar="PATH", help="A tree or file.")]
 Target = Annotated[str | None, typer.Option("--target", metavar="DIR", help="Where to mount it.")]
 ReadOnly = Annotated[bool, typer.Option("--read-only", help="Refuse changes.")]
+Listen = Annotated[
+    str | None, typer.Option("--listen", metavar="HOST:PORT", help="nvme: where hosts connect.")
+]
 Background = Annotated[bool, typer.Option("--background", help="Return as soon as it is ready.")]
 
 
 @project_app.callback(invoke_without_command=True)
 def project(
     context: typer.Context,
-    view: Annotated[str | None, typer.Option("--view", metavar="NAME", help="What to serve: fuse.")] = None,
+    view: Annotated[
+        str | None, typer.Option("--view", metavar="NAME", help="What to serve: fuse, nvme.")
+    ] = None,
     id: Annotated[list[str] | None, typer.Option("--id", metavar="C", help="A capsule.")] = None,  # noqa: A002
     path: PathOption = None,
     target: Target = None,
+    listen: Listen = None,
     read_only: ReadOnly = False,
     background: Background = False,
     at: At = None,
@@ -50,12 +56,19 @@ def project(
         return
     if view is None:
         raise UsageError(
-            "say which view: --view fuse, or one of: mount, ls, stop", hint="space project --help"
+            "say which view: --view fuse or nvme, or one of: mount, ls, stop", hint="space project --help"
         )
     if view in VIEWS_LATER:
         raise UsageError(f"view {view} is not built yet", hint=f"there is: {', '.join(VIEWS)}")
     if view not in VIEWS:
         raise UsageError(f"no view {view!r}", hint=f"there is: {', '.join(VIEWS)}")
+    if view == "nvme":
+        if target is not None or background:
+            raise UsageError("an nvme view has no --target and no --background", hint="space project --help")
+        _serve_nvme(context, [*(id or ()), *([path] if path is not None else ())], listen, at, read_only)
+        return
+    if listen is not None:
+        raise UsageError("--listen is for the view nvme", hint="a mount has a --target")
     if id is not None and len(id) > 1:
         raise UsageError(
             "a fuse view shows one capsule or tree", hint="give one --id, or --path of a directory"
@@ -166,7 +179,43 @@ def _serve_mount(
         fuse.serve(files, target, fsname=f"space:{source}", on_ready=ready)
 
 
-def _reading(stack: contextlib.ExitStack, data: Path, *, at: str | None, create: bool) -> Reading:
+def _serve_nvme(
+    context: typer.Context, sources: list[str], listen: str | None, at: str | None, read_only: bool
+) -> None:
+    """Offers capsules as namespaces to NVMe/TCP hosts until it is told to end."""
+    session: Session = context.obj
+    if not sources:
+        raise UsageError("say what to serve: --id C, more of them, or --path PATH")
+    if session.node:
+        raise UsageError("a view is served where the store is", hint="leave --node out, and say --data DIR")
+    begun = time.monotonic()
+    from space._node import nvme_view, views
+
+    address = nvme_view.parse_listen(listen or nvme_view.LISTEN_DEFAULT)
+    with contextlib.ExitStack() as stack:
+        reading = _reading(stack, session.data, at=at, create=False)
+
+        def ready(found: Document) -> None:
+            view = {
+                "view": "nvme",
+                "name": f"nvme-{os.getpid()}",
+                "source": ", ".join(sources),
+                "at": at,
+                "target": found["address"],
+                **found,
+                "pid": os.getpid(),
+                "started_ns": time.time_ns(),
+            }
+            stack.enter_context(views.registered(session.data, view))
+            emit(to_json({**view, "ready_ms": round((time.monotonic() - begun) * 1000, 1)}))
+            sys.stdout.flush()
+            note(found["discover"])
+            note(found["connect"])
+
+        nvme_view.serve(reading, sources, listen=address, read_only=read_only, ready=ready)
+
+
+def _reading(stack: contextlib.ExitStack, data: Path, *, at: str | None, create: bool) -> Store | PastBeside:
     """The present, owned by this process and answering on the control socket; or a past moment beside any owner.
 
     Raises:
@@ -201,7 +250,8 @@ def _owned(data: Path, *, create: bool) -> Store:
     what = f", which serves {serving[0]['view']} at {serving[0]['target']}" if serving else ""
     how = f"space project stop {serving[0]['target']}" if serving else f"wait for it, or: kill {pid}"
     raise UnavailableError(
-        f"store {data} is in use by process {pid}{what}", hint=f"its present has one mount at a time; {how}"
+        f"store {data} is in use by process {pid}{what}",
+        hint=f"its present has one view at a time, past moments (--at) any number; {how}",
     )
 
 

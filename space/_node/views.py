@@ -88,8 +88,8 @@ def find(home: Path, wanted: str) -> Document:
     Raises:
         NotFoundError: there is none.
     """
-    target = os.path.realpath(wanted)
-    found = [note for note in listed(home) if wanted == note["name"] or target == note["target"]]
+    names = {wanted, os.path.realpath(wanted)}  # an address is a target as well as a directory is
+    found = [note for note in listed(home) if wanted == note["name"] or note["target"] in names]
     if not found:
         raise NotFoundError(f"no view {wanted}", hint="space project ls shows what there is")
     return found[-1]
