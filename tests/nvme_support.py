@@ -293,6 +293,9 @@ class Host:
 
     # --- the shell of the queue
 
+    def random(self, count: int) -> bytes:
+        return bytes(range(1, count + 1))
+
     def future(self) -> asyncio.Future[None]:
         return asyncio.get_running_loop().create_future()
 

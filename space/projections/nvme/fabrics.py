@@ -1,4 +1,4 @@
-"""Fabrics commands: Connect, Property Get and Set, Disconnect (Base Specification 2.0, section 6)."""
+"""Fabrics commands: Connect, Property Get and Set, Authentication, Disconnect (Base Specification 2.0, section 6)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
 from space._errors import SpaceError
+from space.projections.nvme.auth import MESSAGE_BYTES_MAX, SECP, Authentication
 from space.projections.nvme.controller import QUEUE_ENTRIES_MAX, Controller
 from space.projections.nvme.pdu import Command
 from space.projections.nvme.reply import DONE, Reply
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 PROPERTY_SET: Final = 0x00
 CONNECT: Final = 0x01
 PROPERTY_GET: Final = 0x04
+AUTHENTICATION_SEND: Final = 0x05
+AUTHENTICATION_RECEIVE: Final = 0x06
 DISCONNECT: Final = 0x08
+AUTHENTICATING: Final = frozenset({CONNECT, AUTHENTICATION_SEND, AUTHENTICATION_RECEIVE})
+_AUTHENTICATION_REQUIRED: Final = 1 << 17
+"""ATR, in the completion of Connect (figure 384)."""
 
 DYNAMIC: Final = 0xFFFF
 """Any controller: the only thing a host may ask for where controllers are made as hosts connect."""
@@ -35,6 +41,10 @@ def handler(queue: Queue, command: Command) -> Handler | None:
     kind = command.nsid & 0xFF
     if kind == CONNECT:
         return connect
+    if queue.authentication is not None and kind == AUTHENTICATION_SEND:
+        return authentication_send
+    if queue.authentication is not None and kind == AUTHENTICATION_RECEIVE:
+        return authentication_receive
     if queue.number:
         return disconnect if kind == DISCONNECT else None
     return {PROPERTY_GET: property_get, PROPERTY_SET: property_set}.get(kind)
@@ -71,7 +81,42 @@ def connect(queue: Queue, command: Command) -> Reply:
         controller = _new(queue, subsystem, controller_id, host_nqn, host_id, command.cdw12)
     flow_control = not command.cdw11 >> 16 & _NO_FLOW_CONTROL
     queue.connected(controller, number, entries, flow_control=flow_control)
-    return Reply(result=controller.number)
+    credentials = subsystem.credentials.get(host_nqn)
+    if credentials is None:
+        return Reply(result=controller.number)
+    queue.authentication = Authentication(
+        credentials, host_nqn=host_nqn, subsystem_nqn=subsystem.nqn, random=queue.shell.random
+    )
+    return Reply(result=controller.number | _AUTHENTICATION_REQUIRED)
+
+
+def _check_security(command: Command) -> None:
+    if command.cdw10 >> 8 != SECP << 16 | 0x0101:
+        raise CommandError(NvmeStatus.INVALID_FIELD, location=41)
+    if command.cdw11 != command.sgl_length or not 0 < command.cdw11 <= MESSAGE_BYTES_MAX:
+        raise CommandError(NvmeStatus.INVALID_FIELD, location=44)
+
+
+def authentication_send(queue: Queue, command: Command) -> Reply:
+    """A message of the host."""
+    assert queue.authentication is not None
+    _check_security(command)
+    queue.authentication.receive(bytes(command.data or b""))
+    return DONE
+
+
+def authentication_receive(queue: Queue, command: Command) -> Reply:
+    """The message for the host; after a failure the connection closes."""
+    assert queue.authentication is not None
+    _check_security(command)
+    message = queue.authentication.take()
+    if message is None:
+        raise CommandError(NvmeStatus.COMMAND_SEQUENCE_ERROR)
+    if len(message) > command.sgl_length:
+        raise CommandError(NvmeStatus.INVALID_FIELD, location=44)
+    if queue.authentication.failed:
+        queue.close("the host did not prove who it is")
+    return Reply([message.ljust(command.sgl_length, b"\0")], command.sgl_length)
 
 
 def _name(field: bytes, offset: int) -> str:

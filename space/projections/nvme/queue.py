@@ -26,6 +26,7 @@ import attrs
 
 from space._errors import SpaceError, Status
 from space.projections.nvme import admin, fabrics, io
+from space.projections.nvme.auth import Authentication
 from space.projections.nvme.connection import Connection
 from space.projections.nvme.controller import QUEUE_ENTRIES_MAX, Controller
 from space.projections.nvme.pdu import FABRICS, SGL_IN_CAPSULE, SGL_TRANSPORT, Command
@@ -94,6 +95,9 @@ class Shell(Protocol):
     def local_address(self) -> str:
         """The address the host has reached."""
 
+    def random(self, count: int) -> bytes:
+        """Bytes nobody can foresee."""
+
     def future(self) -> asyncio.Future[None]:
         """Something to wait for."""
 
@@ -147,6 +151,7 @@ class Queue:
 
     Attributes:
         controller: None until a Connect succeeded; then ``number`` and ``entries`` are the queue's.
+        authentication: what the host has to prove on this queue, if anything.
         now: the time, set by the shell before it hands over commands.
     """
 
@@ -161,6 +166,7 @@ class Queue:
         self.number = 0
         self.entries = QUEUE_ENTRIES_MAX
         self.flow_control = True
+        self.authentication: Authentication | None = None
         self.now = now
         self.gone = False
         self._pools = pools
@@ -229,6 +235,12 @@ class Queue:
             command.handler = self._handlers.get(opcode)
         if command.handler is None:
             return CommandError(NvmeStatus.INVALID_OPCODE, location=0)
+        if (
+            self.authentication is not None
+            and not self.authentication.authenticated
+            and (opcode != FABRICS or command.nsid & 0xFF not in fabrics.AUTHENTICATING)
+        ):
+            return CommandError(NvmeStatus.AUTHENTICATION_REQUIRED)
         return self._data_refusal(command) if command.sgl_length else None
 
     def _data_refusal(self, command: Command) -> CommandError | None:

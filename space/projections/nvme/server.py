@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import socket
 from collections.abc import Coroutine, Sequence
 from typing import Any, Final, cast
@@ -73,6 +74,10 @@ class Session(asyncio.BufferedProtocol):
         """The address the host has reached."""
         assert self._transport is not None
         return str(self._transport.get_extra_info("sockname")[0])
+
+    def random(self, count: int) -> bytes:
+        """Bytes nobody can foresee."""
+        return secrets.token_bytes(count)
 
     def future(self) -> asyncio.Future[None]:
         """Something to wait for."""

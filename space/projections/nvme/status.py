@@ -49,6 +49,7 @@ class NvmeStatus(enum.IntEnum):
     CONNECT_BUSY = 0x181
     CONNECT_INVALID = 0x182
     CONNECT_HOST = 0x184
+    AUTHENTICATION_REQUIRED = 0x191
     SIZE_LIMIT_EXCEEDED = (
         0x183  # of Copy; the same number as Connect's "restart discovery", which is never sent
     )

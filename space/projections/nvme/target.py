@@ -17,6 +17,7 @@ import attrs
 
 from space._errors import ConflictError, NotFoundError, UsageError
 from space.projections.block import BlockDevice, BlockInfo
+from space.projections.nvme.auth import Credentials
 from space.projections.nvme.reservations import Keeper, MemoryKeeper
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class Subsystem:
         controller_ids: numbers this node gives to controllers; nodes that serve the same name need ranges apart,
             because a host refuses two controllers of one subsystem with one number.
         queues_max: I/O queues of one controller.
+        credentials: by the name of a host; one that is named here has to authenticate on every queue.
     """
 
     nqn: str
@@ -127,6 +129,7 @@ class Subsystem:
     hosts: frozenset[str] | None = None
     controller_ids: range = range(1, 0xFFF0)
     queues_max: int = 64
+    credentials: dict[str, Credentials] = attrs.field(factory=dict, repr=False)
     namespaces: dict[int, Namespace] = attrs.field(factory=dict, init=False)
     controllers: dict[int, Controller] = attrs.field(factory=dict, init=False)
     ana_states: dict[int, AnaState] = attrs.field(factory=dict, init=False)
