@@ -232,9 +232,10 @@ class Queue:
         entries: of the submission queue, from Connect on; one fewer commands are outstanding at most.
         capsule_bytes: data that may travel in a capsule: 8192 on the admin queue, else as Identify tells.
         h2c_bytes: what one H2CData carries at most; lower it to have more of them.
-        r2ts_max: the most R2Ts of one command seen under way at a time (they are answered late to see that).
         asked: bytes the target has asked for with R2T; ``answer_r2t`` False leaves them unanswered.
         successes: how often the SUCCESS flag took the place of a response.
+        spoil_data: changes every H2CData on its way.
+        hears: while it is cleared nothing is read.
     """
 
     def __init__(
@@ -254,6 +255,8 @@ class Queue:
         self.successes = 0
         self.flow_control = True
         self.spoil_data: Spoil | None = None
+        self.hears = asyncio.Event()
+        self.hears.set()
         self._slots = asyncio.Semaphore(31)
         self._commands: dict[int, _Command] = {}
         self._next_cid = 0
@@ -408,6 +411,7 @@ class Queue:
     async def _receive(self) -> None:
         try:
             while True:
+                await self.hears.wait()
                 await self._one()
         except (asyncio.IncompleteReadError, OSError) as error:
             self._stop(EndedError(str(error) or type(error).__name__))
@@ -536,7 +540,7 @@ _FLAGS: Final = {
 
 
 class IoQueue(Queue):
-    """An I/O queue: blocks of the namespaces of its controller.  Each method raises FailedError where a command does."""
+    """An I/O queue: blocks of the namespaces of its controller.  Methods raise FailedError where a command fails."""
 
     async def io(
         self, opcode: int, nsid: int, lba: int, count: int, *, bits: int = 0, **options: Any
@@ -627,7 +631,7 @@ class IoQueue(Queue):
 
 
 class AdminQueue(Queue):
-    """The admin queue.  Each method raises FailedError where a command does."""
+    """The admin queue.  Methods raise FailedError where a command fails."""
 
     async def property(self, offset: int, size: int = 4) -> int:
         """Property Get."""
