@@ -15,11 +15,11 @@ from space.projections.nvme.controller import EVENT_BITS, Controller, Event
 from space.projections.nvme.pdu import Command
 from space.projections.nvme.reply import DONE, Reply
 from space.projections.nvme.status import CommandError, NvmeStatus
+from space.projections.nvme.target import ALL_NAMESPACES
 
 if TYPE_CHECKING:
     from space.projections.nvme.queue import Queue
 
-ALL_NAMESPACES: Final = 0xFFFF_FFFF
 _TIMESTAMP: Final = struct.Struct("<Q")
 _SMART_EVENTS: Final = 0x1F
 IO_EVENTS: Final = _SMART_EVENTS | EVENT_BITS[Event.NAMESPACE_CHANGED] | EVENT_BITS[Event.ANA_CHANGED]

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from space.projections.nvme.queue import Queue
 
 IDENTIFY_BYTES: Final = 4096
-ALL_NAMESPACES: Final = 0xFFFF_FFFF
 PAGE_BYTES: Final = 4096
 """MDTS counts in pages of CAP.MPSMIN."""
 KEEP_ALIVE_GRANULARITY: Final = 10

@@ -25,7 +25,7 @@ from space.projections.nvme.identify import (
 from space.projections.nvme.pdu import Command
 from space.projections.nvme.reply import DONE, Reply
 from space.projections.nvme.status import CommandError, NvmeStatus
-from space.projections.nvme.target import NAMESPACES_MAX, AnaState, Namespace
+from space.projections.nvme.target import ALL_NAMESPACES, NAMESPACES_MAX, AnaState, Namespace
 
 if TYPE_CHECKING:
     import asyncio
@@ -45,7 +45,6 @@ RESERVATION_ACQUIRE: Final = 0x11
 RESERVATION_RELEASE: Final = 0x15
 COPY: Final = 0x19
 
-ALL_NAMESPACES: Final = 0xFFFF_FFFF
 _FUA: Final = 1 << 30
 _DEALLOCATE: Final = 1 << 25
 _DIRECTIVE: Final = 0xF << 20

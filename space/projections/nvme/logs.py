@@ -11,12 +11,18 @@ from space.projections.nvme.controller import ERROR_ENTRIES_MAX, Controller, Eve
 from space.projections.nvme.pdu import FABRICS, Command
 from space.projections.nvme.reply import Reply
 from space.projections.nvme.status import CommandError, NvmeStatus
-from space.projections.nvme.target import ANA_GROUPS_MAX, DISCOVERY_NQN, NAMESPACES_MAX, Namespace, Port
+from space.projections.nvme.target import (
+    ALL_NAMESPACES,
+    ANA_GROUPS_MAX,
+    DISCOVERY_NQN,
+    NAMESPACES_MAX,
+    Namespace,
+    Port,
+)
 
 if TYPE_CHECKING:
     from space.projections.nvme.queue import Queue
 
-ALL_NAMESPACES: Final = 0xFFFF_FFFF
 _ERROR: Final = struct.Struct("<QHHHHQIBB2xQ24x")
 _ANA_HEAD: Final = struct.Struct("<QH6x")
 _ANA_GROUP: Final = struct.Struct("<IIQB15x")

@@ -30,6 +30,8 @@ IO_PORT: Final = 4420
 NQN_BYTES_MAX: Final = 223
 NAMESPACES_MAX: Final = 1024
 """NN and MNAN: as many as the changed namespace list can name."""
+ALL_NAMESPACES: Final = 0xFFFF_FFFF
+"""Where a command may mean all of them."""
 ANA_GROUPS_MAX: Final = 128
 CONTROLLERS_MAX: Final = 1024
 """Controllers of one subsystem at a time: each has a connection and a few kilobytes."""
@@ -180,10 +182,6 @@ class Subsystem:
         self.ana_changes[group] += 1
         for controller in list(self.controllers.values()):
             controller.ana_changed()
-
-    def ana(self, group: int) -> AnaState:
-        """How the namespaces of a group are reached."""
-        return self.ana_states.get(group, AnaState.OPTIMIZED)
 
     def _group(self, group: int) -> None:
         self.ana_states.setdefault(group, AnaState.OPTIMIZED)
