@@ -4,15 +4,15 @@ What a host remembers is the same after every restart: the subsystem's name come
 identity from its capsule, its number (NSID) from the log.  A past moment cannot log anything, so its namespaces are
 in a subsystem of their own, named after them all: the same capsules of the same moment are the same subsystem.
 
-Sizes change, and capsules are deleted, by other ways into the store; a look a few times a second finds that out and
-tells the hosts.
+Sizes change by other ways into the store; a look a few times a second finds that out, and hosts are told.  A capsule
+that is deleted meanwhile stays as it is until the view ends, as an open file does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import re
 import shlex
 import signal
 from collections.abc import Callable, Coroutine, Sequence
@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import attrs
 
-from space._errors import NotFoundError, UnavailableError, UsageError
+from space._errors import UnavailableError, UsageError
 from space._node.beside import PastBeside
 from space._node.caller import Document
 from space._node.local_block import BlockWriter, LocalBlockDevice, namespace_identity, namespace_number
@@ -29,30 +29,28 @@ from space.events.ids import AtPosition, CapsuleId
 from space.projections.nvme.server import Listener, Server
 from space.projections.nvme.target import DISCOVERY_PORT, IO_PORT, Namespace, Port, Subsystem, Target
 
-logger: Final = logging.getLogger("space.nvme")
-
 WATCH_SECONDS: Final = 0.25
 """How often sizes are looked at: a resize is no hurry, and a look at an unchanged store costs microseconds."""
 
 LISTEN_DEFAULT: Final = f"127.0.0.1:{IO_PORT}"
+PORT_MAX: Final = 0xFFFF
 SERIAL_BYTES: Final = 10
 
 
+_LABEL: Final = "[A-Za-z0-9_-]{1,63}"
+_ADDRESS: Final = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|({_LABEL}(?:\.{_LABEL})*)):([0-9]{{1,5}})")
+
+
 def parse_listen(text: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT``, ``[V6]:PORT`` or ``HOST``, whose port is 4420.
+    """Host and port of ``HOST:PORT`` or ``[IPV6]:PORT``; port 0 is whichever is free.
 
     Raises:
-        UsageError: it is none of them.
+        UsageError: it is neither.
     """
-    bracketed = text.endswith("]")
-    host, separator, port = (
-        (text, ":", str(IO_PORT)) if bracketed or ":" not in text else text.rpartition(":")
-    )
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    good_host = bare and (":" not in bare or bare != host)
-    if not separator or not good_host or not (port.isascii() and port.isdecimal() and int(port) < 65536):
+    found = _ADDRESS.fullmatch(text)
+    if found is None or int(found[3]) > PORT_MAX:
         raise UsageError(f"not an address to listen at: {text!r}", hint="write HOST:PORT")
-    return bare, int(port)
+    return found[1] or found[2], int(found[3])
 
 
 @attrs.define(eq=False)
@@ -128,7 +126,8 @@ async def _serve(
         while not over.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(over.wait(), WATCH_SECONDS)
-            offered = [each for each in offered if _look(subsystem, each)]
+            for each in offered:
+                _look(subsystem, each)
 
 
 # --- what is offered -------------------------------------------------------------------------------
@@ -183,18 +182,12 @@ def _offer(
     return _Offered(source, capsule, device, namespace, info.size)
 
 
-def _look(subsystem: Subsystem, offered: _Offered) -> bool:
-    """Tells hosts what is no longer as they know it; whether there still is something to offer."""
-    try:
-        size = offered.device.info().size
-    except NotFoundError:
-        logger.warning("%s was deleted: namespace %d is gone", offered.source, offered.namespace.nsid)
-        subsystem.remove(offered.namespace.nsid)
-        return False
+def _look(subsystem: Subsystem, offered: _Offered) -> None:
+    """Tells hosts of another size."""
+    size = offered.device.info().size
     if size != offered.size:
         offered.size = size
         subsystem.changed(offered.namespace.nsid)
-    return True
 
 
 # --- where -----------------------------------------------------------------------------------------
