@@ -173,13 +173,17 @@ class Completion:
 
 @attrs.define
 class _Command:
-    """A command under way: ``sent`` bytes of ``data`` were asked for, ``arrived`` of ``wanted`` came."""
+    """A command under way: ``asked`` bytes of ``data`` were asked for, ``arrived`` of ``wanted`` came.
+
+    ``requests`` are the R2Ts not answered yet: tag, offset and length.
+    """
 
     future: asyncio.Future[Completion]
     data: bytes
     wanted: int
     arrived: bytearray = attrs.field(factory=bytearray)
-    sent: int = 0
+    asked: int = 0
+    requests: list[tuple[int, int, int]] = attrs.field(factory=list)
     complete: bool = False
 
 
@@ -232,7 +236,7 @@ class Queue:
         entries: of the submission queue, from Connect on; one fewer commands are outstanding at most.
         capsule_bytes: data that may travel in a capsule: 8192 on the admin queue, else as Identify tells.
         h2c_bytes: what one H2CData carries at most; lower it to have more of them.
-        asked: bytes the target has asked for with R2T; ``answer_r2t`` False leaves them unanswered.
+        asked: bytes the target has asked for with R2T; ``answer_r2t`` False leaves them to :meth:`answer`.
         successes: how often the SUCCESS flag took the place of a response.
         spoil_data: changes every H2CData on its way.
         hears: while it is cleared nothing is read.
@@ -307,6 +311,10 @@ class Queue:
             self._receiving.cancel()
             await asyncio.wait([self._receiving])
         await asyncio.gather(self._writer.wait_closed(), return_exceptions=True)
+
+    def finish(self) -> None:
+        """Says that nothing more will be sent."""
+        self._writer.write_eof()
 
     async def ended(self) -> Exception:
         """Waits for the connection to end; why it did."""
@@ -495,18 +503,27 @@ class Queue:
     def _r2t(self, header: bytes) -> None:
         cid, tag, offset, length = _TRANSFER.unpack(header)
         command = self._command(cid)
-        if not length or offset != command.sent or offset + length > len(command.data):
-            raise ViolationError(f"asked for {offset}+{length}, where {command.sent} is next")
+        if not length or offset != command.asked or offset + length > len(command.data):
+            raise ViolationError(f"asked for {offset}+{length}, where {command.asked} is next")
+        command.asked += length
+        command.requests.append((tag, offset, length))
+        if len(command.requests) > self._maxr2t + 1:
+            raise ViolationError(f"{len(command.requests)} R2Ts of one command under way")
         self.asked += length
-        if not self.answer_r2t:
-            return
-        command.sent += length
-        for at in range(offset, offset + length, self.h2c_bytes):
-            end = min(at + self.h2c_bytes, offset + length)
-            fields = _TRANSFER.pack(cid, tag, at, end - at)
-            last = LAST if end == offset + length else 0
-            pdu = encode(Pdu.H2C_DATA, fields, command.data[at:end], self.digests, flags=last)
-            self.send_raw(self.spoil_data(pdu) if self.spoil_data else pdu)
+        if self.answer_r2t:
+            self.answer(cid)
+
+    def answer(self, cid: int) -> None:
+        """Sends the data a command was asked for and that was held back."""
+        command = self._command(cid)
+        requests, command.requests = command.requests, []
+        for tag, offset, length in requests:
+            for at in range(offset, offset + length, self.h2c_bytes):
+                end = min(at + self.h2c_bytes, offset + length)
+                fields = _TRANSFER.pack(cid, tag, at, end - at)
+                last = LAST if end == offset + length else 0
+                pdu = encode(Pdu.H2C_DATA, fields, command.data[at:end], self.digests, flags=last)
+                self.send_raw(self.spoil_data(pdu) if self.spoil_data else pdu)
 
     def _response(self, header: bytes) -> None:
         result, head, sqid, cid, status = _CQE.unpack(header)

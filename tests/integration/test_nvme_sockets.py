@@ -24,6 +24,7 @@ from space._node.reading import Reading
 from space._node.store import Store
 from space.events.ids import CapsuleId
 from space.policy.model import Policy
+from space.projections.nvme.connection import Limits
 from space.projections.nvme.server import Listener, Server
 from space.projections.nvme.target import Namespace, Subsystem, Target
 from space.wal.faulty_disk import FaultyDisk
@@ -92,12 +93,12 @@ class Place:
 
 
 @contextlib.asynccontextmanager
-async def serving(store: Store) -> AsyncIterator[Place]:
+async def serving(store: Store, limits: Limits | None = None) -> AsyncIterator[Place]:
     """A server on a free port of loopback, of which nothing is left afterwards."""
     target = Target()
     subsystem = Subsystem(NQN, "SN0001")
     target.add(subsystem)
-    server = Server(target)
+    server = Server(target, limits=limits)
     (port,) = await server.start([Listener("127.0.0.1", 0)])
     place = Place(store, server, subsystem, port.service, BlockWriter(store))
     try:
@@ -117,12 +118,18 @@ def block_capsule(store: Store, block: int = 512, size: int = SIZE) -> CapsuleId
     return store.create(size=size, block_size=block, policy=RAW)
 
 
-def run(path: Path, scenario: Callable[[Place], Awaitable[None]], *, blocks: Sequence[int] = (512,)) -> None:
+def run(
+    path: Path,
+    scenario: Callable[[Place], Awaitable[None]],
+    *,
+    blocks: Sequence[int] = (512,),
+    limits: Limits | None = None,
+) -> None:
     """Runs a scenario over a new store, with a namespace of each of these block sizes."""
 
     async def main() -> None:
         with space.open(path, segment_bytes=SEGMENT_BYTES) as store:
-            async with serving(store) as place:
+            async with serving(store, limits) as place:
                 for nsid, block in enumerate(blocks, 1):
                     place.offer(nsid, block_capsule(store, block))
                 await scenario(place)
@@ -415,6 +422,26 @@ def test_the_largest_transfer_in_many_pieces(tmp_path: Path, digests: Digest) ->
             assert await status_of(queue.read(1, 0, mdts // 512 + 1, 512)) == INVALID_FIELD
 
     run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("maxr2t, under_way", [(0, 1), (2, 3), (200, 4)])
+def test_several_r2ts_of_a_command(tmp_path: Path, maxr2t: int, under_way: int) -> None:
+    """A command has as many R2Ts under way as host and target allow, and its data arrives whole."""
+
+    async def scenario(place: Place) -> None:
+        async with await place.connect(maxr2t=maxr2t) as host:
+            (queue,) = host.queues
+            data = random.Random(maxr2t).randbytes(256 << 10)
+            queue.answer_r2t = False
+            future = queue.begin(Io.WRITE, nsid=1, cdw=(8, 0, 511), data=data, in_capsule=False, cid=7)
+            await queue.read(1, 0, 1, 512)
+            assert queue.asked == under_way * (16 << 10)
+            queue.answer_r2t = True
+            queue.answer(7)
+            assert (await future).status == 0
+            assert await queue.read(1, 8, 512, 512) == data
+
+    run(tmp_path, scenario, limits=Limits(r2t_bytes=16 << 10))
 
 
 def test_the_end_of_a_namespace(tmp_path: Path) -> None:
