@@ -307,6 +307,7 @@ class Replica:
         self._next_reading: list[Callable[[SpaceError | None], None]] = []
         self._root = _Root()
         self._last_time = 0
+        self._led = 0  # the term that was led when it was looked at last
         self._done: list[Callable[[], None]] = []
         self._to_apply = APPLY_BATCHES
         self._offer: Offer | None = None
@@ -508,10 +509,12 @@ class Replica:
         return work
 
     def _collect(self, work: Work) -> bool:
-        was = self.driver.role
         found = self.driver.collect()
-        if was is Role.LEADER and self.driver.role is not Role.LEADER:
+        # The driver may have collected before, when something was durable: what counts is what was led until now.
+        leading = self.driver.term if self.leads() else 0
+        if self._led not in (0, leading):
             self._lose("leadership of the group was lost")
+        self._led = leading
         # What the engine appends replaces the tail from there on; what was proposed here comes again with it.
         replaced: dict[int, Item] = {}
         for persist in self.driver.persists():
