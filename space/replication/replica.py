@@ -819,6 +819,10 @@ class Replica:
                 self.driver.forget(index)
                 return None
             if info.term != term:
+                if info.term == 0:
+                    self.driver.forget(
+                        index
+                    )  # from before the log was replicated: it is sent as it is, or not at all
                 return None
             blobs.append(Blob(index, info.time_ns, info.metadata, (payload,) if payload else ()))
         return Send(message.to, message.kind, message.data, blobs)
