@@ -1,0 +1,277 @@
+"""The Linux kernel's own NVMe/TCP host, nvme-cli and file systems against ``space project --view nvme``.
+
+The host runs in a throw-away guest (tests/guest/guest.sh), because nothing but a kernel can be one.  The guest takes
+root, Debian's package mirrors and 1.7 GB once, so these tests only run where SPACE_GUEST=1 asks for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import pytest
+
+import space
+from tests.cli_support import ROOT, execute, finish, start
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("SPACE_GUEST") != "1", reason="boots a virtual machine: set SPACE_GUEST=1 (docs/nvme.md)"
+)
+
+GUEST: Final = ROOT / "tests" / "guest"
+GUEST_SECONDS: Final = 500
+"""Where a guest that hangs is given up; software emulation takes minutes for what User-Mode Linux does in seconds."""
+POLL_SECONDS: Final = 0.05
+MIB: Final = 1 << 20
+
+
+@attrs.define
+class View:
+    """A served store; ``restart`` serves it again at the same address after a kill."""
+
+    data: Path
+    arguments: list[str]
+    process: subprocess.Popen[str] = attrs.field(init=False)
+    ready: dict[str, Any] = attrs.field(init=False)
+
+    def start(self, listen: str) -> None:
+        self.process = start(
+            self.data, "project", "--view", "nvme", *self.arguments, "--listen", listen, stderr=None
+        )
+        assert self.process.stdout is not None
+        self.ready = json.loads(self.process.stdout.readline())
+
+    @property
+    def port(self) -> str:
+        return str(self.ready["address"].rpartition(":")[2])
+
+    def kill(self) -> None:
+        """As kill -9 does it."""
+        self.process.kill()
+        finish(self.process)
+
+    def restart(self) -> None:
+        self.start(f"127.0.0.1:{self.port}")
+
+    def descriptors(self) -> int:
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def stop(self) -> None:
+        """As an operator does it: the end is clean."""
+        self.process.send_signal(signal.SIGTERM)
+        assert finish(self.process).status == 0
+
+
+Serve = Callable[..., View]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A store with two empty block devices: /one of 512 MiB in blocks of 4096 bytes, /two of 32 MiB in 512."""
+    path = tmp_path / "data"
+    for name, size, block in (("/one", "512MiB", "4096"), ("/two", "32MiB", "512")):
+        assert execute(path, "create", "--size", size, "--block-size", block, "--name", name).status == 0
+    return path
+
+
+@pytest.fixture
+def serve(data: Path) -> Iterator[Serve]:
+    """Starts views of the store, and ends those that still run."""
+    views: list[View] = []
+
+    def started(*arguments: str) -> View:
+        view = View(data, [*arguments])
+        views.append(view)
+        view.start("127.0.0.1:0")
+        return view
+
+    yield started
+    for view in views:
+        if view.process.poll() is None:
+            view.stop()
+
+
+def run(view: View, body: str, tmp_path: Path, **answers: Callable[..., object]) -> str:
+    """What a job prints in a guest, which must end well; ``answers`` are what it can ask for."""
+    share = tmp_path / "share"
+    share.mkdir(exist_ok=True)
+    job = tmp_path / "job.sh"
+    job.write_text((GUEST / "nvme_prelude.sh").read_text() + body)
+    guest: list[str | Path] = [GUEST / "guest.sh", "-c", "4", "-t", str(GUEST_SECONDS), "-s", share, job]
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [*guest, view.port, view.ready["nqn"]], stdin=subprocess.DEVNULL, stdout=file, stderr=file
+        )
+        try:
+            while process.poll() is None:
+                _answer(share, answers)
+                time.sleep(POLL_SECONDS)
+        finally:
+            process.terminate()
+            process.wait()
+    text = output.read_text(errors="replace")
+    assert process.returncode == 0, text
+    return text
+
+
+def _answer(share: Path, answers: dict[str, Callable[..., object]]) -> None:
+    asked = share / "ask"
+    if asked.exists():
+        name, *arguments = asked.read_text().split()
+        (share / "answer").write_text(f"{answers[name](*arguments)}\n")
+        asked.unlink()
+
+
+def facts(text: str) -> dict[str, str]:
+    """The lines ``name=value`` of an output."""
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line.partition(" ")[0])
+
+
+def test_the_kernel_discovers_connects_and_looks(serve: Serve, tmp_path: Path) -> None:
+    """Discovery, connections with and without digests and of several queue counts, and all nvme-cli asks, work."""
+    view = serve("--path", "/one")
+    job = """
+    nvme discover "${at[@]}" | grep -q "subnqn: *$NQN$"
+    for options in "" -g -G "-g -G" "-i 1" "-i 4 -g -G" -D; do connect $options; device 1; disconnect; done
+    connect -i 4; D=$(device 1)
+    dmesg | grep -q "nvme0: mapped 4/0/0"
+    echo size=$(blockdev --getsize64 $D)
+    echo block=$(cat /sys/block/${D##*/}/queue/logical_block_size)
+    echo cache=$(cat /sys/block/${D##*/}/queue/write_cache)
+    echo uuid=$(cat /sys/block/${D##*/}/uuid)
+    nvme list | grep -q "^$D "; nvme list-subsys | grep -q "live"
+    nvme id-ctrl $D | grep -q "^subnqn *: $NQN$"
+    nvme id-ns $D | grep -q "lbads:12 .*in use"
+    nvme ns-descs $D; nvme smart-log $D; nvme error-log $D; nvme fw-log $D
+    nvme effects-log $D; nvme ana-log /dev/nvme0 | grep -q "optimized"
+    for feature in 1 2 4 5 6 7 0xa 0xb 0xe 0xf; do nvme get-feature /dev/nvme0 -f $feature; done
+    nvme set-feature /dev/nvme0 -f 6 -v 0; nvme get-feature /dev/nvme0 -f 6 | grep -q "value:0*x*0*$"
+    if nvme get-feature /dev/nvme0 -f 0x7f; then exit 1; fi
+    if nvme admin-passthru /dev/nvme0 --opcode=0x84 --namespace-id=1; then exit 1; fi
+    disconnect
+    """
+    found = facts(run(view, job, tmp_path))
+    identity = view.ready["namespaces"][0]["uuid"]
+    assert (found["size"], found["block"], found["uuid"]) == (str(512 * MIB), "4096", identity)
+    assert found["cache"] == "write back"
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_file_system_on_it(serve: Serve, data: Path, tmp_path: Path, kind: str) -> None:
+    """mkfs, mount, copying, unmounting and the checker agree; what fstrim gives back the store has back."""
+    view = serve("--path", "/one")
+    job = f"""
+    check() {{ if [ {kind} = xfs ]; then xfs_repair -n $D; else fsck.ext4 -fn $D; fi; }}
+    connect; D=$(device 1); mkfs.{kind} -q $D; mkdir /m; mount $D /m; cp -a /etc /m; umount /m; check
+    mount $D /m; diff -r --no-dereference /etc /m/etc
+    dd if=/dev/urandom of=/m/large bs=1M count=48 conv=fsync; echo full=$(ask allocated)
+    rm /m/large; sync; fstrim /m; umount /m; check; echo trimmed=$(ask allocated); disconnect
+    connect -g -G; D=$(device 1); mount $D /m; diff -r --no-dereference /etc /m/etc; umount /m; disconnect
+    """
+    allocated = lambda: execute(data, "stat", "/one", "--json").json["allocated"]  # noqa: E731
+    found = facts(run(view, job, tmp_path, allocated=allocated))
+    assert int(found["full"]) - int(found["trimmed"]) > 40 * MIB  # the journal grew meanwhile
+
+
+def test_fio_verifies_across_a_reconnect(serve: Serve, tmp_path: Path) -> None:
+    """What random writes left is read back unchanged, at once and through another connection with digests."""
+    view = serve("--path", "/one")
+    job = """
+    connect -i 4; D=$(device 1)
+    fio="fio --name=v --filename=$D --direct=1 --rw=randrw --bs=4k --size=8m --iodepth=32 --ioengine=libaio"
+    fio="$fio --verify=crc32c --verify_fatal=1"
+    $fio; disconnect; connect -i 1 -g -G; [ $(device 1) = $D ]; $fio --verify_only; disconnect
+    """
+    run(view, job, tmp_path)
+
+
+def test_namespaces_side_by_side(serve: Serve, data: Path, tmp_path: Path) -> None:
+    """Two capsules are two devices; what the kernel flushed to each is what ``space get`` reads."""
+    view = serve("--id", execute(data, "stat", "/one", "--json").json["id"], "--path", "/two")
+    one, two = (each["nsid"] for each in view.ready["namespaces"])
+    job = f"""
+    connect; for nsid in {one} {two}; do
+      (yes "namespace $nsid" || true) | head -c 65536 >/tmp/$nsid
+      dd if=/tmp/$nsid of=$(device $nsid) bs=64k seek=3 oflag=direct conv=fsync
+    done
+    disconnect
+    """
+    run(view, job, tmp_path)
+    for nsid, path in ((one, "/one"), (two, "/two")):
+        held = execute(data, "get", path, "--offset", str(3 << 16), "--length", "65536").out
+        assert held == (f"namespace {nsid}\n" * 65536)[:65536]
+
+
+def test_a_resize_is_seen_while_connected(serve: Serve, data: Path, tmp_path: Path) -> None:
+    """A capsule resized by another command has its new size on the host, which was told, not asked."""
+    view = serve("--path", "/two")
+    job = """
+    connect; D=$(device 1); [ $(blockdev --getsize64 $D) = $((32 << 20)) ]
+    ask resize
+    for i in $(seq 100); do [ $(blockdev --getsize64 $D) = $((96 << 20)) ] && break; sleep 0.1; done
+    [ $(blockdev --getsize64 $D) = $((96 << 20)) ]
+    dd if=/dev/zero of=$D bs=1M seek=95 count=1 oflag=direct
+    disconnect
+    """
+    run(view, job, tmp_path, resize=lambda: execute(data, "resize", "/two", "96MiB").status)
+
+
+def test_a_past_moment_is_read_only(serve: Serve, data: Path, tmp_path: Path) -> None:
+    """A moment is served beside the process that owns the store, to be read and not written."""
+    with space.open(data) as store:
+        two = store.resolve("/two")
+        moment = f"@{store.write(two, 0, b'before' * 512).position}"
+        store.write(two, 0, b"after." * 512)
+    serve("--path", "/two")
+    past = serve("--path", "/two", "--at", moment)
+    job = """
+    connect; D=$(device 1); [ $(cat /sys/block/${D##*/}/ro) = 1 ]
+    echo held=$(dd if=$D bs=512 count=1 iflag=direct 2>/dev/null | head -c 6)
+    if dd if=/dev/zero of=$D bs=512 count=1 oflag=direct; then exit 1; fi
+    disconnect
+    """
+    assert facts(run(past, job, tmp_path))["held"] == "before"
+
+
+def test_a_killed_server_comes_back_under_load(serve: Serve, tmp_path: Path) -> None:
+    """After kill -9 under fio and a restart the host goes on without an error; files synced before are whole."""
+    view = serve("--path", "/one")
+
+    def again() -> str:
+        view.kill()
+        view.restart()
+        return "served"
+
+    job = """
+    connect -c 1; D=$(device 1); mkfs.ext4 -q $D; mkdir /m; mount $D /m
+    cp -a /etc /m; sync; (cd /m; find etc -type f -print0 | xargs -0 sha256sum) >/tmp/sums
+    fio --name=v --directory=/m --rw=randwrite --bs=4k --size=16m --fsync=4 --time_based --runtime=12 \\
+      --verify=crc32c --verify_fatal=1 >/tmp/fio 2>&1 & load=$!
+    for i in 1 2; do sleep 3; ask again; done
+    wait $load || { cat /tmp/fio; exit 1; }
+    dmesg | grep -q "Successfully reconnected"
+    echo 3 >/proc/sys/vm/drop_caches; (cd /m; sha256sum -c --quiet /tmp/sums)
+    umount /m; fsck.ext4 -fn $D; disconnect
+    """
+    run(view, job, tmp_path, again=again)
+
+
+def test_connections_leave_nothing_behind(serve: Serve, tmp_path: Path) -> None:
+    """After 24 connections with four queues each, the server has as many descriptors open as after the first."""
+    view = serve("--path", "/two")
+    job = """
+    for i in $(seq 24); do
+      connect -i 4; device 1; disconnect; [ $i != 1 ] || { sleep 1; echo first=$(ask descriptors); }
+    done
+    sleep 1; echo last=$(ask descriptors)
+    """
+    found = facts(run(view, job, tmp_path, descriptors=view.descriptors))
+    assert found["first"] == found["last"]
