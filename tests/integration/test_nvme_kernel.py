@@ -193,6 +193,41 @@ def test_fio_verifies_across_a_reconnect(serve: Serve, tmp_path: Path) -> None:
     run(view, job, tmp_path)
 
 
+def test_single_commands(serve: Serve, tmp_path: Path) -> None:
+    """What nvme-cli sends by hand does what it says, and what is wrong or unknown fails with the right status."""
+    view = serve("--path", "/two")
+    job = """
+    connect; D=$(device 1); head -c 4096 /dev/urandom >/tmp/r; eight="-c 7 -z 4096 -d /tmp/r"
+    fails() { local wanted=$1; shift; if "$@" >/tmp/said 2>&1; then exit 1; fi; grep -q "$wanted" /tmp/said; }
+    nvme write $D -s 8 $eight; nvme compare $D -s 8 $eight; nvme verify $D -s 8 -c 7; nvme flush $D
+    fails "Compare Failure" nvme compare $D -s 9 $eight
+    nvme copy $D -d 100 -b 7 -s 8; nvme compare $D -s 100 $eight
+    nvme write-zeroes $D -s 8 -c 7; nvme dsm $D -d -s 100 -b 8
+    for lba in 8 100; do nvme read $D -s $lba -c 7 -z 4096 -d /tmp/o; cmp -n 4096 /tmp/o /dev/zero; done
+    fails "LBA Out of Range" nvme read $D -s 99999999 $eight
+    fails "Invalid Command Opcode" nvme write-uncor $D -s 8 -c 7
+    fails "Invalid Command Opcode" nvme format $D -f
+    nvme resv-register $D --nrkey=1 --rrega=0; nvme resv-acquire $D --crkey=1 --rtype=1 --racqa=0
+    nvme resv-release $D --crkey=1 --rtype=1 --rrela=0
+    disconnect
+    """
+    run(view, job, tmp_path)
+
+
+def test_resets_under_load(serve: Serve, tmp_path: Path) -> None:
+    """The controller is reset three times while fio writes and verifies: no error, no wrong byte."""
+    view = serve("--path", "/two")
+    job = """
+    connect -i 4; D=$(device 1)
+    fio --name=v --filename=$D --direct=1 --rw=randrw --bs=4k --size=8m --iodepth=32 --ioengine=libaio \\
+      --verify=crc32c --verify_fatal=1 --loops=8 >/tmp/fio 2>&1 & load=$!
+    for i in 1 2 3; do sleep 0.7; kill -0 $load; nvme reset /dev/nvme0; done
+    wait $load || { cat /tmp/fio; exit 1; }
+    disconnect
+    """
+    run(view, job, tmp_path)
+
+
 def test_namespaces_side_by_side(serve: Serve, data: Path, tmp_path: Path) -> None:
     """Two capsules are two devices; what the kernel flushed to each is what ``space get`` reads."""
     view = serve("--id", execute(data, "stat", "/one", "--json").json["id"], "--path", "/two")
