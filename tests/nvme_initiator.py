@@ -12,6 +12,7 @@ or choose descriptors and command ids themselves.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import struct
 from collections.abc import Awaitable, Callable, Sequence
@@ -313,8 +314,9 @@ class Queue:
         await asyncio.gather(self._writer.wait_closed(), return_exceptions=True)
 
     def finish(self) -> None:
-        """Says that nothing more will be sent."""
-        self._writer.write_eof()
+        """Says that nothing more will be sent, if the connection is still there."""
+        with contextlib.suppress(OSError):
+            self._writer.write_eof()
 
     async def ended(self) -> Exception:
         """Waits for the connection to end; why it did."""

@@ -38,6 +38,7 @@ from tests.nvme_initiator import (
     IoQueue,
     Pdu,
     Queue,
+    ViolationError,
     encode,
     entry,
     sgl,
@@ -487,7 +488,11 @@ def test_damage_on_the_way_is_never_written_under_digests(
             )
             await sent.wait()
             queue.finish()
-            done = await outcome(future)
+            try:
+                done = await outcome(future)
+            except ViolationError:  # an answer to the command id the damage has made
+                assert not digests & Digest.HEADER
+                done = None
             event("ended" if done is None else f"status {done.status:#05x}")
         written = bytes(ready.device.data)
         if digests == Digest.BOTH:
