@@ -409,7 +409,6 @@ def test_etcd_under_load(tmp_path: Path) -> None:
         cluster.close()
 
 
-@pytest.mark.skipif(find("nats-server") is None, reason="nats-server is not installed")
 def test_nats_under_load(tmp_path: Path) -> None:
     """The client's messages are on all three servers, small and large."""
     cluster = nats.Nats(tmp_path)
