@@ -18,6 +18,7 @@ PROJECT: Final[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_te
 SPACE: Final = ROOT / "space"
 EXTRAS: Final = {
     "fuse": (SPACE / "projections" / "fuse",),
+    "nvme": (SPACE / "_node" / "nvme_view.py",),
     "cluster": (
         SPACE / "replication",
         *(SPACE / "_node" / name for name in ("cluster.py", "serve.py", "http.py", "doctor.py")),
