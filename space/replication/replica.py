@@ -369,6 +369,8 @@ class Replica:
         self._tail_bytes = 0
         self._stash.clear()
         self._offer = None
+        self._writing = 0
+        self._unsaved = None  # it is from before: what was saved since knows more
         for waiting in self._reading.values():  # the new engine knows nothing of these
             self._next_reading.extend(waiting)
         self._reading.clear()

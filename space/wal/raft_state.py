@@ -301,6 +301,7 @@ def _assert_follows(before: RaftState | None, after: RaftState, *, sync: bool) -
         return
     assert after.node == before.node, "a replica never takes another's id"
     assert after.term >= before.term, "a term never goes back"
+    assert after.configuration_index >= before.configuration_index, "members never go back"
     if after.term == before.term:
         assert before.vote in {0, after.vote}, "a vote is never taken back"
     assert sync or (after.term, after.vote) == (before.term, before.vote), "a term or vote must be durable"
