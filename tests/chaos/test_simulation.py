@@ -67,6 +67,12 @@ def test_a_swarm_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         assert counts["unknown histories"] * 1000 <= RUNS
 
 
+@pytest.mark.parametrize("seed", [273, 3068, 12711, 23208])
+def test_what_was_found_once_stays_fixed(seed: int) -> None:
+    """Runs that broke a promise: what was wrong is in the history of this repository, under its seed."""
+    run_seed(seed)
+
+
 def test_a_run_is_a_function_of_its_seed() -> None:
     """The same seed gives the same run again, event for event, also in a process whose hashes are salted otherwise."""
     seeds = range(7, 15)
