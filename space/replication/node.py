@@ -340,7 +340,12 @@ class Node:
             found = [self._jobs.get()]
             while not self._jobs.empty():
                 found.append(self._jobs.get())
-            self._carry_out([each for each in found if each is not None])
+            try:
+                self._carry_out([each for each in found if each is not None])
+            except BaseException as error:  # without its writer a node would stand still for ever
+                log.exception("the writer of node %d broke", self.id)
+                self.call_soon(self._on_fatal, StorageError(f"the writer met {error!r:.200}"))
+                return
             if None in found:
                 return
 
