@@ -474,7 +474,9 @@ class Replica:
 
     def change(self, change: bytes) -> int:
         """See :meth:`space.replication.driver.Driver.change`."""
-        return self.driver.change(change)
+        index = self.driver.change(change)
+        self._last_time = max(self._last_time, change_time(change))  # what is decided next comes after it
+        return index
 
     def written(self, job: Job) -> None:
         """The oldest job handed out has been carried out, and is durable."""
@@ -531,6 +533,8 @@ class Replica:
                     replaced[latest] = self._forget(latest)
                 items.append(self._item(entry, replaced))
                 self._remember(items[-1])  # the one after it may take its time from it
+            if items:
+                self._last_time = items[-1].time_ns  # the end of the log, whoever made what is before it
             persist.state = persist.state or self._unsaved
             self._unsaved = None
             self._writing += 1
@@ -557,7 +561,6 @@ class Replica:
         if size == 0:
             return self._special(index, term, None)
         blob = self._stash[index, term]
-        self._last_time = blob.time_ns
         return Item(index, term, blob.time_ns, blob.metadata, blob.payload, size)
 
     def _special(self, index: int, term: int, change: bytes | None) -> Item:
@@ -567,7 +570,6 @@ class Replica:
         if change is not None:
             time_ns = max(time_ns, change_time(change))
             metadata = encode_change_batch(change, time_ns)
-        self._last_time = time_ns
         return Item(index, term, time_ns, metadata, (), 0)
 
     def _time_before(self, index: int) -> int:
