@@ -438,8 +438,9 @@ class _Recovery:
             )
             self._disk.sync_dir(self._directory)
         watermark.reserve()
-        # Both slots: an older one may still order a cut, or promise more than a finished cut has left.
-        for _ in range(2 if self._cutting else 1):
+        # Both slots: an older one may still order a cut, promise more than a finished cut has left, or say that
+        # nothing lies above it (clean), which the first record written from now on makes untrue.
+        for _ in range(2 if self._cutting or _is_clean(watermark.found) else 1):
             watermark.write(tail.index, segment.first_index, tail.end, tail.chain)
             watermark.sync()
         return watermark
