@@ -8,9 +8,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, cast
 
 import typer
 
@@ -34,6 +34,23 @@ ReadOnly = Annotated[bool, typer.Option("--read-only", help="Refuse changes.")]
 Listen = Annotated[
     str | None, typer.Option("--listen", metavar="HOST:PORT", help="nvme: where hosts connect.")
 ]
+Hosts = Annotated[
+    list[str] | None, typer.Option("--host", metavar="NQN", help="nvme: only these hosts may connect.")
+]
+HostKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--host-key",
+        metavar="NQN=FILE",
+        help="nvme: a host that must prove its name with the secret in FILE, or env:NAME.",
+    ),
+]
+ControllerKey = Annotated[
+    str | None,
+    typer.Option(
+        "--controller-key", metavar="FILE", help="nvme: the secret that proves this side to hosts that ask."
+    ),
+]
 Background = Annotated[bool, typer.Option("--background", help="Return as soon as it is ready.")]
 
 
@@ -47,6 +64,9 @@ def project(
     path: PathOption = None,
     target: Target = None,
     listen: Listen = None,
+    host: Hosts = None,
+    host_key: HostKeys = None,
+    controller_key: ControllerKey = None,
     read_only: ReadOnly = False,
     background: Background = False,
     at: At = None,
@@ -65,10 +85,18 @@ def project(
     if view == "nvme":
         if target is not None or background:
             raise UsageError("an nvme view has no --target and no --background", hint="space project --help")
-        _serve_nvme(context, [*(id or ()), *([path] if path is not None else ())], listen, at, read_only)
+        sources = [*(id or ()), *([path] if path is not None else ())]
+        hosts = _Hosts(host or (), host_key or (), controller_key)
+        _serve_nvme(context, sources, listen, at, read_only, hosts)
         return
-    if listen is not None:
-        raise UsageError("--listen is for the view nvme", hint="a mount has a --target")
+    for option, value in (
+        ("listen", listen),
+        ("host", host),
+        ("host-key", host_key),
+        ("controller-key", controller_key),
+    ):
+        if value:
+            raise UsageError(f"--{option} is for the view nvme", hint="a mount has a --target")
     if id is not None and len(id) > 1:
         raise UsageError(
             "a fuse view shows one capsule or tree", hint="give one --id, or --path of a directory"
@@ -179,18 +207,32 @@ def _serve_mount(
         fuse.serve(files, target, fsname=f"space:{source}", on_ready=ready)
 
 
+class _Hosts(NamedTuple):
+    """The options that say who may connect."""
+
+    names: Sequence[str]
+    keys: Sequence[str]
+    controller_key: str | None
+
+
 def _serve_nvme(
-    context: typer.Context, sources: list[str], listen: str | None, at: str | None, read_only: bool
+    context: typer.Context,
+    sources: list[str],
+    listen: str | None,
+    at: str | None,
+    read_only: bool,
+    hosts: _Hosts,
 ) -> None:
     """Offers capsules as namespaces to NVMe/TCP hosts until it is told to end."""
     session: Session = context.obj
     if not sources:
-        raise UsageError("say what to serve: --id C, more of them, or --path PATH")
+        raise UsageError("say what to serve: --id C, more of them, or --path PATH of a device or a tree")
     if session.node:
         raise UsageError("a view is served where the store is", hint="leave --node out, and say --data DIR")
     begun = time.monotonic()
-    from space._node import nvme_view, views
+    from space._node import nvme_access, nvme_view, views
 
+    access = nvme_access.parse_access(*hosts)
     address = nvme_view.parse_listen(listen or nvme_view.LISTEN_DEFAULT)
     with contextlib.ExitStack() as stack:
         reading = _reading(stack, session.data, at=at, create=False)
@@ -212,7 +254,7 @@ def _serve_nvme(
             note(found["discover"])
             note(found["connect"])
 
-        nvme_view.serve(reading, sources, listen=address, read_only=read_only, ready=ready)
+        nvme_view.serve(reading, sources, listen=address, read_only=read_only, ready=ready, access=access)
 
 
 def _reading(stack: contextlib.ExitStack, data: Path, *, at: str | None, create: bool) -> Store | PastBeside:

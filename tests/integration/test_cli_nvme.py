@@ -20,7 +20,7 @@ from tests.nvme_initiator import FailedError, Host
 
 WRITE_PROTECTED: Final = 0x020
 READY: Final = {
-    "view", "name", "source", "at", "target", "address", "read_only", "nqn", "nsid", "namespaces", "discover",
+    "view", "name", "source", "at", "target", "address", "read_only", "nqn", "nsid", "namespaces", "hosts", "discover",
     "connect", "pid", "started_ns", "ready_ms",
 }  # fmt: skip
 
@@ -213,7 +213,7 @@ def test_what_cannot_be_served_is_refused(data: Path, views: Views) -> None:
     for arguments, status in (
         ((), 2),
         (("--path", "/nothing"), 3),
-        (("--path", "/directory"), 2),
+        (("--path", "/directory", "--at", moment), 2),
         (("--path", "/short"), 2),
         (("--id", "zzz"), 2),
         (("--id", "/one", "--path", "/one"), 2),
@@ -223,11 +223,14 @@ def test_what_cannot_be_served_is_refused(data: Path, views: Views) -> None:
         (("--path", "/one", "--at", "@99999"), 3),
         (("--path", "/one", "--target", "/tmp/never"), 2),
         (("--path", "/one", "--background"), 2),
+        (("--path", "/one", "--host", "somebody"), 2),
+        (("--path", "/one", "--host-key", "nqn.2024-01.org.example:h"), 2),
     ):
         outcome = execute(data, "project", "--view", "nvme", *arguments)
         assert outcome.status == status, (arguments, outcome.err)
         outcome.complaint()
-    assert execute(data, "project", "--view", "fuse", "--path", "/", "--listen", "127.0.0.1:0").status == 2
+    for option in (("--listen", "127.0.0.1:0"), ("--host", "nqn.x"), ("--host-key", "a=b"), ("--controller-key", "f")):
+        assert execute(data, "project", "--view", "fuse", "--path", "/", *option).status == 2
     assert [each["at"] for each in execute(data, "project", "ls", "--json").json] == [moment]
 
 

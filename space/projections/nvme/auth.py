@@ -22,10 +22,11 @@ import enum
 import functools
 import hashlib
 import hmac
+import shlex
 import struct
 import zlib
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import attrs
 
@@ -135,6 +136,44 @@ class Credentials:
 
     host: Secret
     controller: Secret | None = None
+
+
+@attrs.frozen
+class Access:
+    """Who may connect to a subsystem.
+
+    Attributes:
+        hosts: the names of hosts that may; None means any.
+        credentials: by the name of a host: what it has to prove.
+    """
+
+    hosts: frozenset[str] | None = None
+    credentials: Mapping[str, Credentials] = attrs.field(factory=dict, repr=False)
+
+    def document(self) -> list[dict[str, Any]] | None:
+        """The hosts as JSON, without a secret; None: any."""
+        if self.hosts is None:
+            return None
+        return [{"nqn": each, "authenticates": each in self.credentials} for each in sorted(self.hosts)]
+
+    def discover_options(self) -> str:
+        """What ``nvme discover`` needs beside the address: a list of hosts is kept from others."""
+        if self.hosts is None:
+            return ""
+        name = next(iter(self.hosts)) if len(self.hosts) == 1 else "HOST_NQN"
+        return f" -q {shlex.quote(name)}"
+
+    def connect_options(self) -> str:
+        """What ``nvme connect`` needs beside address and subsystem; secrets are for the user to fill in."""
+        options = self.discover_options()
+        if self.credentials:
+            options += " -S HOST_SECRET"
+        if any(each.controller for each in self.credentials.values()):
+            options += " [-C CONTROLLER_SECRET]"
+        return options
+
+
+ANYBODY: Final = Access()
 
 
 class _FailedError(Exception):
