@@ -50,6 +50,7 @@ from space._node.store import (
 from space.content.frames import unpack_frames
 from space.events.codec import decode_batch
 from space.events.commands import Buffer, Durability, Receipt, Request
+from space.events.registry import BY_CLASS, LINK_BYTES
 from space.events.types import ExtentWritten, PayloadReclaimed
 from space.projections.feed import Progress, fold
 from space.replication.group import Group
@@ -73,6 +74,12 @@ HEAL_FILE: Final = "heal"
 FETCH_SECONDS: Final = 10.0
 log: Final = logging.getLogger("space.cluster")
 FETCHED: Final = "checkpoint-fetched"
+_RECLAIM_MARK: Final = bytes((BY_CLASS[PayloadReclaimed].number, 1, 0xC4, LINK_BYTES))
+"""How an event that reclaims payload begins in a batch: its number, its version, a binary link.
+
+Only a batch with these bytes is decoded to look for one; fewer of them are in every second batch by chance.
+"""
+
 REBUILD_POSITIONS: Final = 100_000
 """How far a checkpoint must be ahead of the tables to replace them instead of folding what is between."""
 
@@ -369,7 +376,7 @@ class Member(Store):
     def _apply_logged(self, items: Sequence[Any]) -> None:
         self._applied = fold(self._tables, self.views, items, start=self._applied)
         for item in items:
-            if b"\x14\x01" in item.metadata:  # how an event PayloadReclaimed may begin; decoded only then
+            if _RECLAIM_MARK in item.metadata:
                 self._reclaim(item.metadata)
 
     def _reclaim(self, metadata: bytes) -> None:
