@@ -12,8 +12,10 @@ or choose descriptors and command ids themselves.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import enum
+import hmac
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
@@ -94,6 +96,8 @@ class Io(enum.IntEnum):
 FCTYPE_PROPERTY_SET: Final = 0x00
 FCTYPE_CONNECT: Final = 0x01
 FCTYPE_PROPERTY_GET: Final = 0x04
+FCTYPE_AUTHENTICATION_SEND: Final = 0x05
+FCTYPE_AUTHENTICATION_RECEIVE: Final = 0x06
 FCTYPE_DISCONNECT: Final = 0x08
 
 CAP: Final = 0x00
@@ -122,6 +126,27 @@ _TRANSFER: Final = struct.Struct("<HHII4x")
 _CONNECT: Final = struct.Struct("<16sH238x256s256s256x")
 assert (_ICREQ.size, _SQE.size, _SGL.size, _CQE.size, _TRANSFER.size) == (128, 64, 16, 16, 16)
 assert _CONNECT.size == 1024
+
+
+SECURITY: Final = 0xE9 << 24 | 0x0101 << 8
+"""Dword 10 of Authentication Send and Receive: DH-HMAC-CHAP and the like, both specific fields 1."""
+AUTHENTICATION_REQUIRED: Final = 1 << 17
+"""In the result of Connect (ATR)."""
+_HASHES: Final = {1: "sha256", 2: "sha384", 3: "sha512"}
+_NONCE: Final = bytes(range(64))
+
+
+def bound_key(secret: str, name: str) -> tuple[bytes, str]:
+    """The key of a secret as ``nvme gen-dhchap-key`` writes it, bound to who has it, and the hash to use with it."""
+    _, number, text, _ = secret.strip().split(":")
+    key, name_of_hash = base64.b64decode(text)[:-4], _HASHES.get(int(number), "sha256")
+    if number == "00":
+        return key, name_of_hash
+    return hmac.digest(key, name.encode() + b"NVMe-over-Fabrics", name_of_hash), name_of_hash
+
+
+class NotProvedError(Exception):
+    """Authentication failed: the target says so, or has not proved what it was asked to."""
 
 
 class ViolationError(Exception):
@@ -415,6 +440,49 @@ class Queue:
             self.entries, self.flow_control = entries, flow_control
             self._slots = asyncio.Semaphore(entries - 1)
         return completion
+
+    async def authenticate(
+        self, subsystem: str, host: str, secret: str, controller_secret: str | None = None
+    ) -> None:
+        """DH-HMAC-CHAP without a group (section 8.13): proves the host, and has the controller prove itself.
+
+        Raises:
+            NotProvedError: one of them could not.
+        """
+        key, name = bound_key(secret, host)
+        number = next(each for each, known in _HASHES.items() if known == name)
+        ids = bytes([number]).ljust(30, b"\0") + bytes(30)
+        await self._tell(struct.pack("<BBHHBB", 0, 0, 0, 1, 0, 1) + bytes([1, 0, 1, 1]) + ids)
+        challenge = await self._hear(1)
+        (size,) = struct.unpack_from("<6xH", challenge)
+        (sequence,) = struct.unpack_from("<12xI", challenge)
+        text = challenge[16 : 16 + size] + struct.pack("<IHB", sequence, 1, 0) + b"HostHost"
+        proof = hmac.digest(key, text + host.encode() + b"\0" + subsystem.encode(), name)
+        nonce, mutual = _NONCE[:size], controller_secret is not None
+        head = struct.pack("<BBHHBBBBHI", 1, 2, 0, 1, size, 0, int(mutual), 0, 0, 7)
+        await self._tell(head + proof + nonce)
+        success = await self._hear(3)
+        if controller_secret is None:
+            return
+        key, _ = bound_key(controller_secret, subsystem)
+        text = nonce + struct.pack("<IHB", 7, 1, 0) + b"Controller"
+        proof = hmac.digest(key, text + subsystem.encode() + b"\0" + host.encode(), name)
+        if success[16 : 16 + size] != proof:
+            raise NotProvedError("the controller does not know its secret")
+        await self._tell(struct.pack("<BBHH10x", 1, 4, 0, 1))
+
+    async def _tell(self, message: bytes) -> None:
+        words = (SECURITY, len(message))
+        sent = await self.ask(Admin.FABRICS, nsid=FCTYPE_AUTHENTICATION_SEND, cdw=words, data=message)
+        sent.checked()
+
+    async def _hear(self, expected: int) -> bytes:
+        """A message of the target."""
+        asked = {"nsid": FCTYPE_AUTHENTICATION_RECEIVE, "cdw": (SECURITY, 512), "wanted": 512}
+        message = (await self.ask(Admin.FABRICS, **asked)).checked().data
+        if message[1] != expected:
+            raise NotProvedError(f"message {message[1]:#x} where {expected} was due")
+        return message
 
     # --- PDUs in
 
@@ -723,6 +791,7 @@ class Host:
     number: int
     options: dict[str, Any]
     identity: dict[str, Any]
+    secrets: tuple[str, str | None] | None = None
     queues: list[IoQueue] = attrs.field(factory=list)
 
     @classmethod
@@ -737,14 +806,19 @@ class Host:
         host: str = HOST_NQN,
         host_id: bytes = HOST_ID,
         flow_control: bool = True,
+        secrets: tuple[str, str | None] | None = None,
         **options: Any,
     ) -> Host:
-        """Connects, enables the controller, agrees on queues, and connects them."""
+        """Connects, enables the controller, agrees on queues, and connects them.
+
+        ``secrets`` are the host's and, if it has to prove itself, the controller's.
+        """
         admin = await AdminQueue.dial(port, **options)
         identity: dict[str, Any] = {"host": host, "host_id": host_id}
         try:
             answer = await admin.connect(subsystem, keep_alive_ms=keep_alive_ms, **identity)
-            self = cls(port, subsystem, admin, answer.checked().result & 0xFFFF, options, identity)
+            self = cls(port, subsystem, admin, answer.checked().result & 0xFFFF, options, identity, secrets)
+            await self._prove(admin, answer)
             await admin.set_property(CC, CC_ENABLE)
             await admin.wait_status(1, 1)
         except BaseException:
@@ -767,16 +841,20 @@ class Host:
             queue = await IoQueue.dial(self.port, **self.options)
             self.queues.append(queue)
             queue.capsule_bytes = capsule_units * 16 - 64
-            (
-                await queue.connect(
-                    self.subsystem,
-                    qid=qid,
-                    entries=entries,
-                    controller=self.number,
-                    flow_control=flow_control,
-                    **self.identity,
-                )
-            ).checked()
+            answer = await queue.connect(
+                self.subsystem,
+                qid=qid,
+                entries=entries,
+                controller=self.number,
+                flow_control=flow_control,
+                **self.identity,
+            )
+            await self._prove(queue, answer.checked())
+
+    async def _prove(self, queue: Queue, connected: Completion) -> None:
+        """Authenticates a queue if the target wants that and there are secrets."""
+        if connected.result & AUTHENTICATION_REQUIRED and self.secrets is not None:
+            await queue.authenticate(self.subsystem, self.identity["host"], *self.secrets)
 
     async def __aenter__(self) -> Self:
         return self

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import signal
+import struct
 import subprocess
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -16,9 +19,12 @@ import space
 from space._errors import UsageError
 from space._node.nvme_view import parse_listen
 from tests.cli_support import execute, finish, keys, start
-from tests.nvme_initiator import FailedError, Host
+from tests.nvme_initiator import HOST_NQN, FailedError, Host, NotProvedError, status_of
 
 WRITE_PROTECTED: Final = 0x020
+CONNECT_INVALID_HOST: Final = 0x184
+AUTHENTICATION_REQUIRED: Final = 0x191
+OTHER_NQN: Final = "nqn.2024-01.org.example:other"
 READY: Final = {
     "view", "name", "source", "at", "target", "address", "read_only", "nqn", "nsid", "namespaces", "hosts", "discover",
     "connect", "pid", "started_ns", "ready_ms",
@@ -79,9 +85,9 @@ async def written(view: dict[str, Any], lba: int, content: bytes, *, nsid: int =
         await host.queues[0].flush(nsid)
 
 
-async def held(view: dict[str, Any], lba: int, blocks: int, *, nsid: int = 1) -> bytes:
+async def held(view: dict[str, Any], lba: int, blocks: int, *, nsid: int = 1, **options: Any) -> bytes:
     """Reads."""
-    async with await connected(view) as host:
+    async with await connected(view, **options) as host:
         return await host.queues[0].read(nsid, lba, blocks, 512)
 
 
@@ -193,6 +199,147 @@ def test_the_present_read_only(data: Path, views: Views) -> None:
     assert refused.value.status == WRITE_PROTECTED
 
 
+def secret(content: bytes, number: int = 1) -> str:
+    """A secret in the form of ``nvme gen-dhchap-key``."""
+    return f"DHHC-1:{number:02}:{base64.b64encode(content + zlib.crc32(content).to_bytes(4, 'little')).decode()}:"
+
+
+HOST_SECRET: Final = secret(bytes(range(32)))
+CONTROLLER_SECRET: Final = secret(bytes(range(48)), 2)
+
+
+def test_only_hosts_that_are_named_may_connect(views: Views) -> None:
+    """With --host a host of another name is refused, and the lines for hosts say which name to use."""
+    view = views.start("--path", "/one", "--host", HOST_NQN, "--host", OTHER_NQN)
+    assert view["hosts"] == [{"nqn": each, "authenticates": False} for each in sorted((HOST_NQN, OTHER_NQN))]
+    assert view["connect"].endswith(f"-n {view['nqn']} -q HOST_NQN")
+    assert view["discover"].endswith("-q HOST_NQN")
+    for name in (HOST_NQN, OTHER_NQN):
+        assert asyncio.run(held(view, 0, 1, host=name)) == bytes(512)
+    with pytest.raises(FailedError) as refused:
+        asyncio.run(held(view, 0, 1, host="nqn.2024-01.org.example:stranger"))
+    assert refused.value.status == CONNECT_INVALID_HOST
+
+
+def test_hosts_prove_who_they_are(data: Path, views: Views, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host with a key gets in with the secret alone, both sides prove themselves, and no secret is shown anywhere."""
+    (data.parent / "host").write_text(HOST_SECRET + "\n")
+    monkeypatch.setenv("CONTROLLER_SECRET", CONTROLLER_SECRET)
+    key, answer = f"{HOST_NQN}={data.parent / 'host'}", "env:CONTROLLER_SECRET"
+    view = views.start("--path", "/one", "--host-key", key, "--controller-key", answer)
+    assert view["hosts"] == [{"nqn": HOST_NQN, "authenticates": True}]
+    assert view["connect"].endswith(f"-q {HOST_NQN} -S HOST_SECRET [-C CONTROLLER_SECRET]")
+    for answered in (None, CONTROLLER_SECRET):
+        assert asyncio.run(held(view, 0, 1, secrets=(HOST_SECRET, answered))) == bytes(512)
+    for secrets in ((CONTROLLER_SECRET, None), (HOST_SECRET, HOST_SECRET)):
+        with pytest.raises(NotProvedError):
+            asyncio.run(held(view, 0, 1, secrets=secrets))
+    with pytest.raises(FailedError) as refused:
+        asyncio.run(held(view, 0, 1))
+    assert refused.value.status == AUTHENTICATION_REQUIRED
+    with pytest.raises(FailedError) as refused:
+        asyncio.run(held(view, 0, 1, host=OTHER_NQN))
+    assert refused.value.status == CONNECT_INVALID_HOST
+    arguments = Path(f"/proc/{view['pid']}/cmdline").read_bytes()
+    assert b"DHHC" not in arguments + json.dumps(view).encode()
+
+
+def test_a_secret_is_never_an_argument(data: Path, tmp_path: Path) -> None:
+    """Each mistake with hosts and keys has one line that names it and the way out, and repeats no secret."""
+    (tmp_path / "host").write_text(HOST_SECRET)
+    (tmp_path / "garbage").write_text("DHHC-1:01:garbage:")
+    (tmp_path / "long").write_bytes(bytes(5000))
+    good = f"{HOST_NQN}={tmp_path / 'host'}"
+    for options, words in (
+        (("--host-key", f"{HOST_NQN}={HOST_SECRET}"), "everybody on this machine can read arguments"),
+        (
+            ("--host-key", good, "--controller-key", HOST_SECRET),
+            "everybody on this machine can read arguments",
+        ),
+        (("--host-key", HOST_SECRET), "--host-key has no '=': a secret"),
+        (("--host-key", HOST_NQN), "--host-key NQN=FILE"),
+        (("--host-key", f"{HOST_NQN}={tmp_path / 'none'}"), "No such file"),
+        (("--host-key", f"{HOST_NQN}={tmp_path / 'garbage'}"), "not a DH-HMAC-CHAP secret"),
+        (("--host-key", f"{HOST_NQN}={tmp_path / 'long'}"), "too long to be a secret"),
+        (("--host-key", f"{HOST_NQN}=env:SPACE_NO_SUCH"), "no environment variable 'SPACE_NO_SUCH'"),
+        (("--host-key", good, "--host-key", good), "two keys"),
+        (("--host-key", f"somebody={tmp_path / 'host'}"), "not an NVMe Qualified Name"),
+        (("--controller-key", str(tmp_path / "host")), "hosts that authenticate; there are none"),
+        (("--host", "somebody"), "not an NVMe Qualified Name"),
+    ):
+        outcome = execute(data, "project", "--view", "nvme", "--path", "/one", *options)
+        assert (outcome.status, outcome.out) == (2, ""), options
+        assert words in outcome.complaint()
+        assert HOST_SECRET.split(":")[2] not in outcome.err
+
+
+def test_a_tree_is_followed(data: Path, views: Views) -> None:
+    """Devices that come, go and move in a served tree are namespaces at once; hosts are told, numbers stay."""
+    for arguments in (
+        ("mkdir", "/pool"),
+        ("mkdir", "/pool/deep"),
+        ("create", "--size", "4MiB", "--name", "/pool/a-file"),
+        ("mv", "/one", "/pool/one"),
+    ):
+        assert execute(data, *arguments).status == 0
+    view = views.start("--path", "/pool")
+    assert [each["source"] for each in view["namespaces"]] == ["/pool/one"]
+
+    async def use() -> None:
+        async with await connected(view) as host:
+            await host.admin.set_feature(0x0B, 0x100)
+
+            async def after(*arguments: str) -> list[int]:
+                """The active namespaces once a command has changed which there are."""
+                event = host.admin.event()
+                done = await asyncio.to_thread(execute, data, *arguments)
+                assert done.status == 0, done.err
+                assert (await event).checked().result >> 16 & 0xFF == 0x04
+                await host.admin.log(0x04, 4096)
+                active = struct.unpack("<1024I", await host.admin.identify(2))
+                return [each for each in active if each]
+
+            await host.queues[0].write(1, 0, b"before".ljust(512), 512)
+            assert await after("clone", "/pool/one", "/pool/deep/clone") == [1, 2]
+            await host.queues[0].write(1, 0, b"source".ljust(512), 512)
+            await host.queues[0].write(2, 1, b"clone.".ljust(512), 512)
+            assert await host.queues[0].read(1, 0, 2, 512) == b"source".ljust(512) + bytes(512)
+            assert await host.queues[0].read(2, 0, 2, 512) == b"before".ljust(512) + b"clone.".ljust(512)
+            assert await after("mv", "/two", "/pool/two") == [1, 2, 3]
+            assert await after("rm", "/pool/deep/clone") == [1, 3]
+            assert await status_of(host.queues[0].read(2, 0, 1, 512)) != 0
+            assert await after("mv", "/pool/two", "/two") == [1]
+            assert await after("mv", "/two", "/pool/deep/again") == [1, 3]
+            await host.queues[0].write(3, 0, bytes(512), 512)
+
+    asyncio.run(use())
+
+
+def test_a_clone_of_a_moment_is_a_namespace(data: Path, views: Views) -> None:
+    """A moment of a device, cloned under a host, is another device that can be written while the first goes on."""
+    assert execute(data, "mkdir", "/pool").status == 0
+    assert execute(data, "mv", "/one", "/pool/one").status == 0
+    view = views.start("--path", "/pool")
+    asyncio.run(written(view, 0, b"then".ljust(512)))
+    assert execute(data, "snapshot", "/pool/one", "then").status == 0
+    asyncio.run(written(view, 0, b"now".ljust(512)))
+
+    async def use() -> None:
+        async with await connected(view) as host:
+            await host.admin.set_feature(0x0B, 0x100)
+            event = host.admin.event()
+            cloned = await asyncio.to_thread(
+                execute, data, "clone", "/pool/one", "/pool/then", "--at", "then"
+            )
+            assert cloned.status == 0, cloned.err
+            await event
+            assert await host.queues[0].read(2, 0, 1, 512) == b"then".ljust(512)
+            await host.queues[0].write(2, 0, b"else".ljust(512), 512)
+            assert await host.queues[0].read(1, 0, 1, 512) == b"now".ljust(512)
+
+    asyncio.run(use())
+
+
 def test_a_second_owner_is_told_how(views: Views) -> None:
     """The present is one process's: the second view is refused with 7 and told what works beside the first."""
     view = views.start("--path", "/one")
@@ -229,7 +376,12 @@ def test_what_cannot_be_served_is_refused(data: Path, views: Views) -> None:
         outcome = execute(data, "project", "--view", "nvme", *arguments)
         assert outcome.status == status, (arguments, outcome.err)
         outcome.complaint()
-    for option in (("--listen", "127.0.0.1:0"), ("--host", "nqn.x"), ("--host-key", "a=b"), ("--controller-key", "f")):
+    for option in (
+        ("--listen", "127.0.0.1:0"),
+        ("--host", "nqn.x"),
+        ("--host-key", "a=b"),
+        ("--controller-key", "f"),
+    ):
         assert execute(data, "project", "--view", "fuse", "--path", "/", *option).status == 2
     assert [each["at"] for each in execute(data, "project", "ls", "--json").json] == [moment]
 
