@@ -7,6 +7,9 @@ heard).  One connection carries one call:
     answers   any number of {"progress": {…}}, {"item": {…}} and {"ended": true},
               then {"result": {…}} or {"error": {…}}
 
+A process at work says so every few seconds, with empty progress; from one that says nothing for a minute (it is
+stopped, or stuck) nothing more is expected.
+
 Terms are ``stale`` (true: reads show what is applied where they are asked), and ``client`` (32 hexadecimal
 digits) with ``sequence``, the same in every attempt at one call: so it is carried out once.  Each may be left out.
 
@@ -63,6 +66,10 @@ SOCKET: Final = "control.sock"
 
 REQUEST_SECONDS: Final = 10.0  # a request is sent in one go
 ANSWER_SECONDS: Final = 600.0  # somebody may look at a page of a pager for a while
+ALIVE_SECONDS: Final = 5.0
+SILENCE_SECONDS: Final = 60.0
+"""A node says something every few seconds, if only that it is at work."""
+
 PROGRESS_SECONDS: Final = 0.1
 ITEMS_BYTES: Final = 1 << 16
 CONNECTIONS_MAX: Final = 64
@@ -101,6 +108,22 @@ class _RemoteCaller(Caller):
         self._stream = stream
         self._told = 0.0
         self._unsent = bytearray()
+        self._sending = threading.Lock()
+
+    def alive(self) -> None:
+        """Says that the call is being worked on, unless something is being said; never waits."""
+        if not self._sending.acquire(blocking=False):
+            return
+        try:
+            poll = select.poll()
+            poll.register(self._stream, select.POLLOUT)
+            # a stream of this kind that polls writable takes so few bytes at once (unix(7))
+            if any(events & select.POLLOUT for _, events in poll.poll(0)):
+                self._stream.send(pack({"progress": {}}, ANSWER_BYTES_MAX))
+        except (OSError, ValueError):  # closed meanwhile
+            return
+        finally:
+            self._sending.release()
 
     def item(self, item: Any) -> None:
         """One of a stream: sent with others, at the latest when the stream pauses."""
@@ -115,7 +138,8 @@ class _RemoteCaller(Caller):
     def _flush(self) -> None:
         unsent, self._unsent = self._unsent, bytearray()
         try:
-            self._stream.sendall(unsent)
+            with self._sending:
+                self._stream.sendall(unsent)
         except OSError:
             raise CallerGoneError("the caller has gone") from None
 
@@ -175,11 +199,21 @@ class ControlServer:
         self._path = target.path / SOCKET
         self._open: set[socket.socket] = set()
         self._threads: set[threading.Thread] = set()
+        self._callers: set[_RemoteCaller] = set()
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._listener = self._listen()
         self._accepting = threading.Thread(target=self._accept, name="space-control", daemon=True)
         self._accepting.start()
+        self._beating = threading.Thread(target=self._beat, name="space-control-alive", daemon=True)
+        self._beating.start()
+
+    def _beat(self) -> None:
+        while not self._closing.wait(ALIVE_SECONDS):
+            with self._lock:
+                callers = list(self._callers)
+            for caller in callers:
+                caller.alive()
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -243,6 +277,15 @@ class ControlServer:
 
     def _answer(self, stream: socket.socket, request: Message, descriptors: list[int]) -> None:
         caller = _RemoteCaller(stream)
+        with self._lock:
+            self._callers.add(caller)
+        try:
+            self._carry_out(caller, request, descriptors)
+        finally:
+            with self._lock:
+                self._callers.discard(caller)
+
+    def _carry_out(self, caller: _RemoteCaller, request: Message, descriptors: list[int]) -> None:
         try:
             result = self._call(caller, request, descriptors)
             if isinstance(result, Iterator):
@@ -273,6 +316,7 @@ class ControlServer:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._accepting.join()
+        self._beating.join()
         deadline = time.monotonic() + seconds
         while self._running() and time.monotonic() < deadline:
             time.sleep(RETIRE_POLL_SECONDS)
@@ -359,6 +403,7 @@ class SocketEndpoint:
         """
         packed = pack(request, REQUEST_BYTES_MAX)
         with self._connect() as stream, stream.makefile("rb") as answers:
+            stream.settimeout(SILENCE_SECONDS)
             self._send(stream, packed, descriptor)
             while True:
                 message = self._receive(answers)
@@ -377,6 +422,11 @@ class SocketEndpoint:
     def _receive(self, stream: BinaryIO) -> Message:
         try:
             return unpack(stream, b"", ANSWER_BYTES_MAX)
+        except TimeoutError:
+            raise BrokenError(
+                f"the process at {self._path} has said nothing for {SILENCE_SECONDS:.0f} s",
+                hint="it is stopped or stuck; what was acknowledged is kept",
+            ) from None
         except (OSError, ProtocolError):
             raise self._broken() from None
 
@@ -400,7 +450,8 @@ def understood(answers: Iterator[Message], caller: Caller) -> Iterator[Message]:
     """
     for message in answers:
         if "progress" in message:
-            caller.progress(message["progress"])
+            if message["progress"]:  # else it only says that it is at work
+                caller.progress(message["progress"])
         elif "error" in message:
             error = message["error"] if isinstance(message["error"], dict) else {}
             if error.get("kind") == "BrokenPipeError":

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, TypeVar, cast
 from space._errors import SpaceError, StorageError, UnavailableError, UsageError, error_of
 from space._node.caller import CHUNK_BYTES, Caller
 from space._node.messages import ANSWER_BYTES_MAX, REQUEST_BYTES_MAX, Message, ProtocolError, pack, unpack
-from space.control import BrokenError, NoAnswerError, SocketEndpoint, result_of, understood
+from space.control import SILENCE_SECONDS, BrokenError, NoAnswerError, SocketEndpoint, result_of, understood
 
 if TYPE_CHECKING:
     import http.client
@@ -39,9 +39,6 @@ TRY_SECONDS: Final = 30.0
 PAUSE_SECONDS: Final = 0.1
 NODES_MAX: Final = 64
 CONNECT_SECONDS: Final = 5.0
-SILENCE_SECONDS: Final = 60.0
-"""A node says something every few seconds, if only that it is at work."""
-
 MESSAGES: Final = "application/x-space-messages"
 
 ONCE: Final = frozenset(

@@ -368,6 +368,28 @@ def test_a_follower_ends_with_its_server(tmp_path: Path) -> None:
             list(events)
 
 
+def test_a_server_at_work_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that has nothing to say for longer than a client listens goes on: its server says that it is at work."""
+    monkeypatch.setattr(control, "ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(control, "SILENCE_SECONDS", 1.0)
+    with space.open(tmp_path / "data") as store, ControlServer(store):
+        events = control.connect(store.path / control.SOCKET).log(follow=True)
+        assert next(events)["kind"] == "StoreInitialised"
+        threading.Timer(2.0, lambda: store.mkdir("/late")).start()
+        assert next(events)["kind"] == "CapsuleCreated"
+
+
+def test_a_server_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that takes a call and is stopped then is an error, and not an endless wait."""
+    monkeypatch.setattr(control, "SILENCE_SECONDS", 0.2)
+    path = tmp_path / "control.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with pytest.raises(control.BrokenError, match="said nothing"):
+            RemoteService(path).owner()
+
+
 def test_the_socket_is_private_and_goes(tmp_path: Path) -> None:
     """The socket can be used by its owner only, replaces a stale one, and is removed at the end."""
     with space.open(tmp_path / "data") as store:
