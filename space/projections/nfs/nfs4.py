@@ -335,3 +335,110 @@ class Attr(enum.IntEnum):
     SEC_LABEL = 80
     MODE_UMASK = 81
     XATTR_SUPPORT = 82
+
+
+# --- OPEN, delegations and locks (RFC 8881 §18.16, §18.10, §10.4) --------------------------------------------------
+
+
+class Share(enum.IntFlag):
+    """OPEN4_SHARE_ACCESS_* and OPEN4_SHARE_DENY_*."""
+
+    NONE = 0
+    READ = 1
+    WRITE = 2
+    BOTH = 3
+
+
+WANT_MASK: Final = 0xFF00
+WANT_SIGNAL: Final = 0x10000  # OPEN4_SHARE_ACCESS_WANT_SIGNAL_DELEG_WHEN_RESRC_AVAIL
+WANT_PUSH: Final = 0x20000  # OPEN4_SHARE_ACCESS_WANT_PUSH_DELEG_WHEN_UNCONTENDED
+
+
+class Want(enum.IntEnum):
+    """OPEN4_SHARE_ACCESS_WANT_*: which delegation the opener would like."""
+
+    NO_PREFERENCE = 0
+    READ = 0x100
+    WRITE = 0x200
+    ANY = 0x300
+    NONE = 0x400
+    CANCEL = 0x500
+
+
+class CreateMode(enum.IntEnum):
+    """createmode4."""
+
+    UNCHECKED = 0
+    GUARDED = 1
+    EXCLUSIVE = 2
+    EXCLUSIVE_1 = 3
+
+
+class Claim(enum.IntEnum):
+    """open_claim_type4."""
+
+    NULL = 0
+    PREVIOUS = 1
+    DELEGATE_CUR = 2
+    DELEGATE_PREV = 3
+    FH = 4
+    DELEG_CUR_FH = 5
+    DELEG_PREV_FH = 6
+
+
+class OpenResult(enum.IntFlag):
+    """OPEN4_RESULT_*."""
+
+    LOCKTYPE_POSIX = 0x04
+    PRESERVE_UNLINKED = 0x08
+    MAY_NOTIFY_LOCK = 0x20
+
+
+class DelegationType(enum.IntEnum):
+    """open_delegation_type4."""
+
+    NONE = 0
+    READ = 1
+    WRITE = 2
+    NONE_EXT = 3
+
+
+class WhyNone(enum.IntEnum):
+    """why_no_delegation4."""
+
+    NOT_WANTED = 0
+    CONTENTION = 1
+    RESOURCE = 2
+    NOT_SUPP_FTYPE = 3
+    WRITE_DELEG_NOT_SUPP_FTYPE = 4
+    NOT_SUPP_UPGRADE = 5
+    NOT_SUPP_DOWNGRADE = 6
+    CANCELLED = 7
+    IS_DIR = 8
+
+
+class LockType(enum.IntEnum):
+    """nfs_lock_type4; the waiting kinds say that the client will try again until it gets the lock."""
+
+    READ = 1
+    WRITE = 2
+    READ_WAITING = 3
+    WRITE_WAITING = 4
+
+
+class SequenceFlag(enum.IntFlag):
+    """SEQ4_STATUS_*: what SEQUENCE tells a client (RFC 8881 §18.46.1)."""
+
+    CB_PATH_DOWN = 0x001
+    CB_GSS_CONTEXTS_EXPIRING = 0x002
+    CB_GSS_CONTEXTS_EXPIRED = 0x004
+    EXPIRED_ALL_STATE_REVOKED = 0x008
+    EXPIRED_SOME_STATE_REVOKED = 0x010
+    ADMIN_STATE_REVOKED = 0x020
+    RECALLABLE_STATE_REVOKED = 0x040
+    LEASE_MOVED = 0x080
+    RESTART_RECLAIM_NEEDED = 0x100
+    CB_PATH_DOWN_SESSION = 0x200
+    BACKCHANNEL_FAULT = 0x400
+    DEVID_CHANGED = 0x800
+    DEVID_DELETED = 0x1000
