@@ -1,9 +1,10 @@
 """Requests as plain data, so that a node that does not lead can hand them to the one that does.
 
 A request is ``[actor, client, sequence, name, fields]`` with the fields of the command in order of its class;
-stored bytes of frames travel beside the document as attachments and are named by number.  The bytes come from an
-authenticated member of the same cluster; they are checked all the same, so that a newer or broken one gets an error
-and not a state nobody can explain.
+stored bytes of frames travel beside the document as attachments and are named by number.  The last field of those
+that change bytes, ``reserved``, is left out where it is None: nodes that do not know it yet expect that.  The bytes
+come from an authenticated member of the same cluster; they are checked all the same, so that a newer or broken one
+gets an error and not a state nobody can explain.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from space.events.types import Kind
 REQUESTS_MAX: Final = 1 << 14
 """Requests in one document: what one node has queued at once."""
 
+_RESERVED: Final = frozenset({cmd.WriteExtent, cmd.CopyRange, cmd.Deallocate})
 _CLASSES: Final[dict[str, type[Any]]] = {each.__name__: each for each in typing.get_args(cmd.Command)}
 
 
@@ -36,6 +38,7 @@ def _encode(request: Request, attachments: list[Buffer]) -> list[Any]:
     command = request.command
     if isinstance(command, cmd.WriteExtent):
         fields: list[Any] = [bytes(command.capsule), command.offset, command.length, [], command.change]
+        fields.append(command.reserved)
         for frame in command.frames:
             at = None
             if frame.stored is not None:
@@ -44,6 +47,8 @@ def _encode(request: Request, attachments: list[Buffer]) -> list[Any]:
             fields[3].append([frame.record, at])
     else:
         fields = [_plain(getattr(command, name)) for name in _NAMES[type(command)]]
+    if type(command) in _RESERVED and fields[-1] is None:
+        fields.pop()
     return [request.actor, request.client, request.sequence, type(command).__name__, fields]
 
 
@@ -79,11 +84,13 @@ def _decode(row: Any, attachments: Sequence[Buffer]) -> Request:
         raise TypeError("actor, client or sequence")
     made = _CLASSES[name]
     readers = _READERS[made]
+    if type(fields) is list and made in _RESERVED and len(fields) == len(readers) - 1:
+        fields = [*fields, None]
     if type(fields) is not list or len(fields) != len(readers):
         raise ValueError(f"fields of {name}")
     if made is cmd.WriteExtent:
         frames = [_frame(each, attachments) for each in fields[3]]
-        fields = [*fields[:3], frames, fields[4]]
+        fields = [*fields[:3], frames, *fields[4:]]
     values = [read(value) for read, value in zip(readers, fields, strict=True)]
     return Request(made(*values), actor, client, sequence)
 

@@ -138,7 +138,8 @@ class WriteExtent:
     """Bytes for one range; ``frames`` cover exactly ``length`` bytes.  An empty sequence writes zeros (a hole).
 
     With ``change``, only if the last event that touched the capsule was at that position: what its bytes were
-    then, they still are.
+    then, they still are.  With ``reserved``, only if its reservations last changed at that position (0: never):
+    whoever was allowed to write then still is.
     """
 
     capsule: bytes
@@ -146,13 +147,15 @@ class WriteExtent:
     length: int
     frames: Sequence[StoredFrame]
     change: int | None = None
+    reserved: int | None = None
 
 
 @attrs.frozen
 class CopyRange:
     """Lets a range have the bytes another one of the same or of another capsule has, sharing what is stored.
 
-    The range may lie beyond the end, which then moves, as for a write; the source's may not.
+    The range may lie beyond the end, which then moves, as for a write; the source's may not.  ``reserved`` as for
+    :class:`WriteExtent`.
     """
 
     capsule: bytes
@@ -160,16 +163,21 @@ class CopyRange:
     source: bytes
     source_offset: int
     length: int
+    reserved: int | None = None
 
 
 @attrs.frozen
 class Deallocate:
-    """Punches a hole; with ``extend`` the size grows to cover the range (fallocate without KEEP_SIZE)."""
+    """Punches a hole; with ``extend`` the size grows to cover the range (fallocate without KEEP_SIZE).
+
+    ``reserved`` as for :class:`WriteExtent`.
+    """
 
     capsule: bytes
     offset: int
     length: int
     extend: bool = False
+    reserved: int | None = None
 
 
 @attrs.frozen
@@ -286,6 +294,45 @@ class AssignNamespace:
     namespace: bytes
 
 
+@attrs.frozen
+class RegisterReservation:
+    """A host (16 bytes) registers with a block device, unregisters, or replaces its key (NVM Express Base 2.0 §7.6).
+
+    ``action``: 0 registers ``new_key``, 1 unregisters, 2 replaces ``key`` by ``new_key``; with ``ignore`` whatever
+    key the host has.
+    """
+
+    capsule: bytes
+    host: bytes
+    action: int
+    key: int
+    new_key: int
+    ignore: bool = False
+
+
+@attrs.frozen
+class AcquireReservation:
+    """A registered host reserves a block device (action 0), or preempts others (1; and aborts, 2) (§7.5)."""
+
+    capsule: bytes
+    host: bytes
+    action: int
+    kind: int
+    key: int
+    preempted: int = 0
+
+
+@attrs.frozen
+class ReleaseReservation:
+    """A registered host releases its reservation (action 0), or clears everything (1) (§7.7)."""
+
+    capsule: bytes
+    host: bytes
+    action: int
+    kind: int
+    key: int
+
+
 Command = (
     InitialiseStore
     | CreateCapsule
@@ -309,6 +356,9 @@ Command = (
     | PurgeCapsules
     | ForgetReplies
     | AssignNamespace
+    | RegisterReservation
+    | AcquireReservation
+    | ReleaseReservation
 )
 
 

@@ -59,6 +59,9 @@ COPY_BYTES_MAX: Final = 256 << 20
 SUBSYSTEM_CHARACTERS_MAX: Final = 223
 """Longest NVMe qualified name (NVM Express Base 2.0 §4.5)."""
 
+REGISTRANTS_MAX: Final = 1024
+"""Hosts registered with one block device: each costs a row of the report, which must fit one NVMe transfer."""
+
 
 @event(1)
 class StoreInitialised:
@@ -357,6 +360,36 @@ class CommandRefused:
     message: str = text(REFUSAL_BYTES_MAX)
 
 
+@event(28)
+class RegistrantsChanged:
+    """Hosts registered with a block device for reservations, replaced their keys, or are not registered any more.
+
+    NVM Express Base 2.0 §8.19.  ``registered`` are hosts with their keys from now on (16 bytes, u64 little-endian,
+    repeated), ``removed`` those that are not registered any more (16 bytes each), ``told`` whom a notice is for
+    (16 bytes, u8: 1 registration preempted, 2 reservation released, 3 reservation preempted).  ``generation``
+    counts these changes, modulo 2**32.
+    """
+
+    capsule: bytes = identifier()
+    generation: int = u32()
+    registered: bytes = blob(24 * REGISTRANTS_MAX)
+    removed: bytes = blob(16 * REGISTRANTS_MAX)
+    told: bytes = blob(17 * REGISTRANTS_MAX)
+
+
+@event(29)
+class ReservationChanged:
+    """A block device is reserved from now on (type 1 to 6) by a host, or by nobody (0).
+
+    ``told`` as in :class:`RegistrantsChanged`, of which a change of both is the second half.
+    """
+
+    capsule: bytes = identifier()
+    reservation: int = u32()
+    holder: bytes = optional_identifier()
+    told: bytes = blob(17 * REGISTRANTS_MAX)
+
+
 Event = (
     StoreInitialised
     | CapsuleCreated
@@ -385,4 +418,6 @@ Event = (
     | RangeCopied
     | NamespaceAssigned
     | CommandRefused
+    | RegistrantsChanged
+    | ReservationChanged
 )

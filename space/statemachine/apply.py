@@ -20,6 +20,7 @@ from space.events import types as ev
 from space.events.codec import chain_link
 from space.events.commands import REPLIES_KEPT_PER_CLIENT
 from space.events.ids import ID_BYTES, NIL, CapsuleId
+from space.statemachine import reservations
 from space.statemachine.tables import (
     COUNTER,
     ENTRY,
@@ -31,6 +32,7 @@ from space.statemachine.tables import (
     POLICY_BY_HASH,
     RECLAIMED,
     REPLY,
+    RESERVATION,
     SNAPSHOT,
     U32,
     U64,
@@ -407,6 +409,7 @@ def _purged(state: Overlay, context: Context, link: bytes, event: ev.CapsulesPur
         for key, _ in list(state.scan(XATTR, capsule)):
             state.delete(XATTR, key)
         state.delete_capsule(capsule)
+        state.delete(RESERVATION, capsule)
     for key, value in list(state.scan(ORPHAN, b"")):
         if value in gone:
             state.delete(ORPHAN, key)
@@ -469,6 +472,13 @@ def _namespace_assigned(state: Overlay, context: Context, link: bytes, event: ev
     state.put(COUNTER, namespace_counter(event.subsystem), U64.pack(event.nsid))
 
 
+def _reservation(state: Overlay, context: Context, link: bytes, event: reservations.Changed) -> None:
+    """Nothing of the capsule itself changed: only its chain grows."""
+    state.edit(event.capsule).link = link
+    before = reservations.State.decode(state.get(RESERVATION, event.capsule))
+    state.put(RESERVATION, event.capsule, reservations.fold(before, event, context.position).encode())
+
+
 HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.StoreInitialised: _store_initialised,
     ev.CapsuleCreated: _created,
@@ -497,4 +507,6 @@ HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.CommandRefused: _refused,
     ev.RangeCopied: _written,
     ev.NamespaceAssigned: _namespace_assigned,
+    ev.RegistrantsChanged: _reservation,
+    ev.ReservationChanged: _reservation,
 }

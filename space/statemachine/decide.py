@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import attrs
 
-from space._errors import Status
+from space._errors import SpaceError, Status
 from space.events import commands as cmd
 from space.events import types as ev
 from space.events.ids import ID_BYTES, NIL, ROOT
@@ -25,6 +25,7 @@ from space.events.registry import (
     U63_MAX,
     XATTR_BYTES_MAX,
 )
+from space.statemachine import reservations
 from space.statemachine.apply import (
     RECLAIMED_RANGE,
     manifest_nodes,
@@ -40,6 +41,7 @@ from space.statemachine.tables import (
     NAMESPACE,
     POLICY_BY_HASH,
     RECLAIMED,
+    RESERVATION,
     SNAPSHOT,
     U32,
     U64,
@@ -400,6 +402,8 @@ def _write(state: Overlay, command: cmd.WriteExtent, payload: PayloadPlacer) -> 
         return refused
     if command.change is not None and command.change != row.change:
         return Rejected(Status.STALE, f"capsule {_text(command.capsule)} changed meanwhile: read it again")
+    if command.reserved is not None and (refused := _reserved_meanwhile(state, command)):
+        return refused
     if not _covers(command):
         return Rejected(Status.INVALID, "the frames do not hold the bytes of the extent")
     records = []
@@ -448,6 +452,8 @@ def _copy_range(state: Overlay, command: cmd.CopyRange, payload: PayloadPlacer) 
     if row.key != source.key:
         # Shared frames would be readable without the target's key, or lost with the source's.
         return Rejected(Status.NOT_PERMITTED, "capsules with different keys share no bytes: copy them")
+    if command.reserved is not None and (refused := _reserved_meanwhile(state, command)):
+        return refused
     if (command.capsule, command.offset) == (command.source, command.source_offset):
         return []
     return [
@@ -502,6 +508,8 @@ def _deallocate(state: Overlay, command: cmd.Deallocate, payload: PayloadPlacer)
         return row
     if command.length <= 0 or command.offset < 0 or command.offset > SIZE_MAX - command.length:
         return Rejected(Status.INVALID, f"not a range: {command.offset}+{command.length}")
+    if command.reserved is not None and (refused := _reserved_meanwhile(state, command)):
+        return refused
     events: list[ev.Event] = []
     end = command.offset + command.length
     if command.offset < row.size:
@@ -714,6 +722,32 @@ def _assign_namespace(state: Overlay, command: cmd.AssignNamespace, payload: Pay
     return [ev.NamespaceAssigned(bytes(ROOT), name, bytes(command.namespace), nsid)]
 
 
+def _reserve(state: Overlay, command: reservations.Command, payload: PayloadPlacer) -> Decision:
+    row = _content(state, command.capsule)
+    if isinstance(row, Rejected):
+        return row
+    keys = [value for name, value in attrs.asdict(command).items() if name in ("key", "new_key", "preempted")]
+    if len(command.host) != ID_BYTES or not all(0 <= each <= reservations.KEY_MAX for each in keys):
+        return Rejected(Status.INVALID, f"not a host of {ID_BYTES} bytes with keys of 64 bits")
+    before = reservations.State.decode(state.get(RESERVATION, command.capsule))
+    try:
+        after, told = reservations.decided(before, command)
+    except SpaceError as error:
+        return Rejected(error.status, str(error))
+    return reservations.events_of(bytes(command.capsule), before, after, told)
+
+
+def _reserved_meanwhile(
+    state: Overlay, command: cmd.WriteExtent | cmd.CopyRange | cmd.Deallocate
+) -> Rejected | None:
+    """Refuses what was allowed under reservations that have changed since: it may not be any more."""
+    if reservations.position_of(state.get(RESERVATION, command.capsule)) == command.reserved:
+        return None
+    return Rejected(
+        Status.EXISTS, f"the reservations of {_text(command.capsule)} changed meanwhile: look again"
+    )
+
+
 _RULES: Final[dict[type[Any], Rule]] = {
     cmd.InitialiseStore: _initialise,
     cmd.CreateCapsule: _create,
@@ -737,4 +771,7 @@ _RULES: Final[dict[type[Any], Rule]] = {
     cmd.PurgeCapsules: _purge,
     cmd.ForgetReplies: _forget_replies,
     cmd.AssignNamespace: _assign_namespace,
+    cmd.RegisterReservation: _reserve,
+    cmd.AcquireReservation: _reserve,
+    cmd.ReleaseReservation: _reserve,
 }

@@ -34,6 +34,7 @@ RECLAIMED: Final = 10  # position (u64) + offset (u32) → length (u32)
 COUNTER: Final = 11  # name → u64
 MEMBER: Final = 12  # node id (u64) → canonical msgpack [role, address]
 NAMESPACE: Final = 13  # BLAKE3 of an NVMe subsystem's name, 16 bytes, + namespace id → number (u32)
+RESERVATION: Final = 14  # capsule id → space.statemachine.reservations.State
 
 TABLES: Final = {
     CAPSULE: "capsule",
@@ -49,6 +50,7 @@ TABLES: Final = {
     COUNTER: "counter",
     MEMBER: "member",
     NAMESPACE: "namespace",
+    RESERVATION: "reservation",
 }
 
 U32: Final = struct.Struct(">I")

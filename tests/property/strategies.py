@@ -30,6 +30,15 @@ _BY_NAME: Final[Mapping[str, st.SearchStrategy[Any]]] = {
     "other_parent": ids,
     "source": ids,
     "replaced": ids | st.just(b""),
+    "holder": ids | st.just(b""),
+    "reservation": st.integers(0, 6) | u32,
+    "registered": st.lists(st.tuples(ids, st.binary(min_size=8, max_size=8)), max_size=3).map(
+        lambda rows: b"".join(host + key for host, key in rows)
+    )
+    | st.binary(max_size=60),
+    "removed": st.lists(ids, max_size=3).map(b"".join) | st.binary(max_size=40),
+    "told": st.lists(ids, max_size=3).map(lambda hosts: b"".join(host + b"\1" for host in hosts))
+    | st.binary(max_size=40),
     "name": names,
     "new_name": names,
     "other_name": names,

@@ -45,6 +45,9 @@ SAMPLES: list[cmd.Command] = [
     cmd.PurgeCapsules([A, B]),
     cmd.ForgetReplies([A, B]),
     cmd.AssignNamespace("nqn.2014-08.org.example:store", A),
+    cmd.RegisterReservation(A, B, 2, 2**64 - 1, 1, ignore=True),
+    cmd.AcquireReservation(A, B, 1, 3, 1, 2),
+    cmd.ReleaseReservation(A, B, 0, 3, 1),
 ]
 
 

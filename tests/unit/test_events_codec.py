@@ -52,6 +52,8 @@ SAMPLES: Final[dict[str, ev.Event]] = {
     "24.1": ev.RepliesForgotten(ONE, TWO),
     "23.1": ev.MembershipChanged(ONE, b"change", b"members"),
     "25.1": ev.RangeCopied(ONE, 4096, 2**28, TWO, 0, LINK),
+    "28.1": ev.RegistrantsChanged(ONE, 7, TWO + b"\1" + bytes(7), THREE, THREE + b"\1"),
+    "29.1": ev.ReservationChanged(ONE, 3, TWO, b""),
     "27.1": ev.CommandRefused(ONE, TWO, 7, "EXISTS", "it exists"),
     "26.1": ev.NamespaceAssigned(ONE, "nqn.2014-08.org.nvmexpress:uuid:x", TWO, 1),
 }
@@ -158,6 +160,8 @@ def test_numbers_are_frozen() -> None:
         23: "MembershipChanged",
         24: "RepliesForgotten",
         25: "RangeCopied",
+        28: "RegistrantsChanged",
+        29: "ReservationChanged",
         27: "CommandRefused",
         26: "NamespaceAssigned",
     }
