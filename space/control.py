@@ -384,6 +384,7 @@ class SocketEndpoint:
         try:
             with _address(self._path) as address:
                 stream.connect(address)
+            stream.settimeout(SILENCE_SECONDS)
             ours = os.geteuid() == 0 or _peer_is_ours(stream)
         except (OSError, UnavailableError) as error:
             stream.close()
@@ -403,7 +404,6 @@ class SocketEndpoint:
         """
         packed = pack(request, REQUEST_BYTES_MAX)
         with self._connect() as stream, stream.makefile("rb") as answers:
-            stream.settimeout(SILENCE_SECONDS)
             self._send(stream, packed, descriptor)
             while True:
                 message = self._receive(answers)

@@ -220,8 +220,10 @@ class Cluster:
         namespaces: bool = False,
         homes: dict[int, Path] | None = None,
         options: Sequence[str] = (),
+        shards: int = 1,
     ) -> None:
         self.base = base
+        self._shards = shards
         self._options = list(options)
         self._homes = homes or {}
         self.nodes: dict[int, Process] = {}
@@ -229,7 +231,7 @@ class Cluster:
         try:
             first = self._place(1)
             first.home.mkdir(parents=True, exist_ok=True)
-            self.config = found(first.home, listen=first.address, tls=namespaces)
+            self.config = found(first.home, listen=first.address, tls=namespaces, shards=shards)
             self.start(1)
             for node in range(2, count + 1):
                 self.add(node)
@@ -255,7 +257,12 @@ class Cluster:
             host = process.address.rpartition(":")[0]
             invite(self.nodes[1].home, node, process.home / "tls", hosts=[host])
         join(
-            process.home, node=node, cluster=self.config.cluster, listen=process.address, tls=self.config.tls
+            process.home,
+            node=node,
+            cluster=self.config.cluster,
+            listen=process.address,
+            shards=self._shards,
+            tls=self.config.tls,
         )
         self.start(node)
         self.change("add", node, process.address)
