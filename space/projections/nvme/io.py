@@ -1,4 +1,4 @@
-"""I/O commands of the NVM command set, and reservations, over a block device.
+"""I/O commands of the NVM command set over a block device.
 
 NVM Command Set Specification 1.0, section 3.2; Base Specification 2.0, section 7.
 
@@ -9,13 +9,12 @@ with the cache off every write is durable.
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from space.projections.block import BlockInfo
-from space.projections.nvme import reservations
+from space.projections.nvme import reservation_commands
 from space.projections.nvme.controller import Controller
 from space.projections.nvme.identify import (
     COPY_BYTES_MAX,
@@ -28,8 +27,6 @@ from space.projections.nvme.status import CommandError, NvmeStatus
 from space.projections.nvme.target import ALL_NAMESPACES, NAMESPACES_MAX, AnaState, Namespace
 
 if TYPE_CHECKING:
-    import asyncio
-
     from space.projections.nvme.queue import Handler, Queue
 
 FLUSH: Final = 0x00
@@ -50,8 +47,6 @@ _DEALLOCATE: Final = 1 << 25
 _DIRECTIVE: Final = 0xF << 20
 _RANGE: Final = struct.Struct("<4xIQ")
 _COPY_RANGE: Final = struct.Struct("<8xQH14x")
-_KEYS: Final = struct.Struct("<QQ")
-_KEY: Final = struct.Struct("<Q")
 assert (_RANGE.size, _COPY_RANGE.size) == (16, 32)
 
 ANA_STATUS: Final = {
@@ -331,104 +326,15 @@ async def compare_and_write(queue: Queue, first: Command, second: Command) -> Re
 # --- reservations
 
 
-def _tell(queue: Queue, namespace: Namespace, told: reservations.Told) -> None:
-    for host, notice in told:
-        for controller in list(_controller(queue).subsystem.controllers.values()):
-            if controller.host_id == host:
-                controller.reservation_notice(namespace.nsid, notice)
+def _reservation(
+    carry_out: Callable[[Queue, Namespace, Command], Coroutine[Any, Any, Reply]],
+) -> Callable[[Queue, Command], Coroutine[Any, Any, Reply]]:
+    """A reservation command of a namespace that is reached through here."""
 
+    def handler(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
+        return carry_out(queue, _namespace(queue, command.nsid), command)
 
-async def _replace(
-    queue: Queue, namespace: Namespace, state: reservations.State, told: reservations.Told
-) -> Reply:
-    await namespace.reservations.replace(state)
-    _tell(queue, namespace, told)
-    return DONE
-
-
-def reservation_register(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
-    """Reservation Register."""
-    namespace = _namespace(queue, command.nsid)
-    current, new = _KEYS.unpack(_payload(command, _KEYS.size))
-    persistence = command.cdw10 >> 30
-    if persistence == 1 or (persistence and (persistence == 3) != namespace.reservations.persistent):
-        raise CommandError(NvmeStatus.INVALID_FIELD, location=43)
-    state, told = reservations.register(
-        namespace.reservations.state,
-        _controller(queue).host_id,
-        command.cdw10 & 7,
-        current,
-        new,
-        ignore=bool(command.cdw10 >> 3 & 1),
-    )
-    return _replace(queue, namespace, state, told)
-
-
-async def _preempt_and_abort(
-    queue: Queue, namespace: Namespace, state: reservations.State, told: reservations.Told
-) -> Reply:
-    """Answered when nothing of the preempted hosts is under way: writes are waited for, they cannot be undone."""
-    await _replace(queue, namespace, state, told)
-    gone = {host for host, notice in told if notice == reservations.Notice.REGISTRATION_PREEMPTED}
-    for controller in list(_controller(queue).subsystem.controllers.values()):
-        if controller.host_id in gone and controller.mutations:
-            idle = queue.shell.future()
-            controller.when_idle(functools.partial(_wake, idle))
-            await idle
-    return DONE
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-def reservation_acquire(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
-    """Reservation Acquire: acquires or preempts."""
-    namespace = _namespace(queue, command.nsid)
-    current, preempted = _KEYS.unpack(_payload(command, _KEYS.size))
-    if command.cdw10 >> 3 & 1:
-        raise CommandError(NvmeStatus.INVALID_FIELD, location=40)
-    state, told = reservations.acquire(
-        namespace.reservations.state,
-        _controller(queue).host_id,
-        command.cdw10 & 7,
-        command.cdw10 >> 8 & 0xFF,
-        current,
-        preempted,
-    )
-    carry_out = _preempt_and_abort if command.cdw10 & 7 == 2 else _replace
-    return carry_out(queue, namespace, state, told)
-
-
-def reservation_release(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
-    """Reservation Release."""
-    namespace = _namespace(queue, command.nsid)
-    (current,) = _KEY.unpack(_payload(command, _KEY.size))
-    if command.cdw10 >> 3 & 1:
-        raise CommandError(NvmeStatus.INVALID_FIELD, location=40)
-    state, told = reservations.release(
-        namespace.reservations.state,
-        _controller(queue).host_id,
-        command.cdw10 & 7,
-        command.cdw10 >> 8 & 0xFF,
-        current,
-    )
-    return _replace(queue, namespace, state, told)
-
-
-def reservation_report(queue: Queue, command: Command) -> Reply:
-    """Reservation Report; host ids have 128 bits here, so only the extended form can tell them."""
-    namespace = _namespace(queue, command.nsid)
-    if not command.cdw11 & 1:
-        raise CommandError(NvmeStatus.HOST_ID_INCONSISTENT)
-    length = (command.cdw10 + 1) * 4
-    if length != command.sgl_length:
-        raise CommandError(NvmeStatus.SGL_LENGTH_INVALID, location=32)
-    controllers = {each.host_id: each.number for each in _controller(queue).subsystem.controllers.values()}
-    keeper = namespace.reservations
-    data = reservations.report(keeper.state, controllers, persists=keeper.persistent)
-    return Reply([data[:length].ljust(length, b"\0")], length)
+    return handler
 
 
 HANDLERS: Final[dict[int, Handler]] = {
@@ -439,10 +345,10 @@ HANDLERS: Final[dict[int, Handler]] = {
     WRITE_ZEROES: write_zeroes,
     DATASET_MANAGEMENT: dataset_management,
     VERIFY: verify,
-    RESERVATION_REGISTER: reservation_register,
-    RESERVATION_REPORT: reservation_report,
-    RESERVATION_ACQUIRE: reservation_acquire,
-    RESERVATION_RELEASE: reservation_release,
+    RESERVATION_REGISTER: _reservation(reservation_commands.register),
+    RESERVATION_REPORT: _reservation(reservation_commands.report),
+    RESERVATION_ACQUIRE: _reservation(reservation_commands.acquire),
+    RESERVATION_RELEASE: _reservation(reservation_commands.release),
     COPY: copy,
 }
 """By opcode; Write Uncorrectable is not among them, so it is refused as an opcode there is not."""

@@ -78,6 +78,7 @@ class Namespace:
         eui64, nguid, uuid: 8, 16 and 16 bytes; ``uuid`` tells one device from another on every path.
         read_only: hosts see a write-protected namespace; so they do when the device says so.
         ana_group: from 1; its state is the subsystem's business.
+        noticed: how many of its reservations' notices hosts were told; those from before are nobody's any more.
     """
 
     nsid: int
@@ -89,6 +90,7 @@ class Namespace:
     ana_group: int = 1
     reservations: Keeper = attrs.field(factory=MemoryKeeper)
     counters: Counters = attrs.field(factory=Counters)
+    noticed: int = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         if not 1 <= self.nsid <= NAMESPACES_MAX:
@@ -99,6 +101,7 @@ class Namespace:
             raise UsageError("a namespace has a UUID of 16, an NGUID of 16 and an EUI64 of 8 bytes")
         if self.device.info().block_size not in BLOCK_SIZES:
             raise UsageError(f"a block has 512 or 4096 bytes, not {self.device.info().block_size}")
+        self.noticed = self.reservations.state.noticed
 
     def info(self) -> BlockInfo:
         """The device as it is now."""
@@ -167,6 +170,15 @@ class Subsystem:
             raise NotFoundError(f"{self.nqn} has no namespace {nsid}")
         self.changed(nsid)
         return namespace
+
+    def tell_reservations(self, namespace: Namespace) -> None:
+        """Connected hosts get the notices about a namespace's reservations that came since this was last asked."""
+        state = namespace.reservations.state
+        for host, notice in state.noticed_since(namespace.noticed):
+            for controller in list(self.controllers.values()):
+                if controller.host_id == host:
+                    controller.reservation_notice(namespace.nsid, notice)
+        namespace.noticed = state.noticed
 
     def changed(self, nsid: int) -> None:
         """A namespace has another size, or is read-only (no longer): hosts are told to look."""
