@@ -10,8 +10,9 @@ import attrs
 
 from space.events.codec import Entry, decode_batch
 from space.projections.contract import View
+from space.statemachine import replies
 from space.statemachine.apply import Context, apply
-from space.statemachine.sequencer import Prepared, record_reply
+from space.statemachine.sequencer import Prepared
 from space.statemachine.tables import Overlay
 
 Rows = dict[tuple[int, bytes], bytes]
@@ -86,7 +87,7 @@ def fold_state(batches: Sequence[Batch], writer: MemoryWriter) -> int:
     for batch in batches:
         for entry, context, link, event in linked(batch):
             apply(overlay, context, link, event)
-            record_reply(overlay, entry.client, entry.sequence, batch.position)
+            replies.keep(overlay, entry.client, entry.sequence, batch.position)
     return overlay.flush(writer)
 
 

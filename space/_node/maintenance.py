@@ -24,6 +24,7 @@ from space.events.types import Kind
 from space.projections import content_map
 from space.projections.contract import View
 from space.projections.feed import Progress, fold
+from space.statemachine import replies
 from space.statemachine.apply import clone_id, manifest_nodes
 from space.statemachine.store import STATE_VIEW, Applied, ReadTransaction, read_seal
 from space.statemachine.tables import (
@@ -574,7 +575,7 @@ def _silent_clients(store: Store) -> list[bytes]:
     with store._read() as txn:
         for key, value in txn.scan(REPLY, b""):
             client = key[:ID_BYTES]
-            newest[client] = max(newest.get(client, 0), U64.unpack_from(value)[0])
+            newest[client] = max(newest.get(client, 0), replies.newest(value))
     before = store._clock() - RETRY_NS
     return [client for client, position in newest.items() if store.wal.time_ns(position) < before]
 

@@ -60,10 +60,11 @@ from space.policy.model import Encryption, Policy
 from space.projections import dedup
 from space.projections.contract import View, registered_views
 from space.projections.feed import Progress
+from space.statemachine import replies
 from space.statemachine.sequencer import Prepared, prepare
 from space.statemachine.store import Applied, ReadTransaction, WriteTransaction, peek_seal
 from space.statemachine.store import Store as LmdbStore
-from space.statemachine.tables import KEY, RECLAIMED, REPLY, U32, U64
+from space.statemachine.tables import KEY, RECLAIMED, U32, U64
 from space.wal.disk import Disk, RealDisk
 from space.wal.log import Log
 from space.wal.raft_state import read_raft_state
@@ -299,8 +300,8 @@ class Store(Reading):
     def answered(self, client: bytes, sequence: int) -> int | None:
         """Position at which a client's command was carried out; None if it was not, or long ago."""
         with self._read() as txn:
-            reply = txn.get(REPLY, client + U64.pack(sequence))
-        return U64.unpack(reply)[0] if reply is not None and len(reply) == U64.size else None
+            reply = replies.find(txn, client, sequence)
+        return reply[0] if reply is not None and reply[1] is None else None
 
     def execute_all(
         self, requests: Sequence[Request], *, durability: Durability = Durability.DURABLE

@@ -8,7 +8,7 @@ verify what it holds.  Format: docs/formats/events.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgpack
@@ -25,6 +25,16 @@ ENTRIES_MAX: Final = 1 << 16
 EVENTS_MAX: Final = 1 << 17
 ACTOR_CHARACTERS_MAX: Final = 255
 NO_LINK: Final = bytes(LINK_BYTES)
+_SMALL_ARRAYS: Final = [bytes((0x90 | count,)) for count in range(16)]
+_BATCH_HEAD: Final = _SMALL_ARRAYS[2] + bytes((BATCH_FORMAT,))
+_ENTRY_HEAD: Final = _SMALL_ARRAYS[5]
+_LINK_HEAD: Final = bytes((0xC4, LINK_BYTES))
+_LINKED_HEADS: Final = {0x90 | count - 1: _SMALL_ARRAYS[count] for count in range(3, 16)}
+"""First byte of an event → that of the event with its link, which is one item more."""
+
+assert all(
+    schema.number < 128 and schema.version < 128 and len(schema.fields) <= 12 for schema in BY_NUMBER.values()
+), "number, version and count of fields are a byte each"
 
 _LIMITS: Final = {
     "raw": False,
@@ -74,6 +84,30 @@ def decode_event(data: bytes) -> Event:
     return _event(_unpack(data))
 
 
+def encode_linked(encoded: bytes, link: bytes) -> bytes:
+    """An event as it is in a batch: :func:`encode_event` with its link put in, without encoding it again."""
+    return b"".join((_LINKED_HEADS[encoded[0]], encoded[1:3], _LINK_HEAD, link, encoded[3:]))
+
+
+def encode_entry(entry: Entry, linked: Sequence[bytes]) -> bytes:
+    """One entry of a batch, its events given as :func:`encode_linked` made them.
+
+    Raises:
+        UsageError: a field is out of its range.
+    """
+    head = _pack([entry.client, entry.sequence, entry.time_ns, entry.actor])
+    return b"".join((_ENTRY_HEAD, head[1:], _array_head(len(linked)), *linked))
+
+
+def join_entries(entries: Sequence[bytes]) -> bytes:
+    """Metadata of a batch from its encoded entries: what :func:`encode_batch` makes of the same entries.
+
+    Raises:
+        UsageError: the batch is larger than METADATA_BYTES_MAX.
+    """
+    return _bounded(b"".join((_BATCH_HEAD, _array_head(len(entries)), *entries)))
+
+
 def chain_link(previous: bytes, encoded: bytes) -> bytes:
     """Link of an event in its capsule's chain: truncated BLAKE3 of the link before and the event's bytes."""
     return blake3(previous + encoded).digest(LINK_BYTES)
@@ -95,7 +129,10 @@ def encode_batch(entries: Iterable[Entry]) -> bytes:
         ]
         for entry in entries
     ]
-    data = _pack([BATCH_FORMAT, rows])
+    return _bounded(_pack([BATCH_FORMAT, rows]))
+
+
+def _bounded(data: bytes) -> bytes:
     if len(data) > METADATA_BYTES_MAX:
         raise UsageError(f"one batch of {len(data)} bytes of events; the limit is {METADATA_BYTES_MAX}")
     return data
@@ -177,6 +214,13 @@ def _pack(value: Any) -> bytes:
     except (OverflowError, ValueError, TypeError) as error:
         raise UsageError(f"cannot be stored as an event: {error}") from None
     return packed
+
+
+def _array_head(count: int) -> bytes:
+    """How msgpack begins an array of so many items."""
+    if count < 16:
+        return _SMALL_ARRAYS[count]
+    return b"\xdc" + count.to_bytes(2, "big") if count < 1 << 16 else b"\xdd" + count.to_bytes(4, "big")
 
 
 def _unpack(data: bytes) -> Any:

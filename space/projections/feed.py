@@ -17,8 +17,8 @@ from space._errors import CorruptionError
 from space.events.codec import READERS, batch_rows
 from space.events.registry import BY_NUMBER
 from space.projections.contract import Folder, Handler, View
+from space.statemachine import replies
 from space.statemachine.apply import HANDLERS, Context
-from space.statemachine.sequencer import record_reply
 from space.statemachine.store import Applied, Store, WriteTransaction
 from space.statemachine.tables import Overlay
 
@@ -137,7 +137,7 @@ def _transaction(
                 if context.event == limit:
                     break
             if client and with_state:
-                record_reply(overlay, client, sequence, record.index)
+                replies.keep(overlay, client, sequence, record.index)
             if context.event == limit:
                 break
         count += context.event

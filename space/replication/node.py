@@ -44,6 +44,7 @@ from space.replication.replica import (
 )
 from space.replication.transport import Transport
 from space.replication.wire import Blob
+from space.statemachine.store import STATE_VERSION
 from space.wal.log import Log
 from space.wal.raft_state import RaftState
 from space.wal.segment_format import RecordInfo
@@ -563,7 +564,9 @@ class Node:
     async def _on_digests(
         self, sender: int, body: Any, attachments: list[Buffer]
     ) -> tuple[Any, list[Buffer]]:
-        number, position = body
+        number, position, *version = body
+        if version != [STATE_VERSION]:
+            return [], []  # rows of another version of the program have other digests
         ours = [each for each in self._group(number).group.replica.digests if each.position >= int(position)]
         return [[each.position, each.digest.to_bytes(32, "big"), each.chain] for each in ours], []
 
@@ -926,7 +929,9 @@ class Node:
         since = min(ours)
         answers = await asyncio.gather(
             *(
-                self.transport.request(each, "digests", [group.number, since], timeout=STATUS_SECONDS)
+                self.transport.request(
+                    each, "digests", [group.number, since, STATE_VERSION], timeout=STATUS_SECONDS
+                )
                 for each in voters
             ),
             return_exceptions=True,

@@ -18,9 +18,8 @@ from blake3 import blake3
 from space._errors import CorruptionError
 from space.events import types as ev
 from space.events.codec import chain_link
-from space.events.commands import REPLIES_KEPT_PER_CLIENT
 from space.events.ids import ID_BYTES, NIL, CapsuleId
-from space.statemachine import reservations
+from space.statemachine import replies, reservations
 from space.statemachine.tables import (
     COUNTER,
     ENTRY,
@@ -423,15 +422,7 @@ def _replies_forgotten(state: Overlay, context: Context, link: bytes, event: ev.
 
 
 def _refused(state: Overlay, context: Context, link: bytes, event: ev.CommandRefused) -> None:
-    refusal = msgpack.packb([event.status, event.message])
-    keep_reply(state, event.client, event.sequence, U64.pack(context.position) + refusal)
-
-
-def keep_reply(state: Overlay, client: bytes, sequence: int, reply: bytes) -> None:
-    """Keeps the answer to a command for retries of it; forgets the oldest of that client."""
-    state.put(REPLY, client + U64.pack(sequence), reply)
-    if sequence >= REPLIES_KEPT_PER_CLIENT:
-        state.delete(REPLY, client + U64.pack(sequence - REPLIES_KEPT_PER_CLIENT))
+    replies.keep(state, event.client, event.sequence, context.position, (event.status, event.message))
 
 
 def _lose_name(state: Overlay, context: Context, capsule: bytes) -> None:

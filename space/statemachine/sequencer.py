@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Final
 
 import attrs
-import msgpack
 
 from space._errors import SpaceError, Status, UsageError, rejection
 from space.events.codec import (
@@ -25,16 +24,19 @@ from space.events.codec import (
     NO_LINK,
     Entry,
     chain_link,
-    encode_batch,
+    encode_entry,
     encode_event,
+    encode_linked,
+    join_entries,
 )
 from space.events.commands import Buffer, Receipt, Request
 from space.events.ids import CLUSTER, ID_BYTES
 from space.events.registry import U63_MAX
 from space.events.types import REFUSAL_BYTES_MAX, CommandRefused, Event
-from space.statemachine.apply import Context, apply, keep_reply
+from space.statemachine import replies
+from space.statemachine.apply import Context, apply
 from space.statemachine.decide import PayloadPlacer, Rejected, decide
-from space.statemachine.tables import REPLY, U64, Overlay, Reader
+from space.statemachine.tables import Overlay, Reader
 
 COMMANDS_MAX: Final = 4096
 PAYLOAD_BYTES_MAX: Final = 32 << 20
@@ -53,6 +55,7 @@ class Prepared:
         payload: buffers of the payload area, in order.
         overlay: the state's rows after the batch.
         taken: how many of the requests were decided; the rest did not fit.
+        encoded: the entries' bytes.
     """
 
     position: int
@@ -64,9 +67,15 @@ class Prepared:
     taken: int
     events: int = 0
     metadata_bytes: int = 0
+    encoded: list[bytes] = attrs.field(factory=list)
 
     def metadata(self) -> bytes:
-        return encode_batch(self.entries)
+        return join_entries(self.encoded)
+
+    def add(self, entry: Entry, linked: list[bytes]) -> None:
+        """Takes the events of one command; ``linked`` are their bytes."""
+        self.entries.append(entry)
+        self.encoded.append(encode_entry(entry, linked))
 
     def linked(self) -> list[tuple[Context, bytes, Event]]:
         """Every event with its context, for folding into views."""
@@ -107,9 +116,8 @@ def _one(batch: Prepared, request: Request, payload: PayloadPlacer) -> Receipt |
     overlay = batch.overlay
     if (problem := _unusable(request)) is not None:
         return problem
-    answered = overlay.get(REPLY, request.client + U64.pack(request.sequence)) if request.client else None
-    if answered is not None:
-        return _answer(answered)
+    if request.client and (answered := replies.find(overlay, request.client, request.sequence)) is not None:
+        return _answer(*answered)
     events = decide(overlay, request.command, payload)
     if isinstance(events, Rejected):
         return _refuse(batch, request, rejection(events.status, events.message))
@@ -122,34 +130,36 @@ def _one(batch: Prepared, request: Request, payload: PayloadPlacer) -> Receipt |
             return None
         return UsageError(f"one command of more than {METADATA_BYTES_MAX} bytes of events")
     linked = []
+    rows = []
     for event, raw in zip(events, encoded, strict=True):
         row = overlay.capsule(event.capsule)
         link = chain_link(row.link if row else NO_LINK, raw)
         apply(overlay, Context(batch.position, batch.events, batch.time_ns), link, event)
         linked.append((link, event))
+        rows.append(encode_linked(raw, link))
         batch.events += 1
     if not linked and not request.client:
         return Receipt(batch.position - 1)  # nothing to change: true as of the batch before
-    record_reply(overlay, request.client, request.sequence, batch.position)
+    replies.keep(overlay, request.client, request.sequence, batch.position)
     actor = request.actor[:ACTOR_CHARACTERS_MAX]
-    batch.entries.append(Entry(request.client, request.sequence, batch.time_ns, actor, tuple(linked)))
+    batch.add(Entry(request.client, request.sequence, batch.time_ns, actor, tuple(linked)), rows)
     return Receipt(batch.position)
 
 
 def _fits(batch: Prepared, encoded: list[bytes]) -> bool:
     """Whether the events of one more command fit into the batch; counts them if so."""
-    size = _ENTRY_BYTES + sum(len(each) + _EVENT_BYTES for each in encoded)
+    size = _ENTRY_BYTES + sum(map(len, encoded)) + _EVENT_BYTES * len(encoded)
     if batch.metadata_bytes + size > METADATA_BYTES_MAX:
         return False
     batch.metadata_bytes += size
     return True
 
 
-def _answer(reply: bytes) -> Receipt | SpaceError:
+def _answer(position: int, refusal: replies.Refusal | None) -> Receipt | SpaceError:
     """What the first attempt of a command was told."""
-    if len(reply) == U64.size:
-        return Receipt(U64.unpack(reply)[0], repeated=True)
-    status, message = msgpack.unpackb(reply[U64.size :])
+    if refusal is None:
+        return Receipt(position, repeated=True)
+    status, message = refusal
     return rejection(Status[status], message)
 
 
@@ -166,7 +176,7 @@ def _refuse(batch: Prepared, request: Request, error: SpaceError) -> SpaceError 
     apply(batch.overlay, Context(batch.position, batch.events, batch.time_ns), link, event)
     batch.events += 1
     actor = request.actor[:ACTOR_CHARACTERS_MAX]
-    batch.entries.append(Entry(b"", 0, batch.time_ns, actor, ((link, event),)))
+    batch.add(Entry(b"", 0, batch.time_ns, actor, ((link, event),)), [encode_linked(raw, link)])
     return error
 
 
@@ -179,9 +189,3 @@ def _unusable(request: Request) -> UsageError | None:
     if not request.actor.isascii() and any("\ud800" <= character <= "\udfff" for character in request.actor):
         return UsageError(f"not an actor: {request.actor!r}")
     return None
-
-
-def record_reply(overlay: Overlay, client: bytes, sequence: int, position: int) -> None:
-    """Remembers that a client's command was carried out at ``position``."""
-    if client:
-        keep_reply(overlay, client, sequence, U64.pack(position))

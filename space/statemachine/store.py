@@ -43,7 +43,7 @@ MAX_READERS: Final = 1024
 _CHUNK: Final = 4 << 20
 _SEAL_BYTES_MAX: Final = 1 << 16
 
-STATE_VERSION: Final = 3
+STATE_VERSION: Final = 4
 """Raised when the state's rows change: an older environment is then rebuilt from the log."""
 
 

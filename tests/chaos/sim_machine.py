@@ -10,8 +10,8 @@ import attrs
 
 from space.events.codec import decode_batch
 from space.replication.replica import Item
+from space.statemachine import replies
 from space.statemachine.apply import Context, apply
-from space.statemachine.sequencer import record_reply
 from space.statemachine.store import Applied
 from space.statemachine.tables import Overlay, Reader
 from space.wal.log import Log
@@ -78,7 +78,7 @@ class MemoryMachine:
             for link, event in entry.events:
                 apply(overlay, Context(position, number, entry.time_ns), link, event)
                 number += 1
-            record_reply(overlay, entry.client, entry.sequence, position)
+            replies.keep(overlay, entry.client, entry.sequence, position)
         return overlay.flush(self._writer)
 
     def _went_to(

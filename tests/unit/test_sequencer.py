@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from space._errors import ConflictError, Status
+from space.events.codec import encode_batch
 from space.events.commands import (
     REPLIES_KEPT_PER_CLIENT,
     CreateCapsule,
@@ -16,7 +17,7 @@ from space.events.commands import (
 )
 from space.events.ids import ROOT
 from space.events.types import CapsuleCreated, CommandRefused, NameLinked, NameUnlinked
-from space.statemachine import sequencer
+from space.statemachine import replies, sequencer
 from space.statemachine.sequencer import Prepared, prepare
 from space.statemachine.tables import REPLY
 from tests.state_support import MemoryWriter
@@ -72,10 +73,24 @@ def test_a_retry_gets_the_first_receipt(state: MemoryWriter) -> None:
 
 
 def test_replies_are_bounded(state: MemoryWriter) -> None:
-    """Only the last replies of a client are kept."""
-    for number in range(1, REPLIES_KEPT_PER_CLIENT + 50):
+    """Only the last replies of a client are kept: no fewer than promised, and at most one row more."""
+    last = REPLIES_KEPT_PER_CLIENT + 3 * replies.SLOTS + 5
+    for number in range(1, last + 1):
         decided(state, [create(number + 1, b"%d" % number, number)], position=number + 1)
-    assert sum(table == REPLY for table, _ in state.rows) == REPLIES_KEPT_PER_CLIENT
+    kept = [number for number in range(last + 1) if replies.find(state, CLIENT, number)]
+    assert last - REPLIES_KEPT_PER_CLIENT - replies.SLOTS < kept[0] <= last + 1 - REPLIES_KEPT_PER_CLIENT
+    assert kept == list(range(kept[0], last + 1))
+    assert sum(table == REPLY for table, _ in state.rows) == REPLIES_KEPT_PER_CLIENT // replies.SLOTS + 1
+
+
+def test_the_bytes_of_a_batch_are_those_of_its_entries(state: MemoryWriter) -> None:
+    """What is put together from events encoded once is what encoding the whole batch gives."""
+    requests = [create(number, b"%d" % number, number * 7) for number in range(2, 40)]
+    batch = decided(state, [*requests, create(50, b"2", 1), create(51, b"2", 2), Request(Unlink(ROOT, b"3"))])
+    assert len(batch.entries) > 15
+    assert any(not entry.client for entry in batch.entries)
+    assert batch.metadata() == encode_batch(batch.entries)
+    assert prepare(state, [], position=3, time_ns=3).metadata() == encode_batch([])
 
 
 def test_a_rejected_command_leaves_no_trace(state: MemoryWriter) -> None:
@@ -110,6 +125,14 @@ def test_a_refusal_is_remembered_for_whoever_may_try_again(state: MemoryWriter) 
     assert isinstance(outcome, ConflictError)
     assert Exception.__str__(outcome) == Exception.__str__(refused)
     assert not again.entries
+    decided(state, [create(4, b"y", 6), create(5, b"y", 8)], position=6)
+    told = {sequence: replies.find(state, CLIENT, sequence) for sequence in range(5, 10)}
+    assert {sequence: found[0] for sequence, found in told.items() if found} == {6: 6, 7: 3, 8: 6}
+    assert {sequence: found[1] is None for sequence, found in told.items() if found} == {
+        6: True,
+        7: False,
+        8: False,
+    }
 
 
 def test_a_refusal_nobody_can_retry_leaves_no_trace(state: MemoryWriter) -> None:

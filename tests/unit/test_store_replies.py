@@ -11,6 +11,7 @@ from space._node.store import Store
 from space.events import commands as cmd
 from space.events.commands import REPLIES_KEPT_PER_CLIENT
 from space.events.ids import ROOT
+from space.statemachine.replies import SLOTS
 from space.statemachine.tables import REPLY
 
 pytestmark = pytest.mark.unit
@@ -51,11 +52,13 @@ def test_gc_forgets_clients_that_were_silent_for_a_day_and_no_others(tmp_path: P
 
 
 def test_a_client_keeps_as_many_replies_as_it_may_have_commands_under_way(tmp_path: Path) -> None:
-    """The oldest reply goes when the client is that many sequences further, and not before."""
+    """The oldest replies go, a row at a time, when the client is that many sequences further, and not before."""
     with Store(tmp_path) as store:
         for sequence in range(REPLIES_KEPT_PER_CLIENT):
             store.execute(set_mode(0o700), client=CLIENT, sequence=sequence)
         assert store.execute(set_mode(0o711), client=CLIENT, sequence=0).repeated
         store.execute(set_mode(0o700), client=CLIENT, sequence=REPLIES_KEPT_PER_CLIENT)
         assert store.execute(set_mode(0o711), client=CLIENT, sequence=1).repeated
+        store.execute(set_mode(0o700), client=CLIENT, sequence=REPLIES_KEPT_PER_CLIENT + SLOTS)
+        assert store.execute(set_mode(0o711), client=CLIENT, sequence=SLOTS + 1).repeated
         assert not store.execute(set_mode(0o711), client=CLIENT, sequence=0).repeated
