@@ -21,7 +21,7 @@ from space.projections.nfs.xdr import Bytes, Mark, Reader, Writer, XdrError
 if TYPE_CHECKING:
     from space.projections.nfs.exports import Node
     from space.projections.nfs.rpc import Credentials
-    from space.projections.nfs.service import Service
+    from space.projections.nfs.service import Service, Syncable
     from space.projections.nfs.sessions import Client, Connection, Session, Slot
 
 OPERATIONS_MAX: Final = 64
@@ -81,13 +81,14 @@ class Compound:
     saved: Node | None = None
     stateid: Stateid | None = None
     saved_stateid: Stateid | None = None
-    unsynced: set[object] = attrs.field(factory=set)
+    unsynced: set[Syncable] = attrs.field(factory=set)
     operations: int = 0
     index: int = 0
     request_bytes: int = 0
     reply_bytes_max: int = REPLY_BYTES_MAX
     cached: bool = False
     replay: list[Bytes] | None = None
+    uncached_retry: bool = False
 
     def room(self, out: Writer) -> int:
         """Bytes the reply may still grow by; READ, READDIR and the like give no more."""
@@ -230,6 +231,8 @@ async def _stable(ctx: Compound, out: Writer, promise: tuple[Mark, Mark, int], s
 
 def _misplaced(ctx: Compound, index: int, number: int, *, known: bool) -> int:
     """Why an operation must not be where it is, or OK (RFC 8881 §2.10.5, §18.46.3)."""
+    if ctx.uncached_retry:
+        return NfsStatus.RETRY_UNCACHED_REP
     if index == 0:
         if number in OUTSIDE:
             return NfsStatus.NOT_ONLY_OP if ctx.operations > 1 else NfsStatus.OK

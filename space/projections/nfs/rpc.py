@@ -258,7 +258,7 @@ def garbage(xid: int) -> bytes:
 
 
 def call(xid: int, program: int, version: int, procedure: int, *, flavor: int, machine: bytes) -> bytes:
-    """Header of a call of ours, as the superuser of ``machine`` or as nobody: what the client asked for (RFC 8881 §18.36)."""
+    """Header of a call of ours, as the superuser of ``machine`` or as nobody: as the client asked (RFC 8881 §18.36)."""
     head = struct.pack(">6I", xid, _CALL, _RPC_VERSION, program, version, procedure)
     if flavor == AUTH_SYS:
         padded = machine + bytes(-len(machine) & 3)

@@ -7,23 +7,28 @@ from its own.  Clients that held state then may claim it again during the *grace
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import attrs
 
-from space.projections.nfs.compound import Operation
-from space.projections.nfs.nfs4 import SESSION_ID_BYTES
-from space.projections.nfs.sessions import Client, Connection, Event, Session
-
-if TYPE_CHECKING:
-    from space.projections.nfs.callback import Callbacks
-    from space.projections.nfs.exports import Exports
-    from space.projections.nfs.state import State
+from space.projections.nfs import data, files, session_ops, state_ops
+from space.projections.nfs.callback import Callbacks
+from space.projections.nfs.compound import NfsError, Operation
+from space.projections.nfs.exports import Exports
+from space.projections.nfs.nfs4 import NfsStatus
+from space.projections.nfs.sessions import Channel, Client, Event, Principal, Session
+from space.projections.nfs.state import State
 
 CLIENTS_MAX: Final = 4096
 """Each is a few hundred bytes without its sessions; more than there are machines in most networks."""
+SESSIONS_MAX: Final = 16_384
+SLOT_BYTES: Final = 512
+"""What a slot takes beside the answer it keeps."""
+REPLIES_BYTES_MAX: Final = 256 << 20
+"""Memory for answers kept for retries; a session gets at most a quarter of what is left of it."""
 COURTESY_SECONDS: Final = 24 * 3600.0
 """How long what a vanished client held is kept while nobody wants it."""
 
@@ -31,7 +36,8 @@ COURTESY_SECONDS: Final = 24 * 3600.0
 class Syncable(Protocol):
     """What can be told to make everything acknowledged durable: a file system, a recovery journal."""
 
-    async def sync(self) -> None: ...
+    async def sync(self) -> None:
+        """Returns once it is durable."""
 
 
 class Recovery:
@@ -104,13 +110,20 @@ class Service:
         self.name = name
         self.config = config or Config()
         self.epoch = recovery.epoch
-        self.write_verifier = struct.pack(">Q", recovery.epoch)
+        self.write_verifier = struct.pack(">I", self.epoch) + shell.random(4)
         self.clients: dict[int, Client] = {}
+        self.confirmed: dict[bytes, Client] = {}
+        self.unconfirmed: dict[bytes, Client] = {}
         self.sessions: dict[bytes, Session] = {}
         self.grace_end = now + self.config.grace_seconds if recovery.previous else now
+        self._reclaiming = set(recovery.previous)
+        self._client_number = self._session_number = 0
+        self._reply_bytes = 0  # granted for answers that are kept
         self.operations: dict[int, Operation] = {}
-        self.state: State
-        self.callbacks: Callbacks
+        for module in (session_ops, files, data, state_ops):
+            self.operations.update(module.OPERATIONS)
+        self.callbacks = Callbacks(self)
+        self.state = State(self)
 
     def in_grace(self, now: float) -> bool:
         """Whether state of before the restart may be claimed, and nothing new be given that could conflict with it."""
@@ -119,3 +132,146 @@ class Service:
     async def barrier(self, what: Iterable[Syncable]) -> None:
         """Waits until everything acknowledged by these is durable."""
         await self.shell.barrier(what)
+
+    # --- clients ---------------------------------------------------------------------------------
+
+    def introduce(self, owner: bytes, verifier: bytes, principal: Principal, now: float) -> Client:
+        """A client that has yet to confirm itself; an earlier attempt of the same owner is forgotten.
+
+        Raises:
+            NfsError: DELAY: there are too many clients.
+        """
+        before = self.unconfirmed.get(owner)
+        if before is not None:
+            self.remove(before)
+        self._make_room()
+        self._client_number += 1
+        client = Client(
+            self.epoch << 32 | self._client_number,
+            owner,
+            verifier,
+            principal,
+            now + self.config.lease_seconds,
+            may_reclaim=owner in self._reclaiming and self.recovery.previous.get(owner) == verifier,
+        )
+        self.clients[client.id] = self.unconfirmed[owner] = client
+        return client
+
+    def _make_room(self) -> None:
+        """Forgets a client that holds nothing if there are too many."""
+        if len(self.clients) < self.config.clients_max:
+            return
+        idle = next(iter(self.unconfirmed.values()), None) or next(
+            (each for each in self.clients.values() if each.courtesy or not each.sessions), None
+        )
+        if idle is None or self.state.has_state(idle):
+            raise NfsError(NfsStatus.DELAY)
+        self.remove(idle)
+
+    def confirm(self, client: Client, now: float) -> None:
+        """A client has made its first session: an earlier start of it is gone, with everything it held."""
+        self.renew(client, now)
+        if client.confirmed:
+            return
+        before = self.confirmed.get(client.owner)
+        if before is not None:
+            self.remove(before)
+        elif not client.may_reclaim and client.owner in self._reclaiming:
+            self._gone(client.owner)
+        del self.unconfirmed[client.owner]
+        client.confirmed = True
+        self.confirmed[client.owner] = client
+
+    def renew(self, client: Client, now: float) -> None:
+        """A client was heard of."""
+        client.expiry = now + self.config.lease_seconds
+        client.courtesy = False
+
+    def is_in_use(self, client: Client, now: float) -> bool:
+        """Whether a client may still come back for what it holds (RFC 8881 §18.35.4, case 3)."""
+        return client.expiry > now and (bool(client.sessions) or self.state.has_state(client))
+
+    def reclaimed(self, client: Client) -> None:
+        """A client has claimed what it wanted, and may hold new state from now on."""
+        client.reclaim_complete = True
+        self.recovery.record(client.owner, client.verifier)
+        self._settled(client.owner)
+
+    def expire_client(self, client: Client) -> None:
+        """Ends a client whose lease is over: it must not claim its state again after a restart either."""
+        self.remove(client)
+
+    def remove(self, client: Client) -> None:
+        """Forgets a client, its sessions, and all that it holds."""
+        self.clients.pop(client.id, None)
+        self.state.release_client(client)
+        for session in list(client.sessions.values()):
+            self.destroy_session(session)
+        self.callbacks.client_ended(client)
+        if self.unconfirmed.get(client.owner) is client:
+            del self.unconfirmed[client.owner]
+        if self.confirmed.get(client.owner) is client:
+            del self.confirmed[client.owner]
+            self._gone(client.owner)
+
+    def _gone(self, owner: bytes) -> None:
+        self.recovery.forget(owner)
+        self._settled(owner)
+
+    def _settled(self, owner: bytes) -> None:
+        """One client less to wait for; after the last one the grace period is over."""
+        if self._reclaiming:
+            self._reclaiming.discard(owner)
+            if not self._reclaiming:
+                self.grace_end = -math.inf
+
+    # --- sessions --------------------------------------------------------------------------------
+
+    def make_session(
+        self, client: Client, minor: int, fore: Channel, back: Channel, program: int, flavor: int
+    ) -> Session:
+        """A session with as many slots as there is memory for their answers.
+
+        Raises:
+            NfsError: DELAY: there are too many sessions.
+        """
+        if len(self.sessions) >= SESSIONS_MAX:
+            raise NfsError(NfsStatus.DELAY)
+        slot_bytes = fore.cached_bytes + SLOT_BYTES
+        fore.slots = min(fore.slots, max(1, (REPLIES_BYTES_MAX - self._reply_bytes) // 4 // slot_bytes))
+        self._reply_bytes += fore.slots * slot_bytes
+        self._session_number += 1
+        session_id = struct.pack(">II", self.epoch, self._session_number) + self.shell.random(8)
+        session = Session(session_id, client, fore, back, minor, program, flavor)
+        self.sessions[session_id] = client.sessions[session_id] = session
+        return session
+
+    def destroy_session(self, session: Session) -> None:
+        """Forgets a session."""
+        del self.sessions[session.id]
+        del session.client.sessions[session.id]
+        self._reply_bytes -= session.fore.slots * (session.fore.cached_bytes + SLOT_BYTES)
+        self.callbacks.session_ended(session)
+
+    def sequence_flags(self, session: Session) -> int:
+        """What SEQUENCE tells a client beside its result."""
+        return self.state.sequence_flags(session.client) | self.callbacks.flags(session)
+
+    # --- time ------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Time has passed: leases end, and the grace period."""
+        if self._reclaiming and not self.in_grace(now):
+            for owner in list(self._reclaiming):
+                self._gone(owner)
+        for client in list(self.clients.values()):
+            if client.expiry <= now:
+                self._expired(client, now)
+        self.callbacks.tick(now)
+
+    def _expired(self, client: Client, now: float) -> None:
+        courtesy = client.confirmed and self.state.has_state(client)
+        if courtesy and now - client.expiry < self.config.courtesy_seconds:
+            client.courtesy = True
+        else:
+            self.remove(client)

@@ -12,32 +12,12 @@ connection it comes on.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import attrs
 
-from space.projections.nfs.compound import (
-    OPERATIONS_MAX,
-    REPLY_BYTES_MAX,
-    RPC_HEADER_BYTES,
-    Compound,
-    NfsError,
-    Operation,
-)
-from space.projections.nfs.nfs4 import OPAQUE_BYTES_MAX, SESSION_ID_BYTES, VERIFIER_BYTES, NfsStatus, Op
-from space.projections.nfs.rpc import (
-    AUTH_NONE,
-    AUTH_SYS,
-    GROUPS_MAX,
-    MACHINE_BYTES_MAX,
-    RECORD_BYTES_MAX,
-    Credentials,
-    fingerprint,
-)
+from space.projections.nfs.rpc import AUTH_NONE, Credentials
 from space.projections.nfs.xdr import Bytes, Reader, Writer
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable
 
 SLOTS_MAX: Final = 64
 """Requests of one session at a time: what the Linux client asks for."""
@@ -47,18 +27,20 @@ CACHED_BYTES_MAX: Final = 4096
 """Longest answer kept for a retry: what must be kept are answers of operations that change something."""
 BACK_SLOTS_MAX: Final = 16
 BACK_BYTES_MAX: Final = 4096
-REQUEST_BYTES_MIN: Final = 256
-"""Smallest request and reply a session may be limited to: SEQUENCE with one short operation (RFC 8881 §18.36.3)."""
+MESSAGE_BYTES_MIN: Final = 200
+"""Smallest request and reply a session may be limited to: SEQUENCE and one short operation (RFC 8881 §18.36.3)."""
 
-PrincipalOf = tuple[int, int]
+Principal = tuple[int, int]
 
 
 class Event(Protocol):
     """Something to wait for; asyncio's fits."""
 
-    def set(self) -> None: ...
+    def set(self) -> None:
+        """It has happened."""
 
-    async def wait(self) -> object: ...
+    async def wait(self) -> object:
+        """Returns once it has."""
 
 
 class Sender(Protocol):
@@ -79,8 +61,8 @@ class Connection:
     host: str
     back: set[Session] = attrs.field(factory=set)
     xid: int = 0
-    waiting: dict[int, Callable[[Reader | None], None]] = attrs.field(factory=dict)
-    """Our own calls under way: what to do with the results; None: there will be none."""
+    waiting: dict[int, Callable[[Reader | None, float], None]] = attrs.field(factory=dict)
+    """Our own calls under way, by xid: what to do with the results (None: refused), and when they came."""
 
 
 @attrs.define(eq=False)
@@ -89,7 +71,8 @@ class Slot:
 
     sequence: int = 0
     busy: bool = False
-    request: tuple[int, PrincipalOf] | None = None
+    request: tuple[int, Principal] | None = None
+    solo: bytes = b""  # the result of its SEQUENCE
     answer: list[Bytes] | None = None
     finished: Event | None = None  # made when somebody waits
 
@@ -106,7 +89,6 @@ class Slot:
 class Channel:
     """channel_attrs4: limits of one direction, in bytes of whole RPC messages, operations and slots."""
 
-    header_padding: int
     request_bytes: int
     reply_bytes: int
     cached_bytes: int
@@ -114,6 +96,7 @@ class Channel:
     slots: int
 
     def write(self, out: Writer) -> None:
+        """As channel_attrs4, without padding and RDMA."""
         out.u32(0)
         out.u32(self.request_bytes)
         out.u32(self.reply_bytes)
@@ -121,13 +104,6 @@ class Channel:
         out.u32(self.operations)
         out.u32(self.slots)
         out.u32(0)
-
-
-@attrs.define
-class CallbackSecurity:
-    """How our calls introduce themselves: the first flavor of the client's that we have."""
-
-    flavor: int = AUTH_NONE
 
 
 @attrs.define(eq=False)
@@ -138,18 +114,18 @@ class Session:
     client: Client
     fore: Channel
     back: Channel
+    minor: int
     program: int
-    security: CallbackSecurity
+    flavor: int = AUTH_NONE  # how our calls introduce themselves
     slots: dict[int, Slot] = attrs.field(factory=dict)
     connections: list[Connection] = attrs.field(factory=list)  # of the back channel
-    back_sequences: list[int] = attrs.field(factory=list)
+    back_sequences: list[int] = attrs.field(init=False)
     back_busy: set[int] = attrs.field(factory=set)
-    back_fault: bool = False
+    back_fault: bool = False  # our calls fail
+    back_offered: bool = False
 
-    @property
-    def busy(self) -> bool:
-        """Whether a request of it is at work."""
-        return any(slot.busy for slot in self.slots.values())
+    def __attrs_post_init__(self) -> None:
+        self.back_sequences = [0] * self.back.slots
 
     def unbind(self, connection: Connection) -> None:
         """Calls back no more through a connection."""
@@ -169,18 +145,17 @@ class Client:
     id: int
     owner: bytes
     verifier: bytes
-    principal: PrincipalOf
+    principal: Principal
     expiry: float
     may_reclaim: bool = False
     confirmed: bool = False
     courtesy: bool = False
     reclaim_complete: bool = False
     sequence: int = 1  # what CREATE_SESSION must have next
-    created: list[Bytes] | None = None  # its last result
+    created: bytes = b""  # its last result
     sessions: dict[bytes, Session] = attrs.field(factory=dict)
-    replaces: Client | None = None
 
 
-def principal_of(credentials: Credentials) -> PrincipalOf:
+def principal_of(credentials: Credentials) -> Principal:
     """Who may change a client's sessions."""
     return credentials.flavor, credentials.uid

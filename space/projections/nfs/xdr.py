@@ -47,6 +47,10 @@ class Reader:
         """Bytes not read yet."""
         return self._end - self.at
 
+    def rest(self) -> memoryview:
+        """All that was not read yet."""
+        return self._data[self.at :]
+
     def u32(self) -> int:
         try:
             (value,) = _U32.unpack_from(self._data, self.at)
@@ -196,7 +200,7 @@ class Writer:
         _U32.pack_into(target, at, value)
 
     def mark(self) -> Mark:
-        """This place, to come back to."""
+        """A place to come back to: here."""
         return (len(self._pieces), len(self._tail), self._settled)
 
     def since(self, mark: Mark) -> int:
