@@ -55,6 +55,8 @@ def _encode(request: Request, attachments: list[Buffer]) -> list[Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, cmd.NewKey):
         return [value.key, value.version, value.wrapped]
+    if type(value) in _NAMES:
+        return [type(value).__name__, [_plain(getattr(value, name)) for name in _NAMES[type(value)]]]
     if isinstance(value, bytes):
         return bytes(value)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -132,6 +134,18 @@ def _ids(value: Any) -> list[bytes]:
     return [_exactly(bytes)(each) for each in value]
 
 
+def _commands(value: Any) -> list[cmd.Command]:
+    """The commands of a :class:`space.events.commands.Together`: without payload, and none of that kind again."""
+    found: list[cmd.Command] = []
+    for name, fields in value:
+        made = _CLASSES[name]
+        if made in {cmd.Together, cmd.WriteExtent}:
+            raise TypeError(f"{name} among several")
+        values = [read(each) for read, each in zip(_READERS[made], fields, strict=True)]
+        found.append(made(*values))
+    return found
+
+
 _SPECIAL: Final[dict[tuple[type[Any], str], _Read]] = {
     (cmd.CreateCapsule, "kind"): Kind,
     (cmd.CreateCapsule, "key"): _key,
@@ -140,6 +154,7 @@ _SPECIAL: Final[dict[tuple[type[Any], str], _Read]] = {
     (cmd.PurgeCapsules, "capsules"): _ids,
     (cmd.ForgetReplies, "clients"): _ids,
     (cmd.WriteExtent, "frames"): list,
+    (cmd.Together, "commands"): _commands,
 }
 
 

@@ -333,6 +333,16 @@ class ReleaseReservation:
     key: int
 
 
+@attrs.frozen
+class Together:
+    """Several commands as one: decided in order, each on what those before it did; all of them or none.
+
+    Only commands about names, attributes and clones: their decisions do not depend on where in the log they stand.
+    """
+
+    commands: Sequence[Command]
+
+
 Command = (
     InitialiseStore
     | CreateCapsule
@@ -359,6 +369,7 @@ Command = (
     | RegisterReservation
     | AcquireReservation
     | ReleaseReservation
+    | Together
 )
 
 

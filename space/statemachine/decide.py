@@ -28,6 +28,8 @@ from space.events.registry import (
 from space.statemachine import reservations
 from space.statemachine.apply import (
     RECLAIMED_RANGE,
+    Context,
+    apply,
     manifest_nodes,
     namespace_counter,
     namespace_key,
@@ -54,6 +56,9 @@ from space.statemachine.tables import (
 
 LINKS_MAX: Final = 65_000
 SIZE_MAX: Final = U63_MAX
+TOGETHER_MAX: Final = 1024
+"""Commands in one: a snapshot of a group of volumes is two for each of them, and the whole has to fit into a batch."""
+
 NSID_MAX: Final = U32_MAX - 1
 """0xffffffff stands for all namespaces (NVM Express Base 2.0 §3.2.1.2)."""
 _DIRECTORY: Final = ev.Kind.DIRECTORY
@@ -748,7 +753,47 @@ def _reserved_meanwhile(
     )
 
 
+_JOINABLE: Final = frozenset(
+    {
+        cmd.CreateCapsule,
+        cmd.Link,
+        cmd.Unlink,
+        cmd.DeleteCapsule,
+        cmd.Rename,
+        cmd.Resize,
+        cmd.SetAttributes,
+        cmd.SetXattr,
+        cmd.RemoveXattr,
+        cmd.SetPolicy,
+        cmd.TakeSnapshot,
+        cmd.DropSnapshot,
+        cmd.Clone,
+        cmd.Undelete,
+    }
+)
+_TRIED: Final = Context(0, 0, 0)
+"""Where events are applied to see what the next command of the same group meets: that depends on no position."""
+
+
+def _together(state: Overlay, command: cmd.Together, payload: PayloadPlacer) -> Decision:
+    if not 0 < len(command.commands) <= TOGETHER_MAX:
+        return Rejected(Status.INVALID, f"not 1 to {TOGETHER_MAX} commands: {len(command.commands)}")
+    tried = Overlay(state)
+    events: list[ev.Event] = []
+    for each in command.commands:
+        if type(each) not in _JOINABLE:
+            return Rejected(Status.INVALID, f"{type(each).__name__} cannot be one of several")
+        decided = decide(tried, each, payload)
+        if isinstance(decided, Rejected):
+            return decided
+        for event in decided:
+            apply(tried, _TRIED, bytes(ID_BYTES), event)
+        events += decided
+    return events
+
+
 _RULES: Final[dict[type[Any], Rule]] = {
+    cmd.Together: _together,
     cmd.InitialiseStore: _initialise,
     cmd.CreateCapsule: _create,
     cmd.Link: _link,

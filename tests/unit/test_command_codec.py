@@ -48,6 +48,13 @@ SAMPLES: list[cmd.Command] = [
     cmd.RegisterReservation(A, B, 2, 2**64 - 1, 1, ignore=True),
     cmd.AcquireReservation(A, B, 1, 3, 1, 2),
     cmd.ReleaseReservation(A, B, 0, 3, 1),
+    cmd.Together(
+        [
+            cmd.CreateCapsule(A, Kind.DIRECTORY, parent=B, name=b"d", key=cmd.NewKey(1, 1, b"k")),
+            cmd.Clone(A, B, A, b"c"),
+            cmd.SetXattr(A, b"x", b"v"),
+        ]
+    ),
 ]
 
 
