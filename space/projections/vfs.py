@@ -19,11 +19,12 @@ Permission bits are not checked here: only the protocol knows the caller's crede
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import attrs
 
 from space.events.commands import Buffer
+from space.events.fast import fast_frozen
 from space.events.ids import NIL, CapsuleId
 from space.events.types import Kind
 
@@ -48,7 +49,7 @@ class Caller:
         return f"{self.view}:uid={self.uid}"
 
 
-@attrs.frozen
+@fast_frozen
 class Attributes:
     """Attributes of a node; sizes in bytes, times in nanoseconds since 1970.
 
@@ -74,9 +75,13 @@ class Attributes:
     change: int
 
 
+NOW: Final = -(1 << 63)
+"""Stands for the time at which a change is carried out."""
+
+
 @attrs.frozen
 class AttributeChange:
-    """What to set; None leaves one as it is."""
+    """What to set; None leaves one as it is; a time may be :data:`NOW`."""
 
     mode: int | None = None
     uid: int | None = None
@@ -84,6 +89,24 @@ class AttributeChange:
     size: int | None = None
     atime: int | None = None
     mtime: int | None = None
+
+
+NOTHING: Final = AttributeChange()
+
+
+class Listed(NamedTuple):
+    """One entry of a directory; ``cookie`` (from 3 to 2**63 - 1) says where in the listing it is."""
+
+    cookie: int
+    name: bytes
+    attributes: Attributes
+
+
+class Entries(NamedTuple):
+    """Part of a listing, and whether it ends there."""
+
+    listed: list[Listed]
+    complete: bool
 
 
 @attrs.frozen
@@ -128,6 +151,14 @@ class FileSystem(Protocol):
         Going on after the last name received never repeats or misses an entry that was there all along.
         """
 
+    async def listing(self, directory: CapsuleId, *, after: int, limit: int) -> Entries:
+        """Entries with cookies above ``after`` (0: from the beginning), in their order, about ``limit`` of them.
+
+        A cookie means the same after a restart, on every node, and whatever happened to the directory: going on
+        after the last one received never repeats or misses an entry that was there all along.  Entries may share one
+        (some names of one file); those always come together, and must be passed on together.
+        """
+
     def hold(self, node: CapsuleId) -> None:
         """A client has the node open: its bytes stay, even when it loses its last name."""
 
@@ -139,6 +170,12 @@ class FileSystem(Protocol):
 
     def read(self, node: CapsuleId, offset: int, length: int) -> bytes:
         """Bytes of a file; fewer than asked only at its end."""
+
+    def seek(self, node: CapsuleId, offset: int, *, data: bool) -> int | None:
+        """Where, from ``offset`` on, the next data or the next hole begins; None if there is none before the end.
+
+        A file's end is the beginning of a hole.  Offsets beyond it raise status INVALID.
+        """
 
     def xattr(self, node: CapsuleId, name: bytes) -> bytes:
         """An extended attribute; status NO_ATTRIBUTE when it is not set."""
@@ -159,8 +196,14 @@ class FileSystem(Protocol):
         mode: int,
         rdev: int = 0,
         target: bytes = b"",
+        change: AttributeChange = NOTHING,
+        verifier: bytes = b"",
     ) -> Attributes:
-        """A new node with a name; in a set-group-id directory it gets the directory's group."""
+        """A new node with a name; in a set-group-id directory it gets the directory's group.
+
+        ``change`` is set on it in the same batch.  With a ``verifier``, a file that is there already and was made
+        with the same one is the answer instead of an error: the caller has asked before.
+        """
 
     async def link(self, node: CapsuleId, directory: CapsuleId, name: bytes, caller: Caller) -> Attributes:
         """One more name for a node."""
@@ -201,6 +244,21 @@ class FileSystem(Protocol):
 
     async def remove_xattr(self, node: CapsuleId, name: bytes, caller: Caller) -> None:
         """Removes an extended attribute."""
+
+    async def allocate(self, node: CapsuleId, offset: int, length: int, caller: Caller) -> None:
+        """The range can be written to, as far as the disk has room now; the size grows to cover it."""
+
+    async def deallocate(self, node: CapsuleId, offset: int, length: int, caller: Caller) -> None:
+        """Makes a hole; the size stays."""
+
+    async def copy(
+        self, source: CapsuleId, source_offset: int, node: CapsuleId, offset: int, length: int, caller: Caller
+    ) -> None:
+        """Gives a range the bytes of another one, of the same or of another node, as one change; nothing is moved.
+
+        Raises:
+            SpaceError: status NOT_PERMITTED: these two nodes share no bytes (their keys differ): copy by hand.
+        """
 
     async def commit(self, node: CapsuleId) -> None:
         """Hands bytes held back for a node to the log, and reports what went wrong with earlier ones."""
