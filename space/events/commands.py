@@ -334,6 +334,30 @@ class ReleaseReservation:
 
 
 @attrs.frozen
+class RecordNfsClient:
+    """Keeps, over restarts of an NFS server, that this start of a client may hold state there."""
+
+    server: str
+    owner: bytes
+    verifier: bytes
+
+
+@attrs.frozen
+class ForgetNfsClient:
+    """A client holds nothing at an NFS server any more, and must not claim it again."""
+
+    server: str
+    owner: bytes
+
+
+@attrs.frozen
+class StartNfsServer:
+    """Counts one more start of an NFS server."""
+
+    server: str
+
+
+@attrs.frozen
 class Together:
     """Several commands as one: decided in order, each on what those before it did; all of them or none.
 
@@ -369,6 +393,9 @@ Command = (
     | RegisterReservation
     | AcquireReservation
     | ReleaseReservation
+    | RecordNfsClient
+    | ForgetNfsClient
+    | StartNfsServer
     | Together
 )
 

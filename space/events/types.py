@@ -59,6 +59,11 @@ COPY_BYTES_MAX: Final = 256 << 20
 SUBSYSTEM_CHARACTERS_MAX: Final = 223
 """Longest NVMe qualified name (NVM Express Base 2.0 §4.5)."""
 
+NFS_SERVER_CHARACTERS_MAX: Final = 255
+NFS_OWNER_BYTES_MAX: Final = 1024
+"""Longest name an NFS client gives itself (RFC 8881 §3.3.10: NFS4_OPAQUE_LIMIT)."""
+NFS_VERIFIER_BYTES: Final = 8
+
 REGISTRANTS_MAX: Final = 1024
 """Hosts registered with one block device: each costs a row of the report, which must fit one NVMe transfer."""
 
@@ -390,6 +395,37 @@ class ReservationChanged:
     told: bytes = blob(17 * REGISTRANTS_MAX)
 
 
+@event(30)
+class NfsClientRecorded:
+    """A client of an NFS server may hold opens and locks from now on, and claim them again after a restart of it.
+
+    ``owner`` is the name the client gives itself, ``verifier`` which of its starts it is (RFC 8881 §8.4.2.1).
+    """
+
+    capsule: bytes = identifier()
+    server: str = text(NFS_SERVER_CHARACTERS_MAX)
+    owner: bytes = blob(NFS_OWNER_BYTES_MAX)
+    verifier: bytes = blob(NFS_VERIFIER_BYTES)
+
+
+@event(31)
+class NfsClientForgotten:
+    """A client of an NFS server holds nothing any more: what it held may have been given to others."""
+
+    capsule: bytes = identifier()
+    server: str = text(NFS_SERVER_CHARACTERS_MAX)
+    owner: bytes = blob(NFS_OWNER_BYTES_MAX)
+
+
+@event(32)
+class NfsServerStarted:
+    """An NFS server has started for the ``epoch``-th time: what it gives out is told from what it gave before."""
+
+    capsule: bytes = identifier()
+    server: str = text(NFS_SERVER_CHARACTERS_MAX)
+    epoch: int = u32()
+
+
 Event = (
     StoreInitialised
     | CapsuleCreated
@@ -420,4 +456,7 @@ Event = (
     | CommandRefused
     | RegistrantsChanged
     | ReservationChanged
+    | NfsClientRecorded
+    | NfsClientForgotten
+    | NfsServerStarted
 )

@@ -26,6 +26,7 @@ from space.statemachine.tables import (
     KEY,
     MEMBER,
     NAMESPACE,
+    NFS_CLIENT,
     ORPHAN,
     POLICY,
     POLICY_BY_HASH,
@@ -470,6 +471,38 @@ def _reservation(state: Overlay, context: Context, link: bytes, event: reservati
     state.put(RESERVATION, event.capsule, reservations.fold(before, event, context.position).encode())
 
 
+def nfs_server_key(server: str) -> bytes:
+    """What the keys of an NFS server's clients in NFS_CLIENT begin with."""
+    return blake3(server.encode()).digest(16)
+
+
+def nfs_client_key(server: str, owner: bytes) -> bytes:
+    """Key of a client of an NFS server in NFS_CLIENT."""
+    return nfs_server_key(server) + blake3(owner).digest(16)
+
+
+def nfs_epoch_counter(server: str) -> bytes:
+    """Name of the counter of an NFS server's starts."""
+    return b"nfs" + nfs_server_key(server)
+
+
+def _nfs_client_recorded(state: Overlay, context: Context, link: bytes, event: ev.NfsClientRecorded) -> None:
+    state.edit(event.capsule).link = link
+    state.put(NFS_CLIENT, nfs_client_key(event.server, event.owner), event.verifier + event.owner)
+
+
+def _nfs_client_forgotten(
+    state: Overlay, context: Context, link: bytes, event: ev.NfsClientForgotten
+) -> None:
+    state.edit(event.capsule).link = link
+    state.delete(NFS_CLIENT, nfs_client_key(event.server, event.owner))
+
+
+def _nfs_server_started(state: Overlay, context: Context, link: bytes, event: ev.NfsServerStarted) -> None:
+    state.edit(event.capsule).link = link
+    state.put(COUNTER, nfs_epoch_counter(event.server), U64.pack(event.epoch))
+
+
 HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.StoreInitialised: _store_initialised,
     ev.CapsuleCreated: _created,
@@ -500,4 +533,7 @@ HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.NamespaceAssigned: _namespace_assigned,
     ev.RegistrantsChanged: _reservation,
     ev.ReservationChanged: _reservation,
+    ev.NfsClientRecorded: _nfs_client_recorded,
+    ev.NfsClientForgotten: _nfs_client_forgotten,
+    ev.NfsServerStarted: _nfs_server_started,
 }

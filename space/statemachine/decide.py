@@ -33,6 +33,8 @@ from space.statemachine.apply import (
     manifest_nodes,
     namespace_counter,
     namespace_key,
+    nfs_client_key,
+    nfs_epoch_counter,
     policy_hash,
     tree_nodes,
 )
@@ -41,6 +43,7 @@ from space.statemachine.tables import (
     ENTRY,
     KEY,
     NAMESPACE,
+    NFS_CLIENT,
     POLICY_BY_HASH,
     RECLAIMED,
     RESERVATION,
@@ -792,6 +795,40 @@ def _together(state: Overlay, command: cmd.Together, payload: PayloadPlacer) -> 
     return events
 
 
+def _not_an_nfs_server(server: str) -> Rejected | None:
+    if 0 < len(server) <= ev.NFS_SERVER_CHARACTERS_MAX:
+        return None
+    return Rejected(Status.INVALID, f"not the name of an NFS server: {server[:NAME_BYTES_MAX]!r}")
+
+
+def _record_nfs_client(state: Overlay, command: cmd.RecordNfsClient, payload: PayloadPlacer) -> Decision:
+    if refused := _not_an_nfs_server(command.server):
+        return refused
+    owner, verifier = bytes(command.owner), bytes(command.verifier)
+    if len(owner) > ev.NFS_OWNER_BYTES_MAX or len(verifier) != ev.NFS_VERIFIER_BYTES:
+        return Rejected(Status.INVALID, f"not an NFS client: names of {len(owner)} and {len(verifier)} bytes")
+    if state.get(NFS_CLIENT, nfs_client_key(command.server, owner)) == verifier + owner:
+        return []
+    return [ev.NfsClientRecorded(bytes(ROOT), command.server, owner, verifier)]
+
+
+def _forget_nfs_client(state: Overlay, command: cmd.ForgetNfsClient, payload: PayloadPlacer) -> Decision:
+    if refused := _not_an_nfs_server(command.server):
+        return refused
+    if state.get(NFS_CLIENT, nfs_client_key(command.server, command.owner)) is None:
+        return []
+    return [ev.NfsClientForgotten(bytes(ROOT), command.server, bytes(command.owner))]
+
+
+def _start_nfs_server(state: Overlay, command: cmd.StartNfsServer, payload: PayloadPlacer) -> Decision:
+    if refused := _not_an_nfs_server(command.server):
+        return refused
+    epoch = state.counter(nfs_epoch_counter(command.server)) + 1
+    if epoch > U32_MAX:
+        return Rejected(Status.NO_SPACE, f"NFS server {command.server} has started too often")
+    return [ev.NfsServerStarted(bytes(ROOT), command.server, epoch)]
+
+
 _RULES: Final[dict[type[Any], Rule]] = {
     cmd.Together: _together,
     cmd.InitialiseStore: _initialise,
@@ -819,4 +856,7 @@ _RULES: Final[dict[type[Any], Rule]] = {
     cmd.RegisterReservation: _reserve,
     cmd.AcquireReservation: _reserve,
     cmd.ReleaseReservation: _reserve,
+    cmd.RecordNfsClient: _record_nfs_client,
+    cmd.ForgetNfsClient: _forget_nfs_client,
+    cmd.StartNfsServer: _start_nfs_server,
 }

@@ -35,6 +35,9 @@ COUNTER: Final = 11  # name → u64
 MEMBER: Final = 12  # node id (u64) → canonical msgpack [role, address]
 NAMESPACE: Final = 13  # BLAKE3 of an NVMe subsystem's name, 16 bytes, + namespace id → number (u32)
 RESERVATION: Final = 14  # capsule id → space.statemachine.reservations.State
+NFS_CLIENT: Final = (
+    15  # BLAKE3 of an NFS server's name, 16 bytes, + BLAKE3 of a client's, 16 bytes → verifier + name
+)
 
 TABLES: Final = {
     CAPSULE: "capsule",
@@ -51,6 +54,7 @@ TABLES: Final = {
     MEMBER: "member",
     NAMESPACE: "namespace",
     RESERVATION: "reservation",
+    NFS_CLIENT: "nfs_client",
 }
 
 U32: Final = struct.Struct(">I")

@@ -56,6 +56,9 @@ _BY_NAME: Final[Mapping[str, st.SearchStrategy[Any]]] = {
     "status": st.sampled_from(["EXISTS", "NOT_FOUND"])
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=32),
     "message": st.text(st.characters(exclude_categories=["Cs"]), max_size=200),
+    "server": st.sampled_from(["a", "b"]) | st.text(st.characters(exclude_categories=["Cs"]), max_size=255),
+    "owner": st.sampled_from([b"x", b"y"]) | st.binary(max_size=1024),
+    "verifier": st.binary(min_size=8, max_size=8) | st.binary(max_size=8),
     "atime": st.none() | st.integers(-(2**63), 2**63 - 1),
     "mtime": st.none() | st.integers(-(2**63), 2**63 - 1),
     "snapshot": st.sampled_from(["s", "t"]) | st.text(st.characters(exclude_categories=["Cs"]), max_size=255),

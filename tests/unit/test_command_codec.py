@@ -47,6 +47,9 @@ SAMPLES: list[cmd.Command] = [
     cmd.AssignNamespace("nqn.2014-08.org.example:store", A),
     cmd.RegisterReservation(A, B, 2, 2**64 - 1, 1, ignore=True),
     cmd.AcquireReservation(A, B, 1, 3, 1, 2),
+    cmd.RecordNfsClient("space:a", b"client", b"verifier"),
+    cmd.ForgetNfsClient("space:a", b"client"),
+    cmd.StartNfsServer("space:a"),
     cmd.ReleaseReservation(A, B, 0, 3, 1),
     cmd.Together(
         [
