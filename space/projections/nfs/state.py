@@ -16,7 +16,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import attrs
 
@@ -25,7 +25,7 @@ from space.projections.nfs import delegations, handles, opens
 from space.projections.nfs.compound import ANONYMOUS, CURRENT, READ_BYPASS, Compound, NfsError, Stateid
 from space.projections.nfs.delegations import Answer, Circumstances, Delegation
 from space.projections.nfs.locks import Range, RangeLocks, TooManyRangesError, Waiters
-from space.projections.nfs.nfs4 import NfsStatus, SequenceFlag, Share, Want, WhyNone
+from space.projections.nfs.nfs4 import DelegationType, NfsStatus, SequenceFlag, Share, Want, WhyNone
 from space.projections.nfs.opens import Mode
 from space.projections.nfs.sessions import Client
 from space.projections.nfs.stateids import H, Held, Stateids
@@ -43,7 +43,7 @@ DELEGATIONS_PER_CLIENT_MAX: Final = 8192
 CONTENDED_MAX: Final = 4096
 """Files remembered because a delegation was recalled a short while ago."""
 
-FileKey = CapsuleId | "Node"
+FileKey: TypeAlias = "CapsuleId | Node"
 LockOwner = tuple[Client, bytes]
 
 
@@ -405,7 +405,7 @@ class State:
         self, client: Client, node: Node, access: Share, want: Want, now: float, *, created: bool = False
     ) -> Delegation | WhyNone | None:
         """Gives a delegation with an open if that is wanted, safe, and worth it; None: none, and nobody asked why."""
-        key = file_key(node)
+        self._check_alive(client)
         file = self._file(node)
         mine = file.delegations.get(client)
         answer: Answer = delegations.decide(
@@ -419,7 +419,7 @@ class State:
                 mine=mine.type if mine else None,
                 reachable=self._service.config.delegations and self._service.callbacks.reachable(client),
                 room=self._delegations_room(client),
-                contended=self._contended.get(key, now) > now,
+                contended=self._contended.get(file_key(node), now) > now,
                 created=created,
                 read_only=node.export.read_only or node.export.files.read_only,
             ),
@@ -427,10 +427,11 @@ class State:
         if isinstance(answer, WhyNone):
             self._leave(file)
             return None if want == Want.NO_PREFERENCE else answer
-        return self.delegate(client, node, write=answer == delegations.DelegationType.WRITE)
+        return self.delegate(client, node, write=answer == DelegationType.WRITE)
 
     def delegate(self, client: Client, node: Node, *, write: bool) -> Delegation:
         """Gives a delegation, or what the client has of it already."""
+        self._check_alive(client)
         file = self._file(node)
         given = file.delegations.get(client)
         if given is None:
@@ -539,10 +540,17 @@ class State:
 
     def _leave(self, file: File) -> None:
         """Forgets a file nobody holds anything on."""
-        if not file.opens and not file.delegations and self._files.pop(file_key(file.node), None):
+        if not file.opens and not file.delegations and file_key(file.node) in self._files:
+            del self._files[file_key(file.node)]
             file.node.export.files.drop(file.node.id)
 
+    def _check_alive(self, client: Client) -> None:
+        """A client that was forgotten while its request was at work holds nothing any more, and gets nothing."""
+        if self._service.clients.get(client.id) is not client:
+            raise NfsError(NfsStatus.STALE_CLIENTID)
+
     def _check_room(self, client: Client) -> None:
+        self._check_alive(client)
         holdings = self._clients.get(client)
         if holdings is not None and len(holdings.held) >= HELD_PER_CLIENT_MAX:
             raise NfsError(NfsStatus.DELAY)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import attrs
 
 from space._errors import ConflictError, NotFoundError, Status
 from space.events.types import Kind
 from space.projections.nfs import access, attributes, files
+from space.projections.nfs.attributes import Settable
 from space.projections.nfs.compound import INVALID, Compound, NfsError, Operation, Stateid
 from space.projections.nfs.delegations import Delegation, write_answer
 from space.projections.nfs.exports import Node
@@ -36,12 +37,6 @@ from space.projections.nfs.state import Lock, LockOwner, Open, client_of
 from space.projections.nfs.stateids import H
 from space.projections.nfs.xdr import Reader, Writer, XdrError
 from space.projections.vfs import AttributeChange, Attributes
-
-if TYPE_CHECKING:
-    from space.projections.nfs.attributes import Settable
-
-NAME_BYTES_READ_MAX: Final = 4096
-"""A longer name breaks the request; one up to here is refused as what it is."""
 
 CREATE_TRIES: Final = 3
 """Looks at a name that comes and goes while it is opened or created; more than that is somebody's game."""
@@ -88,7 +83,7 @@ def _want(word: int) -> Want:
 @attrs.frozen
 class _Create:
     mode: CreateMode
-    settable: Settable | None
+    settable: Settable
     verifier: bytes | None
 
     @property
@@ -137,7 +132,7 @@ def _open_request(ctx: Compound, args: Reader) -> _OpenRequest:
     if claim in {Claim.DELEGATE_CUR, Claim.DELEG_CUR_FH}:
         stateid = read_stateid(args)
     if claim in {Claim.NULL, Claim.DELEGATE_CUR, Claim.DELEGATE_PREV}:
-        name = args.opaque(NAME_BYTES_READ_MAX)
+        name = files.component(args)
     return _OpenRequest(mode, want, owner, create, claim, name, stateid, delegation)
 
 
@@ -187,8 +182,8 @@ async def open_(ctx: Compound, args: Reader, out: Writer) -> int:
         )
     ctx.current, ctx.stateid = target.node, opened.stateid
     write_stateid(out, opened.stateid)
-    after = target.directory.export.files.attributes(target.directory.id).change if target.directory else 0
-    files.change_info(out, True, target.before, after)
+    after = files.look(target.directory).change if target.directory else 0
+    files.change_info(out, atomic=True, before=target.before, after=after)
     out.u32(OpenResult.LOCKTYPE_POSIX | OpenResult.MAY_NOTIFY_LOCK)
     out.bitmap(target.attributes_set)
     write_answer(out, answer)
@@ -220,9 +215,8 @@ def _check_grace(ctx: Compound, *, reclaim: bool) -> None:
 async def _target(ctx: Compound, request: _OpenRequest) -> _Target:
     node = ctx.node()
     if request.claim not in {Claim.NULL, Claim.DELEGATE_CUR}:
-        return _Target(node, node.export.files.attributes(node.id))
-    files.check_name(request.name)
-    above = node.export.files.attributes(node.id)
+        return _Target(node, files.look(node))
+    above = files.look(node)
     if above.kind != Kind.DIRECTORY:
         raise NfsError(NfsStatus.SYMLINK if above.kind == Kind.SYMLINK else NfsStatus.NOTDIR)
     access.require(ctx, above, access.EXECUTE)
@@ -248,9 +242,13 @@ async def _create(ctx: Compound, directory: Node, above: Attributes, name: bytes
                 raise
             continue
         node = Node(directory.export, made.id)
-        done = how.settable.bitmap if how.settable else 0
         return _Target(
-            node, made, created=True, attributes_set=done, directory=directory, before=above.change
+            node,
+            made,
+            created=True,
+            attributes_set=how.settable.bitmap,
+            directory=directory,
+            before=above.change,
         )
     raise NfsError(NfsStatus.DELAY)
 
@@ -264,7 +262,7 @@ def _look(directory: Node, name: bytes) -> Attributes | None:
 
 def _cuts(how: _Create) -> bool:
     """Of an existing file UNCHECKED sets nothing but the size, and that only to zero (§18.16.3)."""
-    return how.settable is not None and how.settable.change.size == 0
+    return how.settable.change.size == 0
 
 
 def _truncates(request: _OpenRequest) -> bool:
@@ -431,7 +429,7 @@ def lockt(ctx: Compound, args: Reader, out: Writer) -> int:
     node, client = ctx.node(), client_of(ctx)
     wanted = _range(_lock_type(args), args.u64(), args.u64())
     owner = client, _owner(args)
-    _check_kind(node.export.files.attributes(node.id))
+    _check_kind(files.look(node))
     _check_grace(ctx, reclaim=False)
     conflict = ctx.service.state.lock_conflict(node, owner, wanted, ctx.now)
     return _denied(out, conflict) if conflict else NfsStatus.OK
@@ -484,7 +482,7 @@ def want_delegation(ctx: Compound, args: Reader, out: Writer) -> int:
     claimed = _delegation_type(args) if number == Claim.PREVIOUS else DelegationType.NONE
     want = _want(word)
     node, state, client = ctx.node(), ctx.service.state, client_of(ctx)
-    found = node.export.files.attributes(node.id)
+    found = files.look(node)
     _check_kind(found)
     if number == Claim.DELEG_PREV_FH:
         raise NfsError(NfsStatus.NOTSUPP)
