@@ -52,6 +52,7 @@ from space.statemachine.store import Applied
 from space.statemachine.tables import Reader
 from space.wal.log import Log
 from space.wal.raft_state import Configuration, RaftState, RaftStateFile
+from space.wal.segment_writer import gather
 
 if TYPE_CHECKING:
     from space_raft_engine import Entry as RaftEntry
@@ -640,10 +641,11 @@ class Replica:
                 self._root.reader = None
         if batch.entries:
             metadata = batch.metadata()
-            size = len(metadata) + sum(map(len, batch.payload))
+            payload = gather(batch.payload)  # once, for the log and every follower
+            size = len(metadata) + sum(map(len, payload))
             index = self.driver.propose([size])
             assert index == position
-            item = Item(index, self.driver.term, time_ns, metadata, batch.payload, size, prepared=batch)
+            item = Item(index, self.driver.term, time_ns, metadata, payload, size, prepared=batch)
             self._remember(item)
             self._chain.append(item)
             self._under_way += item.cost

@@ -55,6 +55,7 @@ class Prepared:
         payload: buffers of the payload area, in order.
         overlay: the state's rows after the batch.
         taken: how many of the requests were decided; the rest did not fit.
+        receipt: what all those get whose commands are carried out here.
         encoded: the entries' bytes.
     """
 
@@ -65,6 +66,7 @@ class Prepared:
     payload: list[Buffer]
     overlay: Overlay
     taken: int
+    receipt: Receipt
     events: int = 0
     metadata_bytes: int = 0
     encoded: list[bytes] = attrs.field(factory=list)
@@ -95,7 +97,7 @@ def prepare(state: Reader | Overlay, requests: Sequence[Request], *, position: i
     """
     overlay = Overlay(state)
     payload = PayloadPlacer()
-    batch = Prepared(position, time_ns, [], [], payload.buffers, overlay, 0)
+    batch = Prepared(position, time_ns, [], [], payload.buffers, overlay, 0, Receipt(position))
     for request in requests[:COMMANDS_MAX]:
         if batch.taken and (payload.length >= PAYLOAD_BYTES_MAX or batch.events >= EVENTS_MAX // 2):
             break
@@ -143,7 +145,7 @@ def _one(batch: Prepared, request: Request, payload: PayloadPlacer) -> Receipt |
     replies.keep(overlay, request.client, request.sequence, batch.position)
     actor = request.actor[:ACTOR_CHARACTERS_MAX]
     batch.add(Entry(request.client, request.sequence, batch.time_ns, actor, tuple(linked)), rows)
-    return Receipt(batch.position)
+    return batch.receipt
 
 
 def _fits(batch: Prepared, encoded: list[bytes]) -> bool:
