@@ -46,7 +46,7 @@ class Identity:
 
 def identity(ctx: Compound, export: Export) -> Identity:
     """Who calls, as the export counts it."""
-    return _identity(ctx.credentials, export.squash, ctx.connection.address)
+    return _identity(ctx.credentials, export.squash, ctx.connection.host)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -74,14 +74,14 @@ def admit(ctx: Compound, node: Node) -> Node:
     Raises:
         NfsError: ACCESS: it may not.
     """
-    if node.export.rule(ctx.connection.address) is None:
+    if node.export.rule(ctx.connection.host) is None:
         raise NfsError(NfsStatus.ACCESS)
     return node
 
 
 def read_only(ctx: Compound, export: Export) -> bool:
     """Whether this client cannot change anything there."""
-    rule = export.rule(ctx.connection.address)
+    rule = export.rule(ctx.connection.host)
     return export.read_only or export.files.read_only or rule is None or rule.read_only
 
 
@@ -122,13 +122,13 @@ def require(ctx: Compound, found: Attributes, bits: int, *, owner: bool = False)
         raise NfsError(NfsStatus.ACCESS)
 
 
-def require_readable(ctx: Compound, found: Attributes) -> None:
-    """The caller may read the bytes: also who may only execute them, for the client reads to execute.
+def require_readable(ctx: Compound, node: Node, found: Attributes) -> None:
+    """The caller may read a file's bytes: also who may only execute them, for the client reads to execute.
 
     Raises:
         NfsError: ACCESS: it may not.
     """
-    who = identity(ctx, ctx.node().export)
+    who = identity(ctx, node.export)
     if not granted(who, found) & (READ | EXECUTE) and who.uid != found.uid:
         raise NfsError(NfsStatus.ACCESS)
 
@@ -148,6 +148,8 @@ def require_removable(ctx: Compound, directory: Attributes, victim: Attributes) 
 def permitted_change(ctx: Compound, found: Attributes, change: AttributeChange) -> AttributeChange:
     """The change as far as POSIX has it: set-group-id is lost where the caller is not of the group.
 
+    Whether the size may be set depends on how the file was opened, and is not asked here.
+
     Raises:
         NfsError: PERM: only the owner, or only the superuser, may do that; ACCESS: the mode forbids it.
     """
@@ -157,8 +159,6 @@ def permitted_change(ctx: Compound, found: Attributes, change: AttributeChange) 
     is_owner = who.uid == found.uid
     _check_owner(who, found, change, is_owner=is_owner)
     _check_times(who, found, change, is_owner=is_owner)
-    if change.size is not None:
-        require(ctx, found, WRITE, owner=True)
     group = found.gid if change.gid is None else change.gid
     if change.mode is not None and found.kind != Kind.DIRECTORY and group not in who.groups:
         return attrs.evolve(change, mode=change.mode & ~modes.S_ISGID)

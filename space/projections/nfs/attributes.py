@@ -212,7 +212,9 @@ class _Plan:
 @functools.lru_cache(maxsize=512)  # clients use a dozen; a client that tries all of them gains nothing
 def _plan(bitmap: int, minor: int) -> _Plan:
     wanted = bitmap & READABLE & SUPPORTED[minor]
-    return _Plan(_bitmap(wanted), tuple(field for number, field in sorted(_FIELDS.items()) if wanted >> number & 1))
+    return _Plan(
+        _bitmap(wanted), tuple(field for number, field in sorted(_FIELDS.items()) if wanted >> number & 1)
+    )
 
 
 def encode(ctx: Compound, node: Node, found: Attributes, bitmap: int, out: Writer) -> None:

@@ -28,7 +28,6 @@ from space.projections.vfs import (
     AttributeChange,
     Attributes,
     Caller,
-
     Entries,
     FileSystem,
     Listed,
@@ -74,7 +73,9 @@ def parse_rule(text: str) -> Rule:
     try:
         network = ipaddress.ip_network(address.strip("[]"), strict=False)
     except ValueError:
-        raise UsageError(f"not a network: {text!r}", hint="write ADDRESS/BITS, and :ro to let it only read") from None
+        raise UsageError(
+            f"not a network: {text!r}", hint="write ADDRESS/BITS, and :ro to let it only read"
+        ) from None
     return Rule(network, read_only=mode == "ro")
 
 
@@ -164,7 +165,9 @@ class Exports:
             self._numbers = {exports[0].number: exports[0]}
             exports[0].key = key
             return
-        pseudo = Export(PSEUDO_NUMBER, (), _PseudoFiles([each.path for each in exports], time_ns), read_only=True)
+        pseudo = Export(
+            PSEUDO_NUMBER, (), _PseudoFiles([each.path for each in exports], time_ns), read_only=True
+        )
         self.root = pseudo.root
         self._numbers = {PSEUDO_NUMBER: pseudo} | {each.number: each for each in exports}
         if len(self._numbers) <= len(exports):
@@ -199,7 +202,9 @@ class Exports:
 
 def _place(path: Sequence[bytes]) -> CapsuleId:
     """The node of a directory of the pseudo file system: its path decides it, so that handles outlive a restart."""
-    return CapsuleId(blake3(b"/".join(path), derive_key_context="space nfs pseudo directory v1").digest(ID_BYTES))
+    return CapsuleId(
+        blake3(b"/".join(path), derive_key_context="space nfs pseudo directory v1").digest(ID_BYTES)
+    )
 
 
 _REFUSED: Final = "the directories above exports are read-only"
@@ -290,7 +295,9 @@ class _PseudoFiles:
     async def commit(self, node: CapsuleId) -> None:
         """Nothing ever changes."""
 
-    async def create(self, directory: CapsuleId, name: bytes, kind: Kind, caller: Caller, **_: object) -> Attributes:
+    async def create(
+        self, directory: CapsuleId, name: bytes, kind: Kind, caller: Caller, **_: object
+    ) -> Attributes:
         raise RefusedError(_REFUSED)
 
     async def link(self, node: CapsuleId, directory: CapsuleId, name: bytes, caller: Caller) -> Attributes:

@@ -23,9 +23,16 @@ from space.events.types import Kind
 from space.projections.nfs import access, attributes, handles
 from space.projections.nfs.access import EXECUTE, READ, WRITE
 from space.projections.nfs.attributes import Settable
-from space.projections.nfs.compound import Compound, NfsError, Operation
+from space.projections.nfs.compound import Compound, NfsError, Operation, Stateid
 from space.projections.nfs.exports import Node
-from space.projections.nfs.nfs4 import FILE_HANDLE_BYTES_MAX, VERIFIER_BYTES, FileType, NfsStatus, Op
+from space.projections.nfs.nfs4 import (
+    FILE_HANDLE_BYTES_MAX,
+    OTHER_BYTES,
+    VERIFIER_BYTES,
+    FileType,
+    NfsStatus,
+    Op,
+)
 from space.projections.nfs.status import status_of
 from space.projections.nfs.xdr import Reader, Writer, XdrError
 from space.projections.vfs import NOTHING, AttributeChange, Attributes, Listed
@@ -78,6 +85,11 @@ def check_name(name: bytes) -> bytes:
     if b"/" in name or b"\0" in name:
         raise NfsError(NfsStatus.BADCHAR)
     return name
+
+
+def read_stateid(args: Reader) -> Stateid:
+    """A stateid4 off a request."""
+    return Stateid(args.u32(), args.fixed(OTHER_BYTES))
 
 
 def component(args: Reader) -> bytes:
@@ -382,7 +394,7 @@ def _saying_what_was_set(
 
 @_saying_what_was_set
 async def _setattr(ctx: Compound, args: Reader, out: Writer) -> int:
-    stateid = ctx.service.state.read_stateid(args)
+    stateid = read_stateid(args)
     settable = attributes.decode_settable(ctx, args, creating=False)
     node = ctx.node()
     found = look(node)
@@ -391,7 +403,8 @@ async def _setattr(ctx: Compound, args: Reader, out: Writer) -> int:
     if change.size is not None:
         if found.kind != Kind.FILE:
             raise NfsError(NfsStatus.ISDIR if found.kind == Kind.DIRECTORY else NfsStatus.INVAL)
-        ctx.service.state.check_io(ctx, node, stateid, write=True)
+        if not ctx.service.state.check_io(ctx, node, stateid, write=True):
+            access.require(ctx, found, WRITE, owner=True)
     if change != NOTHING:
         ctx.service.state.before_change(ctx, node)
         await node.export.files.set_attributes(node.id, change, access.caller(ctx))
@@ -554,7 +567,7 @@ class _Page:
         ctx, found = self._ctx, entry.attributes
         inner = Node(node.export, found.id)
         entered = ctx.service.exports.entered(inner)
-        if entered is not inner and entered.export.rule(ctx.connection.address):
+        if entered is not inner and entered.export.rule(ctx.connection.host):
             inner = entered
             try:
                 found = look(inner)
@@ -628,7 +641,9 @@ def _xattr_change(ctx: Compound) -> tuple[Node, Attributes]:
     found = look(node)
     access.writable(ctx, node)
     if found.kind not in (Kind.FILE, Kind.DIRECTORY):
-        raise NfsError(NfsStatus.PERM)  # as on Linux: the permissions of others say nothing of their owner's wish
+        raise NfsError(
+            NfsStatus.PERM
+        )  # as on Linux: the permissions of others say nothing of their owner's wish
     access.require(ctx, found, WRITE)
     ctx.service.state.before_change(ctx, node)
     return node, found
@@ -638,26 +653,22 @@ def _listxattrs(ctx: Compound, args: Reader, out: Writer) -> int:
     cookie, limit = args.u64(), args.u32()
     node = ctx.node()
     access.require(ctx, look(node), READ)
-    begin = out.mark()
-    last_at = out.mark()
-    out.u64(cookie)
-    count_at = out.reserve()
-    limit = min(limit, ctx.room(out)) - 4
-    listed, complete = 0, True
-    for number, name in _xattr_order(node):
-        if number > cookie:
-            before = out.mark()
-            out.opaque(name)
-            if out.since(begin) > limit:
-                out.truncate(before)
-                complete = False
-                break
-            listed, last = listed + 1, number
-            out.fill_u64(last_at, last)
-    if not (listed or complete):
+    limit = min(limit, ctx.room(out)) - 16  # the cookie, the number of names, and whether this is the end
+    names: list[bytes] = []
+    left = [each for each in _xattr_order(node) if each[0] > cookie]
+    for number, name in left:
+        limit -= 4 + len(name) + (-len(name) & 3)
+        if limit < 0:
+            break
+        names.append(name)
+        cookie = number
+    if limit < 0 and not names:
         raise NfsError(NfsStatus.TOOSMALL)
-    out.fill(count_at, listed)
-    out.boolean(complete)
+    out.u64(cookie)
+    out.u32(len(names))
+    for name in names:
+        out.opaque(name)
+    out.boolean(len(names) == len(left))
     return _OK
 
 

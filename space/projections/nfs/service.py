@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Final, Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from typing import Any, Final, Protocol
 
 import attrs
 
@@ -79,11 +79,13 @@ class Config:
 
 @attrs.define(eq=False)
 class Shell:
-    """What the service needs of the loop around it: chance, waiting, and durability shared among those who wait."""
+    """What the service needs of the loop around it: chance, waiting, durability shared among those who wait, and
+    something to go on while a request is answered already (``spawn``)."""
 
     random: Callable[[int], bytes]
     event: Callable[[], Event]
     barrier: Callable[[Iterable[Syncable]], Awaitable[None]]
+    spawn: Callable[[Coroutine[Any, Any, None]], object]
 
 
 class Service:
@@ -124,6 +126,7 @@ class Service:
             self.operations.update(module.OPERATIONS)
         self.callbacks = Callbacks(self)
         self.state = State(self)
+        self.copies = data.Copies(self)
 
     def in_grace(self, now: float) -> bool:
         """Whether state of before the restart may be claimed, and nothing new be given that could conflict with it."""
