@@ -233,7 +233,12 @@ class Callbacks:
         out = Writer()
         out.raw(
             rpc.call(
-                sent.xid, session.program, CALLBACK_VERSION, _CB_COMPOUND, flavor=session.flavor, machine=b"space"
+                sent.xid,
+                session.program,
+                CALLBACK_VERSION,
+                _CB_COMPOUND,
+                flavor=session.flavor,
+                machine=b"space",
             )
         )
         out.opaque(TAG)

@@ -111,8 +111,26 @@ A raised NfsError, SpaceError or XdrError takes back everything it wrote."""
 
 CHANGING: Final = frozenset(
     {
-        *(Op.CLOSE, Op.CREATE, Op.DELEGRETURN, Op.LINK, Op.LOCK, Op.LOCKU, Op.OPEN, Op.OPEN_DOWNGRADE, Op.REMOVE),
-        *(Op.RENAME, Op.SETATTR, Op.WRITE, Op.CREATE_SESSION, Op.EXCHANGE_ID, Op.FREE_STATEID, Op.WANT_DELEGATION),
+        *(
+            Op.CLOSE,
+            Op.CREATE,
+            Op.DELEGRETURN,
+            Op.LINK,
+            Op.LOCK,
+            Op.LOCKU,
+            Op.OPEN,
+            Op.OPEN_DOWNGRADE,
+            Op.REMOVE,
+        ),
+        *(
+            Op.RENAME,
+            Op.SETATTR,
+            Op.WRITE,
+            Op.CREATE_SESSION,
+            Op.EXCHANGE_ID,
+            Op.FREE_STATEID,
+            Op.WANT_DELEGATION,
+        ),
         *(Op.ALLOCATE, Op.COPY, Op.DEALLOCATE, Op.CLONE, Op.SETXATTR, Op.REMOVEXATTR),
     }
 )
@@ -164,7 +182,11 @@ async def run(ctx: Compound, args: Reader) -> list[Bytes]:
 async def _operations(ctx: Compound, args: Reader, out: Writer) -> int:
     """Runs operations until one fails; ``ctx.index`` is how many have results then."""
     operations = ctx.service.operations
-    place = out.mark(), out.mark(), 0  # of the last result: its status, what follows that, and how many there are
+    place = (
+        out.mark(),
+        out.mark(),
+        0,
+    )  # of the last result: its status, what follows that, and how many there are
     promise = None  # the first result that promises something stable
     status: int = NfsStatus.OK
     for index in range(ctx.operations):

@@ -75,6 +75,11 @@ class Records:
         """Whether a record has begun and not ended."""
         return bool(self._missing or self._record or self._header or self._at < len(self._data))
 
+    @property
+    def held(self) -> int:
+        """Bytes kept of an incomplete record."""
+        return len(self._record or b"")
+
     def next(self) -> Bytes | None:
         """The next record, or None until more bytes arrive.
 

@@ -80,7 +80,8 @@ class Config:
 @attrs.define(eq=False)
 class Shell:
     """What the service needs of the loop around it: chance, waiting, durability shared among those who wait, and
-    something to go on while a request is answered already (``spawn``)."""
+    something to go on while a request is answered already (``spawn``).
+    """
 
     random: Callable[[int], bytes]
     event: Callable[[], Event]
