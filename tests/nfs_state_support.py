@@ -96,7 +96,8 @@ class World:
     export: Export = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.export = Export(1, (), cast("Any", self.files), key=bytes(32))
+        self.export = Export(1, (), cast("Any", self.files))
+        self.export.key = bytes(32)
 
     @property
     def state(self) -> State:

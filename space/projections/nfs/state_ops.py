@@ -113,8 +113,9 @@ def _create_how(ctx: Compound, args: Reader) -> _Create | None:
         raise XdrError(f"no way to create: {number}")
     mode = CreateMode(number)
     verifier = args.fixed(VERIFIER_BYTES) if mode >= CreateMode.EXCLUSIVE else None
-    settable = attributes.decode_settable(ctx, args, creating=True) if mode != CreateMode.EXCLUSIVE else None
-    return _Create(mode, settable, verifier)
+    if mode == CreateMode.EXCLUSIVE:
+        return _Create(mode, Settable(), verifier)
+    return _Create(mode, attributes.decode_settable(ctx, args, creating=True), verifier)
 
 
 def _open_request(ctx: Compound, args: Reader) -> _OpenRequest:
