@@ -91,10 +91,25 @@ def _decode(row: Any, attachments: Sequence[Buffer]) -> Request:
     if type(fields) is not list or len(fields) != len(readers):
         raise ValueError(f"fields of {name}")
     if made is cmd.WriteExtent:
-        frames = [_frame(each, attachments) for each in fields[3]]
-        fields = [*fields[:3], frames, *fields[4:]]
+        return Request(_write(fields, attachments), actor, client, sequence)
     values = [read(value) for read, value in zip(readers, fields, strict=True)]
     return Request(made(*values), actor, client, sequence)
+
+
+def _write(fields: list[Any], attachments: Sequence[Buffer]) -> cmd.WriteExtent:
+    """What nearly all requests are, in a third of the time of the general way."""
+    capsule, offset, length, frames, change, reserved = fields
+    if not (
+        type(capsule) is bytes
+        and type(offset) is int
+        and type(length) is int
+        and type(frames) is list
+        and (change is None or type(change) is int)
+        and (reserved is None or type(reserved) is int)
+    ):
+        raise TypeError("fields of WriteExtent")
+    stored = [_frame(each, attachments) for each in frames]
+    return cmd.WriteExtent(capsule, offset, length, stored, change, reserved)
 
 
 def _frame(row: Any, attachments: Sequence[Buffer]) -> StoredFrame:

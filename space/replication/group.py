@@ -52,7 +52,7 @@ Outcome = Receipt | SpaceError
 
 @attrs.define(eq=False)
 class _Lane:
-    """A client id with the sequences of it that have no outcome yet."""
+    """A client id with the runs of its sequences that have no outcome yet, each by its first."""
 
     client: bytes
     next: int = 1
@@ -71,7 +71,10 @@ class _Lanes:
         self._lanes: list[_Lane] = []
 
     def sign(self, requests: Sequence[Request]) -> tuple[list[Request], list[tuple[_Lane, int]]]:
-        """The requests with a client id and sequence each; those that have one keep it."""
+        """The requests with a client id and sequence each; those that have one keep it.
+
+        Also the runs of sequences they take, each by its first: they have their outcomes at the same time.
+        """
         signed, taken = [], []
         lane, room = self._roomy(), 0
         for request in requests:
@@ -81,12 +84,11 @@ class _Lanes:
             if room < 1:
                 lane = self._roomy()
                 room = lane.room()
+                lane.open[lane.next] = None
+                taken.append((lane, lane.next))
             room -= 1
-            sequence = lane.next
+            signed.append(Request(request.command, request.actor, lane.client, lane.next))
             lane.next += 1
-            lane.open[sequence] = None
-            taken.append((lane, sequence))
-            signed.append(Request(request.command, request.actor, lane.client, sequence))
         return signed, taken
 
     def _roomy(self) -> _Lane:
@@ -103,7 +105,7 @@ class _Lanes:
 
     @staticmethod
     def release(taken: list[tuple[_Lane, int]]) -> None:
-        """These sequences have their outcome."""
+        """These runs of sequences have their outcomes."""
         for lane, sequence in taken:
             lane.open.pop(sequence, None)
 
@@ -238,11 +240,13 @@ class Group:
 
     def _decided(self, call: _Call, outcomes: list[Outcome]) -> None:
         """Outcomes from here or from the leader."""
-        lost = next((each for each in outcomes if isinstance(each, NotLeaderError)), None)
-        if lost is not None:
-            self._retry(call, lost)
-            return
-        position = max((each.position for each in outcomes if isinstance(each, Receipt)), default=0)
+        position = 0
+        for each in outcomes:
+            if isinstance(each, Receipt):
+                position = max(position, each.position)
+            elif isinstance(each, NotLeaderError):
+                self._retry(call, each)
+                return
         if position <= self.replica.machine.applied.position:
             self._finish(call, outcomes)
         else:
@@ -476,11 +480,15 @@ def _outcomes(answer: Any, count: int) -> list[Outcome]:
     if not isinstance(answer, list) or len(answer) != count:
         raise UnavailableError("the leader's answer is malformed", hint="is that node older or newer?")
     outcomes: list[Outcome] = []
+    last, receipt = None, None
     for each in answer:
-        if isinstance(each, dict):
+        if receipt is not None and each == last:  # of the same batch, as most are
+            outcomes.append(receipt)
+        elif isinstance(each, dict):
             outcomes.append(error_of(each))
         elif isinstance(each, list) and len(each) == 2 and type(each[0]) is int:
-            outcomes.append(Receipt(each[0], repeated=bool(each[1])))
+            last, receipt = each, Receipt(each[0], repeated=bool(each[1]))
+            outcomes.append(receipt)
         else:
             raise UnavailableError("the leader's answer is malformed", hint="is that node older or newer?")
     return outcomes

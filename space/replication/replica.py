@@ -654,24 +654,22 @@ class Replica:
 
     def _share(self, tickets: list[Ticket], batch: Prepared) -> None:
         """Gives each ticket its outcomes; those that are complete wait for what they were decided on."""
-        outcomes = iter(batch.outcomes)
+        at = 0
         rest: list[Ticket] = []
         position = self._chain[-1].index if self._chain else 0
         for ticket in tickets:
-            for _ in range(len(ticket.requests) - len(ticket.outcomes)):
-                outcome = next(outcomes, None)
-                if outcome is None:
-                    rest.append(ticket)
-                    break
-                ticket.outcomes.append(outcome)
-                self._queued -= 1
+            outcomes = batch.outcomes[at : at + len(ticket.requests) - len(ticket.outcomes)]
+            at += len(outcomes)
+            ticket.outcomes.extend(outcomes)
+            self._queued -= len(outcomes)
+            if len(ticket.outcomes) < len(ticket.requests):
+                rest.append(ticket)
+            elif position:
+                self._answers.append(_Answer(ticket, position))
+                if ticket.origin:
+                    self._awaited.setdefault(ticket.origin, deque()).append(position)
             else:
-                if position:
-                    self._answers.append(_Answer(ticket, position))
-                    if ticket.origin:
-                        self._awaited.setdefault(ticket.origin, deque()).append(position)
-                else:
-                    self._confirm(ticket)
+                self._confirm(ticket)
         self._queue.extendleft(reversed(rest))
 
     def _confirm(self, ticket: Ticket) -> None:

@@ -50,6 +50,9 @@ ADDRESS_BYTES_MAX: Final = 255
 METHOD_BYTES_MAX: Final = 64
 JOIN_BYTES: Final = 32 << 10
 """Below this one copy is cheaper than one more buffer for everybody on the way."""
+SMALL_BYTES: Final = 2 << 10
+MANY_BYTES: Final = 1 << 20
+"""So it is for many buffers, if they are small on average and the copy is not large."""
 BUFFER_BYTES: Final = 64 << 10
 """A few hundred small frames a read; large pieces are read to where they stay."""
 GROWTH_BYTES: Final = 4 << 20
@@ -367,7 +370,7 @@ def _frame(kind: Kind, head: bytes, attachments: Sequence[Sequence[Buffer]] = ()
         )
     front = head + struct.pack(f"<{len(lengths)}I", *lengths)
     rest = [buffer for buffers in flat for buffer in buffers if buffer]
-    if total <= JOIN_BYTES:
+    if total <= max(JOIN_BYTES, min(MANY_BYTES, len(rest) * SMALL_BYTES)):
         front, rest = b"".join((front, *rest)), []
     crc = crc32c(front)
     for buffer in rest:
