@@ -18,29 +18,45 @@ import stat as modes
 from typing import Final
 
 import attrs
+from blake3 import blake3
 
 from space._errors import ConflictError, NotFoundError, RefusedError, SpaceError, Status, UsageError
+from space._node.listing import COOKIE_MIN, Window, Windows, window
 from space._node.reading import Reading, Stat
 from space._node.store import Store
 from space.events import commands as cmd
-from space.events.commands import Buffer, Durability
-from space.events.ids import CapsuleId
-from space.events.types import Kind
+from space.events.commands import Buffer, Command, Durability, Request
+from space.events.ids import ID_BYTES, CapsuleId
+from space.events.types import COPY_BYTES_MAX, Kind
 from space.projections.vfs import (
     CONTENT_NAME,
+    NOTHING,
+    NOW,
     SYNTHETIC_ROOT,
     AttributeChange,
     Attributes,
     Caller,
+    Entries,
+    Listed,
     Space,
 )
 from space.statemachine.decide import SIZE_MAX
+from space.statemachine.tables import ENTRY
 
 RUN_BYTES_MAX: Final = 1 << 20
 """One extent: a longer run would be cut again."""
 
 RUNS_MAX: Final = 16
 """Files written at once whose runs are held back; with the length above it bounds memory to 16 MiB."""
+
+DIRECT_BYTES: Final = 256 << 10
+"""A write of this length is worth a command of its own, and copying it to be held back is not."""
+
+LISTED_HERE_MAX: Final = 4096
+"""Entries of a directory that are sorted in the loop's thread, in a few milliseconds."""
+
+_UUID_TIME_BYTES: Final = 6
+"""Of a capsule's id: the rest is drawn."""
 
 
 @attrs.define
@@ -72,6 +88,7 @@ class LocalFileSystem:
         self._store = reading if isinstance(reading, Store) and not read_only else None
         self._runs: dict[CapsuleId, _Run] = {}
         self._late: dict[CapsuleId, SpaceError] = {}
+        self._windows = Windows()
         self._root = reading.root if root is None else root
         self._single: CapsuleId | None = None
         kind = reading.stat(self._root).kind
@@ -130,6 +147,39 @@ class LocalFileSystem:
         found = self._reading.entries_stat(directory, after=after, limit=limit)
         return [(name, _attributes(each)) for name, each in found]
 
+    async def listing(self, directory: CapsuleId, *, after: int, limit: int) -> Entries:
+        if directory == SYNTHETIC_ROOT and self._single:
+            content = Listed(COOKIE_MIN, CONTENT_NAME, self.attributes(self._single))
+            return Entries([content] if after < COOKIE_MIN else [], complete=True)
+        found = self._reading.stat(directory)
+        if found.kind != Kind.DIRECTORY:
+            raise ConflictError(f"not a directory: {directory}", status=Status.NOT_DIRECTORY)
+        sorted_ = self._windows.find(directory, found.change, after)
+        if sorted_ is None:
+            here = found.entries <= LISTED_HERE_MAX
+            sorted_ = (
+                self._window(found, after) if here else await asyncio.to_thread(self._window, found, after)
+            )
+            self._windows.keep(directory, sorted_)
+        places, complete = sorted_.page(after, limit)
+        return Entries(self._listed(directory, places), complete)
+
+    def _window(self, directory: Stat, after: int) -> Window:
+        with self._reading._read() as txn:
+            return window(txn, directory.id, directory.change, after)
+
+    def _listed(self, directory: CapsuleId, places: list[tuple[int, bytes]]) -> list[Listed]:
+        """Entries as they are now, without those that have gone."""
+        self._settle_all()
+        listed, reading = [], self._reading
+        with reading._read() as txn:
+            for cookie, name in places:
+                entry = txn.get(ENTRY, directory + name)
+                if entry is not None:
+                    node = CapsuleId(entry[:ID_BYTES])
+                    listed.append(Listed(cookie, name, _attributes(reading._stat(txn, node))))
+        return listed
+
     def hold(self, node: CapsuleId) -> None:
         if self._store:
             self._store.pinned[node] += 1
@@ -146,6 +196,15 @@ class LocalFileSystem:
     def read(self, node: CapsuleId, offset: int, length: int) -> bytes:
         self._settle(node)
         return self._reading.read(node, offset, length)
+
+    def seek(self, node: CapsuleId, offset: int, *, data: bool) -> int | None:
+        size = self.attributes(node).size
+        if not 0 <= offset <= size:
+            raise UsageError(f"offset {offset} is beyond the end at {size}")
+        start, end = next(self._reading.data_ranges(node, offset), (None, offset))
+        if data:
+            return start
+        return end if start == offset else offset
 
     def xattr(self, node: CapsuleId, name: bytes) -> bytes:
         if node == SYNTHETIC_ROOT:
@@ -173,6 +232,8 @@ class LocalFileSystem:
         mode: int,
         rdev: int = 0,
         target: bytes = b"",
+        change: AttributeChange = NOTHING,
+        verifier: bytes = b"",
     ) -> Attributes:
         store = self._writable(directory)
         above = store.stat(directory)
@@ -181,11 +242,29 @@ class LocalFileSystem:
             gid = above.gid
             if kind == Kind.DIRECTORY:
                 mode |= modes.S_ISGID
-        command = store.create_command(
-            kind, parent=directory, name=name, mode=mode, uid=caller.uid, gid=gid, rdev=rdev, target=target
+        drawn = _drawn(store, directory, name, verifier) if verifier else store.new_id()
+        create = store.create_command(
+            kind,
+            parent=directory,
+            name=name,
+            id=drawn,
+            mode=mode,
+            uid=caller.uid,
+            gid=gid,
+            rdev=rdev,
+            target=target,
         )
-        self._execute(command, caller)
-        return _attributes(store.stat(CapsuleId(command.capsule)))
+        command = create if change == NOTHING else cmd.Together((create, self._change(drawn, change)))
+        try:
+            self._execute(command, caller)
+        except ConflictError as error:
+            if not verifier or error.status is not Status.EXISTS:
+                raise
+            found = self.lookup(directory, name)
+            if found.id[_UUID_TIME_BYTES:] != drawn[_UUID_TIME_BYTES:]:
+                raise
+            return found
+        return _attributes(store.stat(drawn))
 
     async def link(self, node: CapsuleId, directory: CapsuleId, name: bytes, caller: Caller) -> Attributes:
         self._writable(directory)
@@ -218,6 +297,12 @@ class LocalFileSystem:
         self._raise_late(node)
         if offset < 0 or offset + len(data) > SIZE_MAX:
             raise UsageError(f"offset {offset} is beyond the largest size", status=Status.TOO_LARGE)
+        if len(data) >= DIRECT_BYTES:
+            self._settle(node)
+            self._raise_late(node)
+            self._check_file(store.stat(node), offset + len(data), caller)
+            store.write(node, offset, data, durability=Durability.BUFFERED, actor=caller.actor)
+            return
         run = self._runs.get(node)
         if run is None or offset != run.end or run.actor != caller.actor:
             self._settle(node)
@@ -250,11 +335,14 @@ class LocalFileSystem:
             if found.kind == Kind.FILE and mode is None:
                 cleared = _without_set_id(found)
                 mode = cleared if cleared != found.mode else None
-        self._execute(
-            cmd.SetAttributes(node, mode, change.uid, change.gid, change.atime, change.mtime, change.size),
-            caller,
-        )
+        self._execute(self._change(node, attrs.evolve(change, mode=mode)), caller)
         return self.attributes(node)
+
+    def _change(self, node: CapsuleId, change: AttributeChange) -> cmd.SetAttributes:
+        assert self._store
+        now = self._store._clock() if NOW in (change.atime, change.mtime) else 0
+        atime, mtime = (now if time == NOW else time for time in (change.atime, change.mtime))
+        return cmd.SetAttributes(node, change.mode, change.uid, change.gid, atime, mtime, change.size)
 
     async def set_xattr(
         self,
@@ -272,6 +360,33 @@ class LocalFileSystem:
     async def remove_xattr(self, node: CapsuleId, name: bytes, caller: Caller) -> None:
         self._writable(node)
         self._execute(cmd.RemoveXattr(node, name), caller)
+
+    async def allocate(self, node: CapsuleId, offset: int, length: int, caller: Caller) -> None:
+        store, end = self._writable(node), offset + length
+        self._settle(node)
+        found = store.stat(node)
+        self._check_file(found, end, caller)
+        room = self.space()
+        if end - found.allocated > room.block_bytes * room.blocks_available:
+            raise UsageError(f"no room for {length} bytes", status=Status.NO_SPACE)
+        if end > found.size:
+            self._execute(cmd.Resize(node, end), caller)
+
+    async def deallocate(self, node: CapsuleId, offset: int, length: int, caller: Caller) -> None:
+        self._check_file(self._writable(node).stat(node), 0, caller)
+        self._execute(cmd.Deallocate(node, offset, length), caller)
+
+    async def copy(
+        self, source: CapsuleId, source_offset: int, node: CapsuleId, offset: int, length: int, caller: Caller
+    ) -> None:
+        self._check_file(self._writable(node).stat(node), offset + length, caller)
+        self._execute_all(
+            [
+                cmd.CopyRange(node, offset + at, source, source_offset + at, min(COPY_BYTES_MAX, length - at))
+                for at in range(0, length, COPY_BYTES_MAX)
+            ],
+            caller,
+        )
 
     async def commit(self, node: CapsuleId) -> None:
         self._settle(node)
@@ -291,10 +406,19 @@ class LocalFileSystem:
             raise RefusedError("a view of one capsule holds only that", status=Status.NOT_PERMITTED)
         return self._store
 
-    def _execute(self, command: cmd.Command, caller: Caller) -> None:
+    def _execute(self, command: Command, caller: Caller) -> None:
         self._settle_all()
         assert self._store
         self._store.execute(command, durability=Durability.BUFFERED, actor=caller.actor)
+
+    def _execute_all(self, commands: list[Command], caller: Caller) -> None:
+        """Carries out commands in one batch."""
+        self._settle_all()
+        assert self._store
+        requests = [Request(command, caller.actor) for command in commands]
+        for outcome in self._store.execute_all(requests, durability=Durability.BUFFERED):
+            if isinstance(outcome, SpaceError):
+                raise outcome
 
     def _settle_all(self) -> None:
         for node in list(self._runs):
@@ -313,6 +437,12 @@ class LocalFileSystem:
     def _raise_late(self, node: CapsuleId) -> None:
         if error := self._late.pop(node, None):
             raise error
+
+
+def _drawn(store: Store, directory: CapsuleId, name: bytes, verifier: bytes) -> CapsuleId:
+    """An id that says what its file was created with: a later attempt finds the same bits in it."""
+    drawn = blake3(directory + name + verifier, derive_key_context="space create verifier v1")
+    return CapsuleId.new(store._clock(), drawn.digest)
 
 
 def _without_set_id(found: Stat) -> int:

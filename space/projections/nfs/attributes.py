@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from space.events.fast import fast_frozen
 from space.events.types import Kind
 from space.projections.nfs import acl, handles
 from space.projections.nfs.compound import Compound, NfsError
 from space.projections.nfs.nfs4 import Attr, FileType, NfsStatus
 from space.projections.nfs.xdr import Reader, Writer, XdrError
-from space.projections.vfs import NOW, AttributeChange, Attributes
+from space.projections.vfs import NOTHING, NOW, AttributeChange, Attributes, Space
 
 if TYPE_CHECKING:
     from space.projections.nfs.exports import Node
@@ -74,7 +75,17 @@ SETTABLE: Final = SET_ONLY | mask(Attr.SIZE, Attr.ACL, Attr.MODE, Attr.OWNER, At
 
 # --- what is told -----------------------------------------------------------------------------------
 
-Field = Callable[[Attributes, "Node", Compound], bytes]
+
+@fast_frozen
+class _Asked:
+    """Whose attributes are asked for, and by whom."""
+
+    found: Attributes
+    node: Node
+    ctx: Compound
+
+
+Field = Callable[[_Asked], bytes]
 
 
 def _xdr_string(text: bytes) -> bytes:
@@ -96,43 +107,35 @@ def _bitmap(value: int) -> bytes:
     return out.bytes()
 
 
-def _access_list(found: Attributes, node: Node, ctx: Compound) -> bytes:
+def _access_list(asked: _Asked) -> bytes:
+    found = asked.found
     return acl.encode(acl.of_mode(found.mode, directory=found.kind == Kind.DIRECTORY))
 
 
-def _mounted_on(found: Attributes, node: Node, ctx: Compound) -> bytes:
-    return _u64(ctx.service.exports.mounted_on(node, found))
+def _mounted_on(asked: _Asked) -> bytes:
+    return _u64(asked.ctx.service.exports.mounted_on(asked.node, asked.found))
 
 
 def _always(value: bytes) -> Field:
-    return lambda found, node, ctx: value
+    return lambda _: value
 
 
-def _space(what: Callable[[int, int, int, int, int, int], int]) -> Field:
-    def field(found: Attributes, node: Node, ctx: Compound) -> bytes:
-        space = node.export.files.space()
-        return _u64(
-            what(
-                *(space.block_bytes, space.blocks, space.blocks_free, space.blocks_available),
-                *(space.files, space.files_free),
-            )
-        )
-
-    return field
+def _space(what: Callable[[Space], int]) -> Field:
+    return lambda asked: _u64(what(asked.node.export.files.space()))
 
 
 _FIELDS: Final[dict[Attr, Field]] = {
-    Attr.SUPPORTED_ATTRS: lambda found, node, ctx: _bitmap(SUPPORTED[ctx.minor]),
-    Attr.TYPE: lambda found, node, ctx: _TYPE[found.kind],
+    Attr.SUPPORTED_ATTRS: lambda asked: _bitmap(SUPPORTED[asked.ctx.minor]),
+    Attr.TYPE: lambda asked: _TYPE[asked.found.kind],
     Attr.FH_EXPIRE_TYPE: _always(_FALSE),  # FH4_PERSISTENT
-    Attr.CHANGE: lambda found, node, ctx: _u64(found.change),
-    Attr.SIZE: lambda found, node, ctx: _u64(found.size),
+    Attr.CHANGE: lambda asked: _u64(asked.found.change),
+    Attr.SIZE: lambda asked: _u64(asked.found.size),
     Attr.LINK_SUPPORT: _always(_TRUE),
     Attr.SYMLINK_SUPPORT: _always(_TRUE),
     Attr.NAMED_ATTR: _always(_FALSE),
-    Attr.FSID: lambda found, node, ctx: _fsid(node.export.number, 0),
+    Attr.FSID: lambda asked: _fsid(asked.node.export.number, 0),
     Attr.UNIQUE_HANDLES: _always(_TRUE),
-    Attr.LEASE_TIME: lambda found, node, ctx: _u32(ctx.service.config.lease_seconds),
+    Attr.LEASE_TIME: lambda asked: _u32(asked.ctx.service.config.lease_seconds),
     Attr.RDATTR_ERROR: _always(_u32(NfsStatus.OK)),
     Attr.ACL: _access_list,
     Attr.ACLSUPPORT: _always(_u32(acl.SUPPORT)),
@@ -140,34 +143,34 @@ _FIELDS: Final[dict[Attr, Field]] = {
     Attr.CASE_INSENSITIVE: _always(_FALSE),
     Attr.CASE_PRESERVING: _always(_TRUE),
     Attr.CHOWN_RESTRICTED: _always(_TRUE),
-    Attr.FILEHANDLE: lambda found, node, ctx: _xdr_string(handles.encode(node)),
-    Attr.FILEID: lambda found, node, ctx: _u64(found.ino),
-    Attr.FILES_AVAIL: _space(lambda block, total, free, available, files, files_free: files_free),
-    Attr.FILES_FREE: _space(lambda block, total, free, available, files, files_free: files_free),
-    Attr.FILES_TOTAL: _space(lambda block, total, free, available, files, files_free: files),
+    Attr.FILEHANDLE: lambda asked: _xdr_string(handles.encode(asked.node)),
+    Attr.FILEID: lambda asked: _u64(asked.found.ino),
+    Attr.FILES_AVAIL: _space(lambda space: space.files_free),
+    Attr.FILES_FREE: _space(lambda space: space.files_free),
+    Attr.FILES_TOTAL: _space(lambda space: space.files),
     Attr.HOMOGENEOUS: _always(_TRUE),
     Attr.MAXFILESIZE: _always(_u64(SIZE_MAX)),
     Attr.MAXLINK: _always(_u32(LINKS_MAX)),
     Attr.MAXNAME: _always(_u32(NAME_BYTES_MAX)),
     Attr.MAXREAD: _always(_u64(IO_BYTES_MAX)),
     Attr.MAXWRITE: _always(_u64(IO_BYTES_MAX)),
-    Attr.MODE: lambda found, node, ctx: _u32(found.mode),
+    Attr.MODE: lambda asked: _u32(asked.found.mode),
     Attr.NO_TRUNC: _always(_TRUE),
-    Attr.NUMLINKS: lambda found, node, ctx: _u32(found.nlink),
-    Attr.OWNER: lambda found, node, ctx: _owner(found.uid),
-    Attr.OWNER_GROUP: lambda found, node, ctx: _owner(found.gid),
-    Attr.RAWDEV: lambda found, node, ctx: _two(*device_numbers(found.rdev)),
-    Attr.SPACE_AVAIL: _space(lambda block, total, free, available, files, files_free: block * available),
-    Attr.SPACE_FREE: _space(lambda block, total, free, available, files, files_free: block * free),
-    Attr.SPACE_TOTAL: _space(lambda block, total, free, available, files, files_free: block * total),
-    Attr.SPACE_USED: lambda found, node, ctx: _u64(found.allocated),
-    Attr.TIME_ACCESS: lambda found, node, ctx: _moment(found.atime),
-    Attr.TIME_CREATE: lambda found, node, ctx: _moment(found.btime),
+    Attr.NUMLINKS: lambda asked: _u32(asked.found.nlink),
+    Attr.OWNER: lambda asked: _owner(asked.found.uid),
+    Attr.OWNER_GROUP: lambda asked: _owner(asked.found.gid),
+    Attr.RAWDEV: lambda asked: _two(*device_numbers(asked.found.rdev)),
+    Attr.SPACE_AVAIL: _space(lambda space: space.block_bytes * space.blocks_available),
+    Attr.SPACE_FREE: _space(lambda space: space.block_bytes * space.blocks_free),
+    Attr.SPACE_TOTAL: _space(lambda space: space.block_bytes * space.blocks),
+    Attr.SPACE_USED: lambda asked: _u64(asked.found.allocated),
+    Attr.TIME_ACCESS: lambda asked: _moment(asked.found.atime),
+    Attr.TIME_CREATE: lambda asked: _moment(asked.found.btime),
     Attr.TIME_DELTA: _always(_time(0, 1)),
-    Attr.TIME_METADATA: lambda found, node, ctx: _moment(found.ctime),
-    Attr.TIME_MODIFY: lambda found, node, ctx: _moment(found.mtime),
+    Attr.TIME_METADATA: lambda asked: _moment(asked.found.ctime),
+    Attr.TIME_MODIFY: lambda asked: _moment(asked.found.mtime),
     Attr.MOUNTED_ON_FILEID: _mounted_on,
-    Attr.SUPPATTR_EXCLCREAT: lambda found, node, ctx: _bitmap(settable(ctx.minor)),
+    Attr.SUPPATTR_EXCLCREAT: lambda asked: _bitmap(settable(asked.ctx.minor)),
     Attr.FS_CHARSET_CAP: _always(_u32(_UTF8_ONLY)),
     Attr.CLONE_BLKSIZE: _always(_u32(CLONE_BLOCK_BYTES)),
     Attr.CHANGE_ATTR_TYPE: _always(_u32(_CHANGE_IS_MONOTONIC)),
@@ -177,7 +180,7 @@ READABLE: Final = mask(*_FIELDS)
 _OF_MINOR_1: Final = (1 << Attr.FS_CHARSET_CAP + 1) - 1
 """RFC 8881 ends with fs_charset_cap; what follows came with minor version 2."""
 
-SUPPORTED: Final = {1: (READABLE | SETTABLE) & _OF_MINOR_1, 2: READABLE | SETTABLE}
+SUPPORTED: Final[dict[int, int]] = {1: (READABLE | SETTABLE) & _OF_MINOR_1, 2: READABLE | SETTABLE}
 
 
 def settable(minor: int) -> int:
@@ -220,7 +223,8 @@ def _plan(bitmap: int, minor: int) -> _Plan:
 def encode(ctx: Compound, node: Node, found: Attributes, bitmap: int, out: Writer) -> None:
     """Writes the attributes of a node that are asked for and that there are, as a fattr4."""
     plan = _plan(bitmap, ctx.minor)
-    values = b"".join([field(found, node, ctx) for field in plan.fields])
+    asked = _Asked(found, node, ctx)
+    values = b"".join([field(asked) for field in plan.fields])
     out.raw(plan.head)
     out.opaque(values)
 
@@ -252,7 +256,8 @@ def same(ctx: Compound, node: Node, found: Attributes, args: Reader) -> bool:
         raise NfsError(NfsStatus.INVAL)
     if bitmap & ~SUPPORTED[ctx.minor]:
         raise NfsError(NfsStatus.ATTRNOTSUPP)
-    ours = b"".join([field(found, node, ctx) for field in _plan(bitmap, ctx.minor).fields])
+    asked = _Asked(found, node, ctx)
+    ours = b"".join([field(asked) for field in _plan(bitmap, ctx.minor).fields])
     return ours == values
 
 
@@ -270,7 +275,7 @@ class Settable:
     """
 
     bitmap: int = 0
-    change: AttributeChange = AttributeChange()
+    change: AttributeChange = NOTHING
     masked: tuple[int, int] | None = None
     listed: int | None = None
 

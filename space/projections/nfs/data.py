@@ -117,17 +117,16 @@ def _read_plus(ctx: Compound, args: Reader, out: Writer) -> int:
         room = ctx.room(out) - _READ_OVERHEAD
         if segments >= SEGMENTS_MAX or room <= 0:
             break
+        out.u32(_CONTENT_DATA if is_data else _CONTENT_HOLE)
+        out.u64(start)
         if is_data:
-            stop = min(stop, start + room)
-            data = node.export.files.read(node.id, start, stop - start)
-            out.u32(_CONTENT_DATA)
-            out.u64(start)
+            data = node.export.files.read(node.id, start, min(stop - start, room))
             out.opaque(data)
+            at = start + len(data)
         else:
-            out.u32(_CONTENT_HOLE)
-            out.u64(start)
             out.u64(stop - start)
-        segments, at = segments + 1, stop
+            at = stop
+        segments += 1
     out.fill(count_at, segments)
     out.fill(eof_at, at >= found.size)
     return _OK

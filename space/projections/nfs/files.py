@@ -52,7 +52,7 @@ _COOKIES_RESERVED: Final = (1, 2)  # RFC 8881 §18.23.3
 _LIST_END_BYTES: Final = 8  # no more entries, and whether this is the end
 _FLAVORS: Final = (1, 0)  # AUTH_SYS, AUTH_NONE
 _MODES: Final = {Kind.DIRECTORY: 0o755, Kind.SYMLINK: 0o777}
-_KINDS: Final = {
+_KINDS: Final[dict[int, Kind]] = {
     FileType.DIR: Kind.DIRECTORY,
     FileType.LNK: Kind.SYMLINK,
     FileType.FIFO: Kind.FIFO,
@@ -425,7 +425,7 @@ async def _create(ctx: Compound, args: Reader, out: Writer) -> int:
     name, settable = component(args), attributes.decode_settable(ctx, args, creating=True)
     node = ctx.node()
     above = directory_write_check(ctx, node)
-    kind = _KINDS.get(FileType(number)) if number in FileType else None
+    kind = _KINDS.get(number)
     if kind is None:
         raise NfsError(NfsStatus.BADTYPE)
     if kind == Kind.SYMLINK and not target:

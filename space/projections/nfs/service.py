@@ -111,7 +111,7 @@ class Service:
         self.shell = shell
         self.recovery = recovery
         self.name = name
-        self.config = config or Config()
+        self.config: Config = config or Config()
         self.epoch = recovery.epoch
         self.write_verifier = struct.pack(">I", self.epoch) + shell.random(4)
         self.clients: dict[int, Client] = {}
