@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 project_app = typer.Typer(no_args_is_help=False, help="Views of capsules and trees: mount, list, stop.")
 
 NODE_POLL_SECONDS: Final = 0.5
-VIEWS: Final = ("fuse", "nvme")
-VIEWS_LATER: Final = ("nfs", "csi")
+VIEWS: Final = ("fuse", "nvme", "nfs")
+VIEWS_LATER: Final = ("csi",)
 
 PathOption = Annotated[str | None, typer.Option("--path", metavar="PATH", help="A tree or file.")]
 Target = Annotated[str | None, typer.Option("--target", metavar="DIR", help="Where to mount it.")]
 ReadOnly = Annotated[bool, typer.Option("--read-only", help="Refuse changes.")]
 Listen = Annotated[
-    str | None, typer.Option("--listen", metavar="HOST:PORT", help="nvme: where hosts connect.")
+    str | None,
+    typer.Option("--listen", metavar="HOST:PORT", help="nvme, nfs: where hosts and clients connect."),
 ]
 Hosts = Annotated[
     list[str] | None, typer.Option("--host", metavar="NQN", help="nvme: only these hosts may connect.")
@@ -51,6 +52,24 @@ ControllerKey = Annotated[
         "--controller-key", metavar="FILE", help="nvme: the secret that proves this side to hosts that ask."
     ),
 ]
+Squashed = Annotated[
+    str | None,
+    typer.Option(
+        "--squash", metavar="WHO", help="nfs: whose requests are nobody's: root (default), all, none."
+    ),
+]
+Clients = Annotated[
+    list[str] | None,
+    typer.Option("--client", metavar="NETWORK[:ro]", help="nfs: only clients of these addresses."),
+]
+Lease = Annotated[
+    int | None,
+    typer.Option("--lease", metavar="SECONDS", help="nfs: how long a silent client keeps its locks."),
+]
+Grace = Annotated[
+    int | None,
+    typer.Option("--grace", metavar="SECONDS", help="nfs: how long clients may reclaim after a restart."),
+]
 Background = Annotated[bool, typer.Option("--background", help="Return as soon as it is ready.")]
 
 
@@ -58,7 +77,7 @@ Background = Annotated[bool, typer.Option("--background", help="Return as soon a
 def project(
     context: typer.Context,
     view: Annotated[
-        str | None, typer.Option("--view", metavar="NAME", help="What to serve: fuse, nvme.")
+        str | None, typer.Option("--view", metavar="NAME", help="What to serve: fuse, nvme, nfs.")
     ] = None,
     id: Annotated[list[str] | None, typer.Option("--id", metavar="C", help="A capsule.")] = None,  # noqa: A002
     path: PathOption = None,
@@ -67,6 +86,10 @@ def project(
     host: Hosts = None,
     host_key: HostKeys = None,
     controller_key: ControllerKey = None,
+    squash: Squashed = None,
+    client: Clients = None,
+    lease: Lease = None,
+    grace: Grace = None,
     read_only: ReadOnly = False,
     background: Background = False,
     at: At = None,
@@ -76,32 +99,44 @@ def project(
         return
     if view is None:
         raise UsageError(
-            "say which view: --view fuse or nvme, or one of: mount, ls, stop", hint="space project --help"
+            "say which view: --view fuse, nvme or nfs, or one of: mount, ls, stop",
+            hint="space project --help",
         )
     if view in VIEWS_LATER:
         raise UsageError(f"view {view} is not built yet", hint=f"there is: {', '.join(VIEWS)}")
     if view not in VIEWS:
         raise UsageError(f"no view {view!r}", hint=f"there is: {', '.join(VIEWS)}")
+    nvme_only = {"--host": host, "--host-key": host_key, "--controller-key": controller_key}
+    nfs_only = {"--squash": squash, "--client": client, "--lease": lease, "--grace": grace}
+    sources = [*(id or ()), *([path] if path is not None else ())]
     if view == "nvme":
-        if target is not None or background:
-            raise UsageError("an nvme view has no --target and no --background", hint="space project --help")
-        sources = [*(id or ()), *([path] if path is not None else ())]
+        _refuse(view, {"--target": target, "--background": background, **nfs_only})
         hosts = _Hosts(host or (), host_key or (), controller_key)
         _serve_nvme(context, sources, listen, at, read_only, hosts)
         return
-    for option, value in (
-        ("listen", listen),
-        ("host", host),
-        ("host-key", host_key),
-        ("controller-key", controller_key),
-    ):
-        if value:
-            raise UsageError(f"--{option} is for the view nvme", hint="a mount has a --target")
+    if view == "nfs":
+        _refuse(view, {"--target": target, "--background": background, **nvme_only})
+        _serve_nfs(
+            context, sources, listen, at, read_only, _Offer(squash or "root", client or (), lease, grace)
+        )
+        return
+    _refuse(view, {"--listen": listen, **nvme_only, **nfs_only})
     if id is not None and len(id) > 1:
         raise UsageError(
             "a fuse view shows one capsule or tree", hint="give one --id, or --path of a directory"
         )
     mount(context, id[0] if id else None, path, target, read_only, background, at)
+
+
+def _refuse(view: str, options: dict[str, object]) -> None:
+    """Refuses options that another view has.
+
+    Raises:
+        UsageError: one of them was given.
+    """
+    for option, value in options.items():
+        if value is not None and value is not False and value != []:
+            raise UsageError(f"{option} is not for the view {view}", hint="space project --help")
 
 
 @project_app.command()
@@ -227,8 +262,9 @@ def _serve_nvme(
     session: Session = context.obj
     if not sources:
         raise UsageError("say what to serve: --id C, more of them, or --path PATH of a device or a tree")
-    if session.node:
-        raise UsageError("a view is served where the store is", hint="leave --node out, and say --data DIR")
+    if (owner := _owning_node(session, at)) is not None:
+        _serve_nvme_in_node(owner, sources, listen, read_only, hosts)
+        return
     begun = time.monotonic()
     from space._node import nvme_access, nvme_view, views
 
@@ -255,6 +291,110 @@ def _serve_nvme(
             note(found["connect"])
 
         nvme_view.serve(reading, sources, listen=address, read_only=read_only, ready=ready, access=access)
+
+
+def _owning_node(session: Session, at: str | None) -> Any:
+    """The running node that is to serve a view: the one named, or the one that keeps the directory.
+
+    Raises:
+        UsageError: a node is named, which serves no past moment.
+    """
+    if session.node:
+        if at is not None:
+            raise UsageError("a node serves the present", hint="leave --node out, and say --data DIR")
+        with session.running() as named:
+            return named
+    asked = ask_owner(session.data, Caller()) if at is None else None
+    return None if asked is None or asked.owner().get("node") is None else asked
+
+
+def _serve_nvme_in_node(
+    node: Any, sources: list[str], listen: str | None, read_only: bool, hosts: _Hosts
+) -> None:
+    """Has a running node serve; until this command is ended, or the view."""
+    from space._node import nvme_view
+
+    ready = node.serve_nvme(
+        sources=sources,
+        listen=listen or nvme_view.LISTEN_DEFAULT,
+        read_only=read_only,
+        hosts=list(hosts.names),
+        host_keys=[_absolute_key(each) for each in hosts.keys],
+        controller_key=hosts.controller_key and _absolute_source(hosts.controller_key),
+    )
+    emit(to_json(ready))
+    sys.stdout.flush()
+    note(ready["discover"])
+    note(ready["connect"])
+    over = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: over.set())
+    while not over.wait(NODE_POLL_SECONDS):
+        if node.owner().get("nvme") != ready["target"]:
+            return
+    node.unmount(target=ready["target"])
+
+
+def _absolute_key(text: str) -> str:
+    """``NQN=FILE`` as the node finds the file; what is no such thing the node refuses."""
+    nqn, separator, source = text.partition("=")
+    return f"{nqn}{separator}{_absolute_source(source)}" if separator else text
+
+
+def _absolute_source(source: str) -> str:
+    return source if source.startswith(("env:", "DHHC-1:")) else str(Path(source).absolute())
+
+
+class _Offer(NamedTuple):
+    """The options that say how exports are offered."""
+
+    squash: str
+    clients: Sequence[str]
+    lease: int | None
+    grace: int | None
+
+
+def _serve_nfs(
+    context: typer.Context,
+    sources: list[str],
+    listen: str | None,
+    at: str | None,
+    read_only: bool,
+    offer: _Offer,
+) -> None:
+    """Exports trees and capsules to NFS clients until it is told to end."""
+    session: Session = context.obj
+    if not sources:
+        raise UsageError("say what to serve: --path PATH of a tree, or --id C, more of them")
+    if session.node:
+        raise UsageError("a view is served where the store is", hint="leave --node out, and say --data DIR")
+    begun = time.monotonic()
+    from space._node import nfs_view, nvme_view, views
+
+    options = nfs_view.parse_options(
+        read_only=read_only, squash=offer.squash, clients=offer.clients, lease=offer.lease, grace=offer.grace
+    )
+    address = nvme_view.parse_listen(listen or nfs_view.LISTEN_DEFAULT)
+    with contextlib.ExitStack() as stack:
+        reading = _reading(stack, session.data, at=at, create=sources == ["/"])
+
+        def ready(found: Document) -> None:
+            view = {
+                "view": "nfs",
+                "name": f"nfs-{os.getpid()}",
+                "source": ", ".join(sources),
+                "at": at,
+                "target": found["address"],
+                **found,
+                "pid": os.getpid(),
+                "started_ns": time.time_ns(),
+            }
+            stack.enter_context(views.registered(session.data, view))
+            emit(to_json({**view, "ready_ms": round((time.monotonic() - begun) * 1000, 1)}))
+            sys.stdout.flush()
+            note(found["mount"])
+
+        nfs_view.serve(reading, sources, listen=address, options=options, ready=ready)
 
 
 def _reading(stack: contextlib.ExitStack, data: Path, *, at: str | None, create: bool) -> Store | PastBeside:
