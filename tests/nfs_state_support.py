@@ -62,6 +62,7 @@ class Service:
     clients: dict[int, Client] = attrs.field(factory=dict)
     expired: list[Client] = attrs.field(factory=list)
     grace: bool = False
+    made: int = 0
     state: State = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -80,7 +81,8 @@ class Service:
 
     def client(self, *, expiry: float = 1e9) -> Client:
         """One more client."""
-        number = len(self.clients) + len(self.expired) + 1
+        self.made += 1
+        number = self.made
         made = Client(number, b"client %d" % number, bytes(8), cast("Any", (1, 0)), expiry)
         made.reclaim_complete = True
         self.clients[number] = made
