@@ -67,9 +67,10 @@ def _owner(args: Reader) -> bytes:
 
 def _shares(args: Reader) -> tuple[Mode, Want]:
     word, deny = args.u32(), args.u32()
-    if not word & Share.BOTH or deny > Share.BOTH:
+    share = word & Share.BOTH
+    if not share or deny > Share.BOTH:
         raise NfsError(NfsStatus.INVAL)
-    return Mode(Share(word & Share.BOTH), Share(deny)), _want(word & ~Share.BOTH)
+    return Mode(Share(share), Share(deny)), _want(word - share)
 
 
 def _want(word: int) -> Want:
