@@ -237,8 +237,7 @@ class Callbacks:
                 session.program,
                 CALLBACK_VERSION,
                 _CB_COMPOUND,
-                flavor=session.flavor,
-                machine=b"space",
+                session.credentials,
             )
         )
         out.opaque(TAG)

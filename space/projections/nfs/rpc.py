@@ -33,7 +33,6 @@ _CALL, _REPLY = 0, 1
 _RPC_VERSION: Final = 2
 _U32: Final = struct.Struct(">I")
 _SIX: Final = struct.Struct(">6I")
-_THREE: Final = struct.Struct(">3I")
 
 AUTH_NONE: Final = 0
 AUTH_SYS: Final = 1
@@ -262,14 +261,11 @@ def garbage(xid: int) -> bytes:
     return _accepted(xid, GARBAGE_ARGS)
 
 
-def call(xid: int, program: int, version: int, procedure: int, *, flavor: int, machine: bytes) -> bytes:
-    """Header of a call of ours, as the superuser of ``machine`` or as nobody: as the client asked (RFC 8881 §18.36)."""
-    head = struct.pack(">6I", xid, _CALL, _RPC_VERSION, program, version, procedure)
-    if flavor == AUTH_SYS:
-        padded = machine + bytes(-len(machine) & 3)
-        body = struct.pack(">II", 0, len(machine)) + padded + _THREE.pack(0, 0, 0)
-        return head + struct.pack(">II", AUTH_SYS, len(body)) + body + bytes(8)
-    return head + bytes(16)
+def call(xid: int, program: int, version: int, procedure: int, credentials: bytes) -> bytes:
+    """Header of a call of ours; ``credentials`` are the body of AUTH_SYS, or empty for AUTH_NONE."""
+    head = _SIX.pack(xid, _CALL, _RPC_VERSION, program, version, procedure)
+    flavor = AUTH_SYS if credentials else AUTH_NONE
+    return head + struct.pack(">II", flavor, len(credentials)) + credentials + bytes(8)
 
 
 def framed(pieces: list[Bytes]) -> list[Bytes]:

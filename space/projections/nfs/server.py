@@ -325,6 +325,7 @@ class Server:
         self.tasks = tasks
         self.loop = asyncio.get_running_loop()
         self._sessions: set[Session] = set()
+        self._alone = asyncio.Event()
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
 
@@ -354,8 +355,8 @@ class Server:
             server.close()
         for session in list(self._sessions):
             session.close("the server ends")
-        while self._sessions:
-            await asyncio.sleep(0)  # they are lost in the next turns of the loop
+        if self._sessions:
+            await self._alone.wait()
         await self.tasks.finish()
 
     def admit(self, session: Session) -> bool:
@@ -364,11 +365,14 @@ class Server:
             log.warning("refused a connection: there are %d", len(self._sessions))
             return False
         self._sessions.add(session)
+        self._alone.clear()
         return True
 
     def forget(self, session: Session) -> None:
         """A connection has ended."""
         self._sessions.discard(session)
+        if not self._sessions:
+            self._alone.set()
 
     def _tick(self) -> None:
         now = self.loop.time()

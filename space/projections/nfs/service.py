@@ -232,7 +232,7 @@ class Service:
     # --- sessions --------------------------------------------------------------------------------
 
     def make_session(
-        self, client: Client, minor: int, fore: Channel, back: Channel, program: int, flavor: int
+        self, client: Client, minor: int, fore: Channel, back: Channel, program: int, credentials: bytes
     ) -> Session:
         """A session with as many slots as there is memory for their answers.
 
@@ -246,7 +246,7 @@ class Service:
         self._reply_bytes += fore.slots * slot_bytes
         self._session_number += 1
         session_id = struct.pack(">II", self.epoch, self._session_number) + self.shell.random(8)
-        session = Session(session_id, client, fore, back, minor, program, flavor)
+        session = Session(session_id, client, fore, back, minor, program, credentials)
         self.sessions[session_id] = client.sessions[session_id] = session
         return session
 

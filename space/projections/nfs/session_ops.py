@@ -168,7 +168,7 @@ def create_session(ctx: Compound, args: Reader, out: Writer) -> int:
     client_id, sequence, flags = args.u64(), args.u32(), args.u32()
     wanted_fore, wanted_back = _channel(args), _channel(args)
     program = args.u32()
-    flavors = _security(args)
+    credentials = _security(args) or b""
     client = service.clients.get(client_id)
     if client is None:
         raise NfsError(NfsStatus.STALE_CLIENTID)
@@ -185,7 +185,7 @@ def create_session(ctx: Compound, args: Reader, out: Writer) -> int:
     if len(client.sessions) >= SESSIONS_PER_CLIENT_MAX:
         raise NfsError(NfsStatus.NOSPC)
     service.confirm(client, ctx.now)
-    session = service.make_session(client, ctx.minor, fore, back, program, _flavor(flavors))
+    session = service.make_session(client, ctx.minor, fore, back, program, credentials)
     granted = flags & CONN_BACK_CHAN
     if granted:
         service.callbacks.bind(session, ctx.connection, ctx.now)
@@ -235,30 +235,30 @@ def _back(wanted: Channel) -> Channel:
     )
 
 
-def _security(args: Reader) -> list[int]:
-    """The flavors of callback_sec_parms4: what is in them is the client's to choose, and nothing we must repeat."""
-    flavors = []
+def _security(args: Reader) -> bytes | None:
+    """The first callback_sec_parms4 that we can use: a body of AUTH_SYS, empty for AUTH_NONE; None: none of them."""
+    usable: list[bytes] = []
     for _ in range(args.count(SECURITY_MAX)):
         flavor = args.u32()
-        flavors.append(flavor)
-        if flavor == AUTH_SYS:
+        before = args.rest()
+        if flavor == AUTH_NONE:
+            usable.append(b"")
+        elif flavor == AUTH_SYS:
+            left = args.left
             args.u32()
             args.opaque_view(MACHINE_BYTES_MAX)
             args.u32()
             args.u32()
             for _ in range(args.count(GROUPS_MAX)):
                 args.u32()
+            usable.append(bytes(before[: left - args.left]))
         elif flavor == RPCSEC_GSS:
             args.u32()
             args.opaque_view(_HANDLE_BYTES_MAX)
             args.opaque_view(_HANDLE_BYTES_MAX)
-        elif flavor != AUTH_NONE:
+        else:
             raise XdrError(f"security of flavor {flavor}")
-    return flavors
-
-
-def _flavor(flavors: list[int]) -> int:
-    return next((each for each in flavors if each in {AUTH_NONE, AUTH_SYS}), AUTH_NONE)
+    return usable[0] if usable else None
 
 
 def destroy_session(ctx: Compound, args: Reader, out: Writer) -> int:
@@ -295,10 +295,10 @@ def bind_conn_to_session(ctx: Compound, args: Reader, out: Writer) -> int:
 def backchannel_ctl(ctx: Compound, args: Reader, out: Writer) -> int:
     """BACKCHANNEL_CTL (§18.33)."""
     assert ctx.session is not None
-    program, flavors = args.u32(), _security(args)
-    if not any(each in {AUTH_NONE, AUTH_SYS} for each in flavors):
+    program, credentials = args.u32(), _security(args)
+    if credentials is None:
         return NfsStatus.NOENT
-    ctx.session.program, ctx.session.flavor = program, _flavor(flavors)
+    ctx.session.program, ctx.session.credentials = program, credentials
     return NfsStatus.OK
 
 

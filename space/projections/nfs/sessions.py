@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 import attrs
 
-from space.projections.nfs.rpc import AUTH_NONE, Credentials
+from space.projections.nfs.rpc import Credentials
 from space.projections.nfs.xdr import Bytes, Reader, Writer
 
 SLOTS_MAX: Final = 64
@@ -116,7 +116,7 @@ class Session:
     back: Channel
     minor: int
     program: int
-    flavor: int = AUTH_NONE  # how our calls introduce themselves
+    credentials: bytes  # our calls': a body of AUTH_SYS the client chose, or empty for AUTH_NONE
     slots: dict[int, Slot] = attrs.field(factory=dict)
     connections: list[Connection] = attrs.field(factory=list)  # of the back channel
     back_sequences: list[int] = attrs.field(init=False)
