@@ -36,6 +36,7 @@ _FAILOVER_SECONDS_AIM: Final = 1.0
 _PEERS: Final = ("etcd", "NATS")
 _OURS: Final = {
     "leader": "client in the leader's process",
+    "tasks": "asyncio tasks in the leader's process",
     "follower": "client in a follower's process",
     "TLS": "client in a follower's process, mutual TLS",
 }
@@ -74,6 +75,7 @@ def run(scale: Scale) -> list[Row]:
             peers[name] = stack.enter_context(contextlib.closing(make(home)))
         contest: dict[str, Callable[[Load], Measured]] = {
             "leader": plain.load,
+            "tasks": lambda load: plain.load(load, tasks=True),
             "follower": lambda load: plain.load(load, follower=True),
             "TLS": lambda load: secure.load(load, follower=True),
             **{name: peer.load for name, peer in peers.items()},

@@ -1,4 +1,4 @@
-"""One of our nodes in a process of its own, with an asyncio client of the library beside it.
+"""One of our nodes in a process of its own, with a client of the library beside it.
 
 What to do comes as lines of JSON on standard input, ``[method, argument…]``; each gets one line, ``{"result": …}`` or
 ``{"error": text}``.  The node ends with its input.
@@ -18,12 +18,13 @@ import attrs
 import crc32c
 from blake3 import blake3
 
-from bench.peers.load import Load, first_acknowledged, measured, run
+from bench.peers.load import ClosedLoop, Load, Measured, first_acknowledged, measured, run
 from space._errors import SpaceError
 from space._node.cluster import ClusterNode, NodeConfig
+from space._node.store import Store
 from space.aio import AsyncStore
 from space.content.frames import HASH_BYTES, FrameRef, pack_frames
-from space.events.commands import Request, StoredFrame, WriteExtent
+from space.events.commands import Receipt, Request, StoredFrame, WriteExtent
 from space.events.ids import CapsuleId
 
 CAPSULES: Final = 64
@@ -36,6 +37,31 @@ def frame(size: int) -> StoredFrame:
     digest = blake3(data).digest(HASH_BYTES)
     record = FrameRef(size, size, crc32c.crc32c(data), 0, 0, 0, 0, 0, 0, digest)
     return StoredFrame(pack_frames([record]), data)
+
+
+class Callbacks:
+    """The library for programs without tasks: what one turn of the loop submits is handed in at once."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._loop = asyncio.get_running_loop()
+        self._waiting: list[tuple[Request, Callable[[bool], None]]] = []
+
+    def submit(self, request: Request, done: Callable[[bool], None]) -> None:
+        """Calls back with whether the command was carried out."""
+        if not self._waiting:
+            self._loop.call_soon(self._hand_in)
+        self._waiting.append((request, done))
+
+    def _hand_in(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        begun = self._store.begin([request for request, _ in waiting])
+
+        def settle() -> None:
+            for (_, done), outcome in zip(waiting, begun.result(), strict=True):
+                done(isinstance(outcome, Receipt))
+
+        begun.add_done_callback(lambda _: self._loop.call_soon_threadsafe(settle))
 
 
 class Server:
@@ -86,11 +112,23 @@ class Server:
             for number in range(CAPSULES)
         ]
 
-    def load(self, capsules: list[str], load: dict[str, Any]) -> dict[str, Any]:
+    def load(self, capsules: list[str], load: dict[str, Any], tasks: bool) -> dict[str, Any]:
         """Writes at the ends of files, one event of one frame for each operation."""
-        return attrs.asdict(run(self._load([CapsuleId.parse(name) for name in capsules], Load(**load))))
+        work = self._load_by_tasks if tasks else self._load_by_callbacks
+        return attrs.asdict(run(work([CapsuleId.parse(name) for name in capsules], Load(**load))))
 
-    async def _load(self, capsules: list[CapsuleId], load: Load) -> Any:
+    async def _load_by_callbacks(self, capsules: list[CapsuleId], load: Load) -> Measured:
+        frames = [frame(load.size)]
+        client = Callbacks(self._store)
+
+        def issue(number: int, done: Callable[[bool], None]) -> None:
+            turn, at = divmod(number, CAPSULES)
+            command = WriteExtent(capsules[at], turn * load.size, load.size, frames)
+            client.submit(Request(command, _ACTOR), done)
+
+        return await ClosedLoop(issue, load).run()
+
+    async def _load_by_tasks(self, capsules: list[CapsuleId], load: Load) -> Measured:
         frames = [frame(load.size)]
         latencies: list[float] = []
         number = 0

@@ -90,14 +90,17 @@ class Ours:
         found_ = wait_for("a leader of ours", find)
         return int(found_[0])
 
-    def load(self, load: Load, *, follower: bool = False) -> Measured:
-        """Writes from a client in the leader's process or in a follower's; checks every node afterwards."""
+    def load(self, load: Load, *, follower: bool = False, tasks: bool = False) -> Measured:
+        """Writes from a client in the leader's process or in a follower's; checks every node afterwards.
+
+        The client works with callbacks, as those of the peers do, or with a task for each operation in flight.
+        """
         leader = self._leading()
         client = self._members[(leader + 1) % _NODES if follower else leader]
         self._labels += 1
         capsules = client.ask("create", f"load{self._labels}")
         before = self._states()[0][2]
-        figures = Measured(**client.ask("load", capsules, attrs.asdict(load)))
+        figures = Measured(**client.ask("load", capsules, attrs.asdict(load), tasks))
         after = self._states()[0][2]
         if after - before != figures.operations:
             raise RuntimeError(f"{figures.operations} acknowledged writes, and {after - before} events")

@@ -337,10 +337,10 @@ def test_nats_client_takes_any_split_of_answers() -> None:
 def test_a_missing_peer_is_named() -> None:
     """A peer that is not installed has its rows, without a value; a peer that ran is compared figure by figure."""
     ours = Measured(1000, 1.0, 5.0, 10.0)
-    found = dict.fromkeys(("leader", "follower", "TLS"), ours) | {"etcd": Measured(500, 1.0, 20.0, 40.0)}
+    found = dict.fromkeys(("leader", "tasks", "follower", "TLS"), ours) | {"etcd": Measured(500, 1.0, 20.0, 40.0)}
     rows = bench_cluster.compare("256 B", 256, found)
     assert {row.peer for row in rows} == {"etcd", "NATS (not installed)"}
-    assert [row.ratio for row in rows if row.peer == "etcd"] == [2.0, 4.0, 4.0] * 3
+    assert [row.ratio for row in rows if row.peer == "etcd"] == [2.0, 4.0, 4.0] * 4
     assert all(row.value is None for row in rows if row.peer != "etcd")
 
 
@@ -392,6 +392,7 @@ def test_our_cluster_under_load_and_a_kill(tmp_path: Path) -> None:
     try:
         assert ours.load(Load(256, 8, 0.2)).operations > 0
         assert ours.load(Load(256, 8, 0.2), follower=True).operations > 0
+        assert ours.load(Load(256, 8, 0.2), tasks=True).operations > 0
         assert ours.failover() > 0
         assert ours.load(Load(1 << 20, 2, 0.1), follower=True).operations > 0
     finally:
