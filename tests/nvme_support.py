@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 import attrs
 from crc32c import crc32c
 
+from space._errors import SpaceError
 from space.events.commands import Buffer
 from space.events.ids import CapsuleId
 from space.projections.block import BlockInfo
@@ -57,6 +58,14 @@ class MemoryDevice:
         if self.error is not None:
             error, self.error = self.error, None
             raise error
+
+    def peek(self, offset: int, length: int) -> Sequence[Buffer] | None:
+        return None
+
+    def begin_write(
+        self, offset: int, data: Buffer, *, actor: str, done: Callable[[SpaceError | None], None]
+    ) -> bool:
+        return False
 
     async def read(self, offset: int, length: int) -> Sequence[Buffer]:
         await self._enter("read", offset, length)

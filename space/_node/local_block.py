@@ -13,6 +13,10 @@ carries the position of the last change, and deciding refuses it when that has m
 whatever node.  So nothing can come in between, and no lock outlives a crash.  While one is under way, this process
 holds back other mutations of the capsule, or a busy device would never be found unchanged.
 
+Reservations are rows of the state.  A host is checked against those that are here, and its command carries their
+position: deciding refuses it if they have changed since, so a host that was preempted through one node writes through
+none, however late its command comes.
+
 What a buffer given to :meth:`LocalBlockDevice.write` holds must not change before the call returns, cancelled or
 not: raw frames are written from it.  A cancelled mutation returns when it is settled.
 
@@ -43,6 +47,7 @@ from space._errors import (
     UnavailableError,
     UsageError,
 )
+from space._node.block_cache import CHUNK_BYTES, UNIT_BYTES, Kept, cache_of
 from space._node.reading import Reading
 from space._node.store import STALE_RETRIES, Store
 from space.events import commands as cmd
@@ -52,10 +57,11 @@ from space.events.types import COPY_BYTES_MAX, EXTENT_BYTES_MAX, Kind
 from space.policy.model import Policy
 from space.projections import content_map
 from space.projections.block import BlockInfo
+from space.statemachine import reservations
 from space.statemachine.apply import namespace_key
 from space.statemachine.store import ReadTransaction
 from space.statemachine.store import Store as Tables
-from space.statemachine.tables import NAMESPACE, U32, U64, CapsuleRow
+from space.statemachine.tables import NAMESPACE, RESERVATION, U32, U64, CapsuleRow
 
 if TYPE_CHECKING:
     from space._node.member import Member
@@ -96,6 +102,13 @@ class _Gate:
         self._alone = asyncio.Lock()
         self._empty = asyncio.Event()
 
+    def enter_now(self) -> bool:
+        """As :meth:`enter`, unless that would have to wait."""
+        if self._alone.locked():
+            return False
+        self._inside += 1
+        return True
+
     async def enter(self) -> None:
         """Lets one of many in; each leaves again."""
         if self._alone.locked():
@@ -129,6 +142,33 @@ class _Handed:
     left: bool = False
     answered: bool = False
 
+    def cancelled(self) -> bool:
+        """Whether nobody wants it any more; it has not left."""
+        return self.settled.cancelled()
+
+    def answer(self, outcomes: list[Outcome]) -> None:
+        """Tells who waits."""
+        self.answered = True
+        if not self.settled.done():
+            self.settled.set_result(outcomes)
+
+
+@attrs.define(eq=False)
+class _Begun:
+    """A command nobody waits for: its outcome is called back."""
+
+    requests: list[Request]
+    done: Callable[[Outcome], None]
+    left: bool = False
+
+    def cancelled(self) -> bool:
+        """Never."""
+        return False
+
+    def answer(self, outcomes: list[Outcome]) -> None:
+        """Tells."""
+        self.done(outcomes[0])
+
 
 class BlockWriter:
     """The way into a store for all block devices of one loop."""
@@ -136,12 +176,13 @@ class BlockWriter:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._member = _member(store)
-        self._waiting: list[_Handed] = []
+        self._waiting: list[_Handed | _Begun] = []
         self._draining = False
         self._thread = ThreadPoolExecutor(1, "space-block")
         self._sync_thread = ThreadPoolExecutor(1, "space-block-sync")
         self._syncing: asyncio.Future[None] | None = None
         self._gates: weakref.WeakValueDictionary[bytes, _Gate] = weakref.WeakValueDictionary()
+        self._kept: dict[bytes, weakref.WeakSet[Kept]] = {}
 
     def gate(self, capsule: CapsuleId) -> _Gate:
         """The gate that all devices of a capsule share."""
@@ -157,10 +198,7 @@ class BlockWriter:
         """
         loop = asyncio.get_running_loop()
         handed = _Handed(requests, loop.create_future())
-        self._waiting.append(handed)
-        if not self._draining:
-            self._draining = True
-            loop.call_soon(self._drain)
+        self._hand_in(handed)
         try:
             outcomes = await handed.settled
         except asyncio.CancelledError:
@@ -172,6 +210,20 @@ class BlockWriter:
             position = max((each.position for each in outcomes if isinstance(each, Receipt)), default=0)
             await self.durable(position)
         return outcomes
+
+    def begin(self, request: Request, done: Callable[[Outcome], None]) -> None:
+        """As :meth:`execute`, of one command, for callers that have more to do than to wait."""
+        self._hand_in(_Begun([request], done))
+
+    def tell(self, capsule: CapsuleId, kept: Kept) -> None:
+        """Has what is kept of a capsule told of writes to it, until nobody keeps it any more."""
+        self._kept.setdefault(capsule, weakref.WeakSet()).add(kept)
+
+    def _hand_in(self, handed: _Handed | _Begun) -> None:
+        self._waiting.append(handed)
+        if not self._draining:
+            self._draining = True
+            asyncio.get_running_loop().call_soon(self._drain)
 
     async def durable(self, position: int | None = None) -> None:
         """Returns once all batches up to ``position`` (default: everything acknowledged) are durable.
@@ -199,7 +251,7 @@ class BlockWriter:
 
     def _drain(self) -> None:
         taken, self._waiting = self._waiting[:TOGETHER_MAX], self._waiting[TOGETHER_MAX:]
-        handed = [each for each in taken if not each.settled.cancelled()]
+        handed = [each for each in taken if not each.cancelled()]
         for each in handed:
             each.left = True
         requests = [request for each in handed for request in each.requests]
@@ -210,7 +262,10 @@ class BlockWriter:
             self._hand_over(self._member, requests, handed)
         elif store._lock.acquire(blocking=False):
             try:
+                before, events = store._tables.version, store._applied.events
                 outcomes = _carried_out(store, requests)
+                if store._applied.events - events == len(outcomes):
+                    self._tell_written(before, requests, outcomes)
             finally:
                 store._lock.release()
             self._settle(handed, outcomes)
@@ -219,7 +274,20 @@ class BlockWriter:
             carrying = loop.run_in_executor(self._thread, _carried_out, store, requests)
             carrying.add_done_callback(lambda done: self._settle(handed, done.result()))
 
-    def _settle(self, handed: list[_Handed], outcomes: list[Outcome]) -> None:
+    def _tell_written(self, before: int, requests: list[Request], outcomes: list[Outcome]) -> None:
+        """Tells what is kept of ranges written, where nothing else was: one event each, and none of anybody else."""
+        written = [each.command for each in requests if isinstance(each.command, cmd.WriteExtent)]
+        if len(written) < len(requests) or not all(isinstance(each, Receipt) for each in outcomes):
+            return
+        after = self.store._tables.version
+        for command in written:
+            for kept in self._kept.get(command.capsule, ()):
+                kept.written(before, command.offset, command.length)
+        for capsule in {command.capsule for command in written}:
+            for kept in self._kept.get(capsule, ()):
+                kept.moved(before, after)
+
+    def _settle(self, handed: list[_Handed | _Begun], outcomes: list[Outcome]) -> None:
         _resolve(handed, outcomes)
         self._next()
 
@@ -229,7 +297,7 @@ class BlockWriter:
         else:
             self._draining = False
 
-    def _hand_over(self, member: Member, requests: list[Request], handed: list[_Handed]) -> None:
+    def _hand_over(self, member: Member, requests: list[Request], handed: list[_Handed | _Begun]) -> None:
         """Gives the commands to the group, which has many such under way at a time."""
         try:
             answer = member.begin(requests)
@@ -250,12 +318,10 @@ def _carried_out(store: Store, requests: list[Request]) -> list[Outcome]:
         return [StorageError(f"the store met {type(error).__name__}")] * len(requests)
 
 
-def _resolve(handed: list[_Handed], outcomes: list[Outcome]) -> None:
+def _resolve(handed: list[_Handed | _Begun], outcomes: list[Outcome]) -> None:
     at = 0
     for each in handed:
-        each.answered = True
-        if not each.settled.done():
-            each.settled.set_result(outcomes[at : at + len(each.requests)])
+        each.answer(outcomes[at : at + len(each.requests)])
         at += len(each.requests)
 
 
@@ -301,10 +367,47 @@ class _Seen:
     row: CapsuleRow
     policy: Policy
     info: BlockInfo
+    reserved_row: bytes | None
+    reserved: reservations.State
+
+
+class LoggedReservations:
+    """The reservations of a device as the log has them: what the NVMe view calls a keeper.
+
+    Attributes:
+        checked: what a command was checked against last.  From there to the device's method nothing else runs, so
+            it is what that command was checked against.
+    """
+
+    persistent = True
+
+    def __init__(self, device: LocalBlockDevice) -> None:
+        self._device = device
+        self.checked: reservations.State | None = None
+
+    @property
+    def state(self) -> reservations.State:
+        """As they are known here."""
+        self.checked = self._device._now().reserved
+        return self.checked
+
+    async def change(self, command: reservations.Command, *, actor: str) -> None:
+        """Has a command decided; it is durable, and folded here, on return.
+
+        Raises:
+            SpaceError: it is refused, or could not be logged.
+        """
+        (outcome,) = await self._device._writable().execute([Request(command, actor)], durable=True)
+        if isinstance(outcome, SpaceError):
+            raise outcome
+
+    async def confirm(self) -> None:
+        """Returns when the rows here have everything acknowledged anywhere before."""
+        await self._device._up_to_date()
 
 
 class LocalBlockDevice:
-    """A :class:`space.projections.block.BlockDevice` over a :class:`Reading`."""
+    """A :class:`space.projections.block.BlockDevice` over a :class:`Reading`, and its reservations."""
 
     def __init__(self, reading: Reading, capsule: CapsuleId, *, writer: BlockWriter | None = None) -> None:
         """Serves a capsule; only where ``writer`` leads into the same store it can be changed.
@@ -323,6 +426,11 @@ class LocalBlockDevice:
         self._member = _member(reading)
         self._gate = writer.gate(capsule) if writer else _Gate()
         self._seen: _Seen | None = None
+        self._retrying: set[asyncio.Future[None]] = set()
+        self._kept = Kept(cache_of(reading)) if self._member is None else None
+        if writer is not None and self._kept is not None:
+            writer.tell(capsule, self._kept)
+        self.reservations = LoggedReservations(self)
         kind = reading.stat(capsule).kind
         if kind != Kind.FILE:
             raise UsageError(f"not a file: {capsule}")
@@ -369,21 +477,85 @@ class LocalBlockDevice:
         size = row.size - row.size % block
         allocated = min(mapped.allocated, size) if mapped else 0
         info = BlockInfo(self._capsule, size, block, allocated, self._writer is None, row.change)
-        self._seen = _Seen(reading._tables, txn.version, row, policy, info)
+        reserved_row = txn.get(RESERVATION, self._capsule)
+        if before is not None and before.reserved_row == reserved_row:
+            reserved = before.reserved
+        else:
+            reserved = reservations.State.decode(reserved_row)
+        self._seen = _Seen(reading._tables, txn.version, row, policy, info, reserved_row, reserved)
+        if self._kept is not None:
+            self._kept.seen(txn.version, row.change)
         return self._seen
+
+    def _reserved(self) -> int | None:
+        """The position of the reservations that the command that just came was checked against."""
+        checked = self.reservations.checked
+        return None if checked is None else checked.position
 
     # --- reading ---------------------------------------------------------------------------------
 
     async def read(self, offset: int, length: int) -> Sequence[Buffer]:
-        if self._member is not None:
-            await self._confirm(self._member)
+        reserved = self._reserved()
+        await self._up_to_date()
         if length > READ_HERE_BYTES_MAX:
-            return await asyncio.to_thread(self._read_whole, offset, length)
+            return await asyncio.to_thread(self._read_whole, offset, length, reserved)
         try:
             with self._look() as txn:
-                return self._pieces(txn, offset, length)
+                self._check_reserved(txn, reserved)
+                return self._keeping(txn, offset, length)
         except CorruptionError:
-            return await asyncio.to_thread(self._read_whole, offset, length)
+            return await asyncio.to_thread(self._read_whole, offset, length, reserved)
+
+    def peek(self, offset: int, length: int) -> Sequence[Buffer] | None:
+        """As the protocol says: what was read before, and is as it was."""
+        kept, seen = self._kept, self._seen
+        if kept is None or seen is None or kept.version != seen.version:
+            return None
+        found = kept.get(offset, length)
+        return None if found is None else (found,)
+
+    def _keeping(self, txn: ReadTransaction, offset: int, length: int) -> Sequence[Buffer]:
+        """Reads, and keeps what was read, or the frame it is in."""
+        kept, seen = self._kept, self._seen
+        if kept is None or seen is None or seen.row.key or txn.version != kept.version:
+            return self._pieces(txn, offset, length)
+        chunk = offset - offset % CHUNK_BYTES
+        if offset + length <= chunk + CHUNK_BYTES:
+            whole = content_map.covering(txn, self._capsule, chunk, CHUNK_BYTES)
+            if whole is not None and len(whole.frames) == content_map.FRAME_BYTES:
+                content = self._read_one(whole)
+                kept.put(chunk, content)
+                return (memoryview(content)[offset - chunk : offset - chunk + length],)
+        pieces = self._pieces(txn, offset, length)
+        if offset % UNIT_BYTES == 0 and length % UNIT_BYTES == 0 and length <= CHUNK_BYTES:
+            piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            kept.put(offset, piece if isinstance(piece, bytes | memoryview) else bytes(piece))
+        return pieces
+
+    def _read_one(self, extent: content_map.Extent) -> bytes | memoryview:
+        """The content of an extent in one frame."""
+        (content,) = self._reading._content.read_parts(
+            extent.frames, extent.position, extent.skip, extent.length
+        )
+        return content if isinstance(content, bytes | memoryview) else bytes(content)
+
+    async def _up_to_date(self) -> None:
+        """Returns when what is here is as new as anything acknowledged anywhere before."""
+        if self._member is not None:
+            await self._confirm(self._member)
+
+    def _check_reserved(self, txn: ReadTransaction, reserved: int | None) -> None:
+        """A replica learns of what was acknowledged elsewhere after a command was checked.
+
+        Raises:
+            ConflictError: the reservations are others by now.
+        """
+        if (
+            reserved is not None
+            and self._member is not None
+            and reservations.position_of(txn.get(RESERVATION, self._capsule)) != reserved
+        ):
+            raise ConflictError(f"the reservations of {self._capsule} changed meanwhile")
 
     def _look(self) -> AbstractContextManager[ReadTransaction]:
         """A snapshot of what is here; on a member as it is, confirmed or not."""
@@ -406,10 +578,11 @@ class LocalBlockDevice:
         if (error := await confirmed) is not None:
             raise error
 
-    def _read_whole(self, offset: int, length: int) -> list[Buffer]:
+    def _read_whole(self, offset: int, length: int, reserved: int | None = None) -> list[Buffer]:
         """In another thread: mends what can be mended, and says where damage is."""
         try:
             with self._look() as txn:
+                self._check_reserved(txn, reserved)
                 return self._pieces(txn, offset, length)
         except CorruptionError:
             data = self._reading.read(self._capsule, offset, length)
@@ -433,24 +606,91 @@ class LocalBlockDevice:
 
     # --- writing ---------------------------------------------------------------------------------
 
+    def begin_write(
+        self, offset: int, data: Buffer, *, actor: str, done: Callable[[SpaceError | None], None]
+    ) -> bool:
+        """As the protocol says, and as :meth:`write`."""
+        writer = self._writable()
+        if not self._gate.enter_now():
+            return False
+        reserved = self._reserved()
+
+        def settled(outcome: Outcome) -> None:
+            if isinstance(outcome, Receipt):
+                self._gate.leave()
+                done(None)
+            else:
+                task = asyncio.ensure_future(
+                    self._written_after(outcome, offset, data, reserved, actor, done)
+                )
+                self._retrying.add(task)
+                task.add_done_callback(self._retrying.discard)
+
+        try:
+            command = self._encoded(writer, self._now(), offset, data, reserved, plainly=False)
+            writer.begin(Request(command, actor), settled)
+        except BaseException:
+            self._gate.leave()
+            raise
+        return True
+
+    async def _written_after(
+        self,
+        refusal: SpaceError,
+        offset: int,
+        data: Buffer,
+        reserved: int | None,
+        actor: str,
+        done: Callable[[SpaceError | None], None],
+    ) -> None:
+        """The rest of :meth:`begin_write` where the first attempt was refused."""
+        error: SpaceError | None = None
+        try:
+            if refusal.status is Status.STALE:
+                retries = range(1, STALE_RETRIES)
+                await self._attempt(offset, data, reserved, actor, attempts=retries, durable=False)
+            else:
+                error = await self._refused(refusal)
+        except SpaceError as caught:
+            error = caught
+        except Exception as caught:
+            logger.exception("a write broke")
+            error = StorageError(f"the store met {type(caught).__name__}")
+        finally:
+            self._gate.leave()
+        done(error)
+
     async def write(self, offset: int, data: Buffer, *, durable: bool, actor: str) -> None:
         """As the protocol says; at most :data:`WRITE_BYTES_MAX`.
 
         Raises:
             UsageError: longer (status TOO_LARGE), or beyond the end (NO_SPACE).
         """
-        writer = self._writable()
+        self._writable()
+        reserved = self._reserved()
         await self._gate.enter()
         try:
-            for attempt in range(STALE_RETRIES):
-                command = self._encoded(writer, self._now(), offset, data, plainly=attempt > 0)
-                (outcome,) = await writer.execute([Request(command, actor)], durable=durable)
-                if isinstance(outcome, Receipt):
-                    return
-                if outcome.status is not Status.STALE or attempt == STALE_RETRIES - 1:
-                    raise outcome
+            await self._attempt(offset, data, reserved, actor, attempts=range(STALE_RETRIES), durable=durable)
         finally:
             self._gate.leave()
+
+    async def _attempt(
+        self, offset: int, data: Buffer, reserved: int | None, actor: str, *, attempts: range, durable: bool
+    ) -> None:
+        writer = self._writable()
+        for attempt in attempts:
+            command = self._encoded(writer, self._now(), offset, data, reserved, plainly=attempt > 0)
+            (outcome,) = await writer.execute([Request(command, actor)], durable=durable)
+            if isinstance(outcome, Receipt):
+                return
+            if outcome.status is not Status.STALE or attempt == attempts[-1]:
+                raise await self._refused(outcome)
+
+    async def _refused(self, error: SpaceError) -> SpaceError:
+        """What a caller is told.  If reservations have changed, its next attempt is checked against the new ones."""
+        if error.status is Status.EXISTS:
+            await self._up_to_date()
+        return error
 
     def _check_inside(self, seen: _Seen, offset: int, length: int) -> None:
         """A capsule without blocks would grow; one with blocks is refused later, in the same words."""
@@ -461,7 +701,15 @@ class LocalBlockDevice:
             )
 
     def _encoded(
-        self, writer: BlockWriter, seen: _Seen, offset: int, data: Buffer, *, plainly: bool
+        self,
+        writer: BlockWriter,
+        seen: _Seen,
+        offset: int,
+        data: Buffer,
+        reserved: int | None,
+        *,
+        plainly: bool,
+        change: int | None = None,
     ) -> cmd.WriteExtent:
         """The one command that writes ``data``; ``plainly``: without referring to bytes stored before."""
         if not 0 < len(data) <= WRITE_BYTES_MAX:
@@ -473,16 +721,21 @@ class LocalBlockDevice:
         policy = attrs.evolve(seen.policy, dedupe=False) if plainly else seen.policy
         (command,) = writer.store.encode_extents(self._capsule, offset, data, policy, seen.row.key)
         assert isinstance(command, cmd.WriteExtent)
-        return command
+        return cmd.WriteExtent(
+            command.capsule, command.offset, command.length, command.frames, change, reserved
+        )
 
     async def write_zeroes(
         self, offset: int, length: int, *, deallocate: bool, durable: bool, actor: str
     ) -> None:
-        await self._change([cmd.Deallocate(self._capsule, offset, length)], durable, actor)
+        await self._change([self._hole(offset, length)], durable, actor)
 
     async def deallocate(self, ranges: Sequence[tuple[int, int]], *, actor: str) -> None:
-        commands = [cmd.Deallocate(self._capsule, offset, length) for offset, length in ranges if length]
+        commands = [self._hole(offset, length) for offset, length in ranges if length]
         await self._change(commands, durable=False, actor=actor)
+
+    def _hole(self, offset: int, length: int) -> cmd.Deallocate:
+        return cmd.Deallocate(self._capsule, offset, length, reserved=self._reserved())
 
     async def copy(
         self, ranges: Sequence[tuple[int, int]], target: int, *, durable: bool, actor: str
@@ -491,8 +744,9 @@ class LocalBlockDevice:
         self._writable()
         self._check_inside(self._now(), target, sum(length for _, length in ranges))
         commands: list[Command] = []
+        reserved = self._reserved()
         for offset, length in ranges:
-            commands += _copies(self._capsule, offset, length, target)
+            commands += _copies(self._capsule, offset, length, target, reserved)
             target += length
         await self._change(commands, durable, actor)
 
@@ -509,7 +763,7 @@ class LocalBlockDevice:
             self._gate.leave()
         for outcome in outcomes:
             if isinstance(outcome, SpaceError):
-                raise outcome
+                raise await self._refused(outcome)
 
     async def compare_and_write(
         self, offset: int, expected: Buffer, data: Buffer, *, durable: bool, actor: str
@@ -520,28 +774,30 @@ class LocalBlockDevice:
             ConflictError: others write to the capsule so fast that it was never found unchanged (STALE).
         """
         writer = self._writable()
+        reserved = self._reserved()
         if len(expected) != len(data):
             raise UsageError(f"{len(expected)} bytes to compare with, {len(data)} to write")
         async with self._gate.alone():
             for attempt in range(COMPARE_RETRIES):
-                if self._member is not None:
-                    await self._confirm(self._member)
+                await self._up_to_date()
                 try:
                     with self._look() as txn:
+                        self._check_reserved(txn, reserved)
                         seen = self._see(txn)
-                        command = self._encoded(writer, seen, offset, data, plainly=attempt > 0)
+                        command = self._encoded(
+                            writer, seen, offset, data, reserved, plainly=attempt > 0, change=seen.row.change
+                        )
                         held = b"".join(self._pieces(txn, offset, len(data)))
                 except CorruptionError:
                     await asyncio.to_thread(self._read_whole, offset, len(data))
                     continue
                 if (differs := _first_difference(held, expected)) >= 0:
                     return differs
-                conditional = attrs.evolve(command, change=seen.row.change)
-                (outcome,) = await writer.execute([Request(conditional, actor)], durable=durable)
+                (outcome,) = await writer.execute([Request(command, actor)], durable=durable)
                 if isinstance(outcome, Receipt):
                     return -1
                 if outcome.status is not Status.STALE:
-                    raise outcome
+                    raise await self._refused(outcome)
         raise ConflictError(f"capsule {self._capsule} changes too fast to be compared", status=Status.STALE)
 
     async def flush(self) -> None:
@@ -575,11 +831,13 @@ def _first_difference(held: bytes, expected: Buffer) -> int:
     return low
 
 
-def _copies(capsule: CapsuleId, offset: int, length: int, target: int) -> list[cmd.CopyRange]:
+def _copies(
+    capsule: CapsuleId, offset: int, length: int, target: int, reserved: int | None
+) -> list[cmd.CopyRange]:
     """Commands for a copy inside a capsule, so ordered that none overwrites what a later one reads."""
     starts = range(0, length, COPY_BYTES_MAX)
     return [
-        cmd.CopyRange(capsule, target + at, capsule, offset + at, min(COPY_BYTES_MAX, length - at))
+        cmd.CopyRange(capsule, target + at, capsule, offset + at, min(COPY_BYTES_MAX, length - at), reserved)
         for at in (starts if target < offset else reversed(starts))
     ]
 

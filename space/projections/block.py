@@ -16,11 +16,12 @@ Errors are :class:`space.SpaceError` with a neutral ``status``; each protocol ha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import attrs
 
+from space._errors import SpaceError
 from space.events.commands import Buffer
 from space.events.ids import CapsuleId
 
@@ -51,6 +52,22 @@ class BlockDevice(Protocol):
 
     async def read(self, offset: int, length: int) -> Sequence[Buffer]:
         """The bytes of a range, as buffers to be sent one after the other; holes read as zeros."""
+
+    def peek(self, offset: int, length: int) -> Sequence[Buffer] | None:
+        """What :meth:`read` would return, if that is at hand: as of :meth:`info`, asked for in the same turn.
+
+        None: not at hand.  Here and in :meth:`begin_write` nothing is waited for: a protocol that serves many small
+        commands spares itself a coroutine each.
+        """
+
+    def begin_write(
+        self, offset: int, data: Buffer, *, actor: str, done: Callable[[SpaceError | None], None]
+    ) -> bool:
+        """Begins :meth:`write`, not durable; a later turn of the loop calls ``done``, once, with the error if any.
+
+        Returns:
+            Whether it was begun; otherwise :meth:`write` has to be used.
+        """
 
     async def write(self, offset: int, data: Buffer, *, durable: bool, actor: str) -> None:
         """Replaces the bytes of a range, as one: a crash leaves all of them or none."""

@@ -10,9 +10,11 @@ with the cache off every write is durable.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from space._errors import SpaceError
+from space.events.commands import Buffer
 from space.projections.block import BlockInfo
 from space.projections.nvme import reservation_commands
 from space.projections.nvme.controller import Controller
@@ -130,20 +132,28 @@ def _durable(queue: Queue, command: Command) -> bool:
 # --- reading
 
 
-def read(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
+def read(queue: Queue, command: Command) -> Reply | Coroutine[Any, Any, Reply]:
     """Read; with FUA what is returned is durable."""
     namespace, info = _open(queue, command, writes=False)
-    return _read(namespace, *_with_data(queue, command, info), durable=bool(command.cdw12 & _FUA))
+    offset, length = _with_data(queue, command, info)
+    durable = bool(command.cdw12 & _FUA)
+    buffers = None if durable else namespace.device.peek(offset, length)
+    if buffers is None:
+        return _read(namespace, offset, length, durable=durable)
+    return _was_read(namespace, buffers, length)
+
+
+def _was_read(namespace: Namespace, buffers: Sequence[Buffer], length: int) -> Reply:
+    counters = namespace.counters
+    counters.reads += 1
+    counters.bytes_read += length
+    return Reply(buffers, length)
 
 
 async def _read(namespace: Namespace, offset: int, length: int, *, durable: bool) -> Reply:
     if durable:
         await namespace.device.flush()
-    buffers = await namespace.device.read(offset, length)
-    counters = namespace.counters
-    counters.reads += 1
-    counters.bytes_read += length
-    return Reply(buffers, length)
+    return _was_read(namespace, await namespace.device.read(offset, length), length)
 
 
 def compare(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
@@ -194,24 +204,59 @@ async def _flush(namespaces: list[Namespace]) -> Reply:
     return DONE
 
 
-def write(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:
+def write(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply] | None:
     """Write: all of it or, after a crash, none."""
     namespace, info = _open(queue, command, writes=True)
     offset, length = _with_data(queue, command, info)
     if command.cdw12 & _DIRECTIVE:
         raise CommandError(NvmeStatus.INVALID_FIELD, location=50)
-    data = _payload(command, length)
-    return _write(namespace, offset, data, durable=_durable(queue, command), actor=_controller(queue).actor)
+    work = _Write(queue, command, namespace, offset, _payload(command, length))
+    return None if not _durable(queue, command) and work.begin() else work.carried_out()
 
 
-async def _write(
-    namespace: Namespace, offset: int, data: bytes | bytearray | memoryview, *, durable: bool, actor: str
-) -> Reply:
-    await namespace.device.write(offset, data, durable=durable, actor=actor)
-    counters = namespace.counters
-    counters.writes += 1
-    counters.bytes_written += len(data)
-    return DONE
+class _Write:
+    """A write that the device carries out by itself, or a coroutine does."""
+
+    __slots__ = ("_command", "_data", "_held", "_namespace", "_offset", "_queue")
+
+    def __init__(
+        self,
+        queue: Queue,
+        command: Command,
+        namespace: Namespace,
+        offset: int,
+        data: bytes | bytearray | memoryview,
+    ) -> None:
+        self._queue = queue
+        self._command = command
+        self._namespace = namespace
+        self._offset = offset
+        self._data = data
+
+    def begin(self) -> bool:
+        """Whether it is under way, and will be answered."""
+        actor = _controller(self._queue).actor
+        if not self._namespace.device.begin_write(self._offset, self._data, actor=actor, done=self._done):
+            return False
+        self._held = self._queue.begun(self._command)
+        return True
+
+    def _done(self, error: SpaceError | None) -> None:
+        if error is None:
+            self._count()
+        self._queue.ended(self._command, self._held, error)
+
+    async def carried_out(self) -> Reply:
+        """Waits until it is done."""
+        durable, actor = _durable(self._queue, self._command), _controller(self._queue).actor
+        await self._namespace.device.write(self._offset, self._data, durable=durable, actor=actor)
+        self._count()
+        return DONE
+
+    def _count(self) -> None:
+        counters = self._namespace.counters
+        counters.writes += 1
+        counters.bytes_written += len(self._data)
 
 
 def write_zeroes(queue: Queue, command: Command) -> Coroutine[Any, Any, Reply]:

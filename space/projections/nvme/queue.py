@@ -119,6 +119,10 @@ class Pools:
     executing: Pool = attrs.field(factory=Pool)
 
 
+_Held = tuple[int, Controller | None]
+"""What a command that waits is counted with: bytes, and the controller that waits for mutations to end."""
+
+
 class _Started:
     """A coroutine that has run up to its first wait, to be awaited from there on."""
 
@@ -173,7 +177,7 @@ class Queue:
         self._handlers: dict[int, Handler] = {}
         self._sqhd = 0
         self._outstanding: dict[int, Command] = {}
-        self._running: dict[int, tuple[Handle, bool]] = {}
+        self._running: dict[int, tuple[Handle | None, bool]] = {}
         self._fused: Command | None = None
         self._pairs: dict[int, tuple[Command, Command]] = {}
         self._deferred: deque[Command] = deque()
@@ -389,23 +393,46 @@ class Queue:
             self._suspend(command, coroutine, waits_for)
 
     def _suspend(self, command: Command, coroutine: Coroutine[Any, Any, Reply], waits_for: Any) -> None:
+        held = self._hold(command)
+        handle = self.shell.spawn(_finish(coroutine, waits_for))
+        self._running[command.cid] = (handle, bool(self.number) and command.opcode in io.MUTATIONS)
+        handle.add_done_callback(functools.partial(self._finished, command, held))
+
+    def begun(self, command: Command) -> _Held:
+        """A mutation that the device carries out by itself: :meth:`ended` is to be called when it has."""
+        self._running[command.cid] = (None, True)
+        return self._hold(command)
+
+    def ended(self, command: Command, held: _Held, error: Exception | None) -> None:
+        """A mutation that was :meth:`begun` is done."""
+        self._release(command, held)
+        if error is None:
+            self.complete(command, DONE)
+        else:
+            self._fail(command, self.error_of(error))
+        self.shell.wake()
+
+    def _hold(self, command: Command) -> _Held:
+        """Counts a command that has to wait."""
         length = 0 if command.fetched else command.sgl_length
         writing = self.controller if self.number and command.opcode in io.WRITING else None
         self._executing += length
         self._pools.executing.used += length
         if writing is not None:
             writing.mutations += 1
-        handle = self.shell.spawn(_finish(coroutine, waits_for))
-        self._running[command.cid] = (handle, bool(self.number) and command.opcode in io.MUTATIONS)
-        handle.add_done_callback(functools.partial(self._finished, command, length, writing))
+        return length, writing
 
-    def _finished(self, command: Command, length: int, writing: Controller | None, handle: Handle) -> None:
-        """A command that had to wait is done, or was cancelled (perhaps before it could go on at all)."""
+    def _release(self, command: Command, held: _Held) -> None:
+        length, writing = held
         del self._running[command.cid]
         if writing is not None:
             writing.mutation_done()
         self._executing -= length
         self._pools.executing.give(length)
+
+    def _finished(self, command: Command, held: _Held, handle: Handle) -> None:
+        """A command that had to wait is done, or was cancelled (perhaps before it could go on at all)."""
+        self._release(command, held)
         try:
             self.complete(command, handle.result())
         except Exception as error:  # noqa: BLE001 - see _begin
@@ -528,7 +555,7 @@ class Queue:
         """The connection has ended.  Reads are given up; what changes a namespace is carried out to its end."""
         self.gone = True
         for handle, mutates in list(self._running.values()):
-            if not mutates:
+            if handle is not None and not mutates:
                 handle.cancel()
         running = [self._outstanding[cid] for cid in self._running if cid in self._outstanding]
         for command in [each for each in self._outstanding.values() if each not in running]:
