@@ -55,6 +55,7 @@ MOUNT_FLAGS: Final = frozenset(
 
 _MODE: Final = pb.VolumeCapability.AccessMode
 READERS: Final = frozenset({_MODE.SINGLE_NODE_READER_ONLY, _MODE.MULTI_NODE_READER_ONLY})
+MULTI_NODE_SINGLE_WRITER: Final = _MODE.MULTI_NODE_SINGLE_WRITER
 SINGLE_NODE: Final = frozenset(
     {
         _MODE.SINGLE_NODE_WRITER,
