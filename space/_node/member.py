@@ -375,6 +375,9 @@ class Member(Store):
 
     def _apply_logged(self, items: Sequence[Any]) -> None:
         self._applied = fold(self._tables, self.views, items, start=self._applied)
+        for item in items if self.watchers else ():
+            for watcher in self.watchers:
+                watcher(decode_batch(item.metadata))
         for item in items:
             if _RECLAIM_MARK in item.metadata:
                 self._reclaim(item.metadata)

@@ -23,6 +23,7 @@ from space._node.beside import PastBeside
 from space._node.caller import Document
 from space._node.local_vfs import LocalFileSystem
 from space._node.nfs_recovery import StoreRecovery
+from space._node.nfs_watch import Watch
 from space._node.store import Store
 from space.events.ids import CapsuleId
 from space.projections.nfs.exports import Export, Exports, Rule, Squash, export_number, parse_rule
@@ -137,6 +138,10 @@ async def _serve(
         for each in found:
             stack.push_async_callback(each.files.sync)
         stack.push_async_callback(server.close)
+        if isinstance(reading, Store):
+            watch = Watch(service.state)
+            reading.watchers.append(watch)
+            stack.callback(reading.watchers.remove, watch)
         host, port = await _listening(server, listen)
         ready(_document(host, port, found, sources, service))
         await over.wait()

@@ -53,6 +53,7 @@ from space.content.frames import FrameRef, pack_frames, unpack_frames
 from space.content.keys import Keyring, generate_master_key, load_master_key
 from space.content.pipeline import ContentReader, ContentWriter
 from space.events import commands as cmd
+from space.events.codec import Entry
 from space.events.commands import Buffer, Command, Durability, Receipt, Request
 from space.events.ids import AtPosition, CapsuleId, Moment
 from space.events.types import EXTENT_BYTES_MAX, Kind
@@ -175,6 +176,8 @@ class Store(Reading):
         self.pinned: Counter[bytes] = Counter()
         """Capsules held open by a view: gc leaves them alone even when deleted."""
         self.views = list(registered_views() if views is None else views)
+        self.watchers: list[Callable[[Sequence[Entry]], None]] = []
+        """Told what each batch did once it is in the log, on whatever thread that is; must neither wait nor raise."""
         self._lock_file = _lock_directory(self.path, create)
         try:
             with clear_errors(self.path):
@@ -405,6 +408,8 @@ class Store(Reading):
                     handler(context, event)
         for folder in folders:
             folder.flush()
+        for watcher in self.watchers:
+            watcher(batch.entries)
         before = self._applied
         self._applied = Applied(
             batch.position,

@@ -134,6 +134,7 @@ class State:
         self._clients: dict[Client, Holdings] = {}
         self._contended: dict[FileKey, float] = {}
         self._recalled: set[Delegation] = set()
+        self._delegated = 0
 
     # --- what others ask -------------------------------------------------------------------------
 
@@ -217,6 +218,11 @@ class State:
             self._recall_conflicting(file, client, ctx.now, write=True)
         if self._service.in_grace(ctx.now) and (file is None or not file.opened_by(client, others=False)):
             raise NfsError(NfsStatus.GRACE)
+
+    def is_delegated(self, capsule: bytes) -> bool:
+        """Whether anybody has a delegation of a file; may be asked on any thread."""
+        file = self._files.get(CapsuleId(capsule)) if self._delegated and capsule else None
+        return file is not None and bool(file.delegations)
 
     def changed_elsewhere(self, capsule: CapsuleId, now: float) -> None:
         """Somebody has changed a file through another view: delegations of it are wanted back."""
@@ -439,6 +445,7 @@ class State:
             given.changed()
             file.delegations[client] = given
             self._clients[client].delegations += 1
+            self._delegated += 1
         return given
 
     def may_reclaim_delegation(self, client: Client, node: Node, *, write: bool) -> bool:
@@ -453,9 +460,8 @@ class State:
     def forget_delegation(self, held: Delegation) -> None:
         """A delegation was returned, or a revoked one freed."""
         self._clients[held.client].delegations -= 1
-        self._recalled.discard(held)
         if not held.revoked:
-            del held.file.delegations[held.client]
+            self._drop_delegation(held)
         self._take(held)
         self._leave(held.file)
 
@@ -505,10 +511,14 @@ class State:
     def _revoke(self, held: Delegation) -> None:
         """Takes a delegation that was not returned in time; its stateid stays until the client frees it."""
         held.revoked = True
-        self._recalled.discard(held)
-        del held.file.delegations[held.client]
+        self._drop_delegation(held)
         self._clients[held.client].revoked.add(held.other)
         self._leave(held.file)
+
+    def _drop_delegation(self, held: Delegation) -> None:
+        del held.file.delegations[held.client]
+        self._recalled.discard(held)
+        self._delegated -= 1
 
     def _contend(self, node: Node, now: float) -> None:
         """For a while nobody gets a delegation of this file who does not ask for one."""
