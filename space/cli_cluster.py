@@ -92,6 +92,7 @@ def _options(config: str | None, given: Document) -> ServeOptions:
         tls=Path(found["tls"]).expanduser() if found.get("tls") else None,
         insecure=bool(found.get("insecure")),
         mounts=tuple(_mount(text) for text in found.get("mount", ())),
+        nvme=tuple(view.options() for view in found.get("views", ())),
     )
 
 

@@ -18,6 +18,7 @@ from space._errors import CorruptionError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from space._node.cluster import NodeConfig
+    from space._node.nvme_node import NvmeOptions
 
 INVITATION: Final = "invitation.json"
 """Beside the certificate of a node that was invited: how many shards there are, and where its peers are."""
@@ -37,6 +38,7 @@ class ServeOptions:
         tls: where its certificate is, if not in the data directory.
         insecure: no certificates; only on addresses of this machine.
         mounts: ``(target, path)`` to mount when it is ready.
+        nvme: what to serve to NVMe hosts as soon as it can be; at most one, as a node has one subsystem.
     """
 
     listen: str | None = None
@@ -48,6 +50,7 @@ class ServeOptions:
     tls: Path | None = None
     insecure: bool = False
     mounts: tuple[tuple[str, str], ...] = ()
+    nvme: tuple[NvmeOptions, ...] = ()
 
 
 def prepare(home: Path, options: ServeOptions) -> NodeConfig:

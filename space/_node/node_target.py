@@ -23,6 +23,8 @@ from space._errors import NotFoundError, NotLeaderError, UnavailableError, Usage
 from space._node.caller import Caller, Document, Terms
 from space._node.enrolment import INVITATION
 from space._node.mounts import Mounts
+from space._node.nvme_node import METHOD as NVME_METHOD
+from space._node.nvme_node import NvmeOptions, NvmeViews
 from space._node.service import Service, methods
 from space.events.ids import CapsuleId
 
@@ -55,6 +57,7 @@ class NodeService:
             "node": node.config.node,
             "cluster": str(uuid.UUID(bytes=node.config.cluster)),
             "shards": node.config.shards,
+            "nvme": self._target.nvme.target(),
         }
 
     def cluster_status(self) -> Document:
@@ -163,9 +166,27 @@ class NodeService:
         """Mounts a tree or capsule in the node's own process."""
         return self._target.mounts.mount(self._target.reading_for, source, target, read_only=read_only)
 
+    def serve_nvme(
+        self,
+        *,
+        sources: list[str],
+        listen: str,
+        read_only: bool = False,
+        hosts: list[str] | None = None,
+        host_keys: list[str] | None = None,
+        controller_key: str | None = None,
+    ) -> Document:
+        """Serves capsules (ids or paths) to NVMe/TCP hosts in the node's own process."""
+        from space._node.nvme_access import parse_access
+        from space._node.nvme_view import parse_listen
+
+        access = parse_access(hosts or [], host_keys or [], controller_key)
+        options = NvmeOptions(tuple(sources), parse_listen(listen), read_only, access)
+        return self._target.nvme.serve(options)
+
     def unmount(self, *, target: str) -> Document:
-        """Ends a mount of the node and waits until it is gone."""
-        return self._target.mounts.end(target)
+        """Ends a view of the node (a mount, or what is served at an address) and waits until it is gone."""
+        return self._target.nvme.end(target) or self._target.mounts.end(target)
 
 
 def _sum(reports: list[Document], names: tuple[str, ...]) -> Document:
@@ -187,6 +208,7 @@ class NodeTarget:
     def __init__(self, node: ClusterNode, mounts: Mounts) -> None:
         self.node = node
         self.mounts = mounts
+        self.nvme = NvmeViews(node.home, node, self.reading_for)
         self.calls = 0
         node.node.on_call = self._for_a_peer
 
@@ -272,7 +294,7 @@ class NodeTarget:
     def _ask_leader(self, shard: int, method: str) -> Document:
         leader = self.node.stores[shard].group.replica.driver.leader
         if leader == self.node.config.node:
-            return self._for_a_peer(shard, method)
+            return self._collect(shard, method)
         if not leader:
             raise NotLeaderError(f"shard {shard} has no leader now", hint="space cluster status")
 
@@ -284,9 +306,14 @@ class NodeTarget:
             raise UnavailableError(f"node {leader} gave a malformed answer", hint="is it older or newer?")
         return answer
 
-    def _for_a_peer(self, shard: int, method: str) -> Document:
+    def _for_a_peer(self, shard: int, method: str) -> Any:
+        if method == NVME_METHOD:
+            return self.nvme.portals()
         if method not in ("gc", "gc dry"):
             raise UsageError(f"no such operation for a leader: {method!r:.40}", hint="is this node older?")
+        return self._collect(shard, method)
+
+    def _collect(self, shard: int, method: str) -> Document:
         return Service(self.node.stores[shard], Caller()).gc(dry_run=method == "gc dry")
 
 

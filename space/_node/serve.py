@@ -116,15 +116,18 @@ class Running:
 
         self._listener: Listener | None = None
         self._http: HttpServer | None = None
+        self._target: NodeTarget | None = None
         self._mounts = Mounts(home)
         self.node = ClusterNode(home, prepare(home, options))
         try:
-            self._target = NodeTarget(self.node, self._mounts)
+            node = self._target = NodeTarget(self.node, self._mounts)
             if options.http is not None:
-                self._http = _http(self._target, options, self.node)
-            self._listener = listen(self._target)
+                self._http = _http(node, options, self.node)
+            self._listener = listen(node)
             for target, path in options.mounts:
-                self._mounts.mount(self._target.reading_for, path, target, read_only=False)
+                self._mounts.mount(node.reading_for, path, target, read_only=False)
+            for view in options.nvme:
+                node.nvme.keep_serving(view)
         except BaseException:
             self.stop()
             raise
@@ -156,8 +159,12 @@ class Running:
             self._listener.retire(RETIRE_SECONDS)
         if self._http is not None:
             self._http.retire(RETIRE_SECONDS)
+        if self._target is not None:
+            self._target.nvme.retire(RETIRE_SECONDS)
         self._mounts.close()
         self.node.stop()
+        if self._target is not None:
+            self._target.nvme.close()
         if self._http is not None:
             self._http.close()
         if self._listener is not None:
@@ -183,6 +190,10 @@ class RunningAlone:
                 raise UnavailableError(f"{flag} needs the consensus engine", hint=ENGINE_HINT)
         if options.mounts:
             raise UnavailableError("--mount of a node needs the consensus engine", hint="space project mount")
+        if options.nvme:
+            raise UnavailableError(
+                "views of a node need the consensus engine", hint="space project --view nvme"
+            )
         self._http: HttpServer | None = None
         self._store: Store = Store(home)
         try:

@@ -3,15 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
 
 from space._errors import NotFoundError, UsageError
 from space._node.caller import Document
+
+if TYPE_CHECKING:
+    from space._node.nvme_node import NvmeOptions
 
 CONFIG_BYTES_MAX: Final = 64 * 1024
 """A configuration is a page of text; more is a mistake."""
 
 MOUNTS_MAX: Final = 64
+
+
+@attrs.frozen
+class View:
+    """An NVMe view that a node serves: ``sources`` are ids and paths, the rest as ``space project`` has it."""
+
+    sources: tuple[str, ...]
+    listen: str
+    read_only: bool = False
+    hosts: tuple[str, ...] = ()
+    host_keys: tuple[str, ...] = ()
+    controller_key: str | None = None
+
+    def options(self) -> NvmeOptions:
+        """As the node takes it.
+
+        Raises:
+            UsageError: an address, a name or a secret is wrong.
+        """
+        from space._node.nvme_access import parse_access
+        from space._node.nvme_node import NvmeOptions
+        from space._node.nvme_view import parse_listen
+
+        access = parse_access(self.hosts, self.host_keys, self.controller_key)
+        return NvmeOptions(self.sources, parse_listen(self.listen), self.read_only, access)
+
 
 KEYS: Final[dict[str, type]] = {
     "listen": str,
@@ -23,8 +54,24 @@ KEYS: Final[dict[str, type]] = {
     "tls": str,
     "insecure": bool,
     "mount": list,
+    "views": View,
 }
-_NAMES: Final = {str: "a text", int: "a number", bool: "true or false", list: "a list of texts"}
+VIEW_KEYS: Final[dict[str, type]] = {
+    "view": str,
+    "sources": list,
+    "listen": str,
+    "read-only": bool,
+    "hosts": list,
+    "host-keys": list,
+    "controller-key": str,
+}
+_NAMES: Final = {
+    str: "a text",
+    int: "a number",
+    bool: "true or false",
+    list: "a list of texts",
+    View: "a list of views",
+}
 
 
 def load(path: str) -> Document:
@@ -62,29 +109,63 @@ def parse(text: str, source: str) -> Document:
         ) from None
     except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"{source}: not valid YAML: {error!s:.120}") from None
-    if root is None:
-        return {}
+    return {} if root is None else _mapping(root, KEYS, source)
+
+
+def _mapping(root: Any, keys: dict[str, type], source: str) -> Document:
+    """The keys and values of a mapping; only keys that are known."""
+    import yaml
+
     if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"{source}:{root.start_mark.line + 1}: not a list of keys and values")
     found: Document = {}
     for key_node, value_node in root.value:
         where = f"{source}:{key_node.start_mark.line + 1}"
         key = key_node.value
-        if not isinstance(key, str) or key not in KEYS:
-            raise UsageError(f"{where}: unknown key {key!r:.60}", hint=f"there are: {', '.join(KEYS)}")
+        if not isinstance(key, str) or key not in keys:
+            raise UsageError(f"{where}: unknown key {key!r:.60}", hint=f"there are: {', '.join(keys)}")
         if key in found:
             raise UsageError(f"{where}: {key} is given twice")
-        found[key] = _value(value_node, KEYS[key], f"{where}: {key}")
+        if keys[key] is View:
+            found[key] = [_view(each, source) for each in _items(value_node, f"{where}: {key}", View)]
+        else:
+            found[key] = _value(value_node, keys[key], f"{where}: {key}")
     return found
+
+
+def _view(node: Any, source: str) -> View:
+    found = _mapping(node, VIEW_KEYS, source)
+    where = f"{source}:{node.start_mark.line + 1}"
+    if found.get("view") != "nvme":
+        raise UsageError(
+            f"{where}: a view is nvme, not {found.get('view')!r:.60}", hint="mounts have the key mount"
+        )
+    for key in ("sources", "listen"):
+        if not found.get(key):
+            raise UsageError(f"{where}: an nvme view needs {key}")
+    return View(
+        sources=tuple(found["sources"]),
+        listen=found["listen"],
+        read_only=found.get("read-only", False),
+        hosts=tuple(found.get("hosts", ())),
+        host_keys=tuple(found.get("host-keys", ())),
+        controller_key=found.get("controller-key"),
+    )
+
+
+def _items(node: Any, where: str, wanted: type) -> list[Any]:
+    import yaml
+
+    if not isinstance(node, yaml.SequenceNode) or len(node.value) > MOUNTS_MAX:
+        raise UsageError(f"{where} is {_NAMES[wanted]}")
+    return list(node.value)
 
 
 def _value(node: Any, wanted: type, where: str) -> Any:
     import yaml
 
     if wanted is list:
-        if not isinstance(node, yaml.SequenceNode) or len(node.value) > MOUNTS_MAX:
-            raise UsageError(f"{where} is {_NAMES[wanted]}")
-        return [_value(each, str, where) for each in node.value]
+        return [_value(each, str, where) for each in _items(node, where, list)]
     if not isinstance(node, yaml.ScalarNode):
         raise UsageError(f"{where} is {_NAMES[wanted]}")
     if wanted is str:

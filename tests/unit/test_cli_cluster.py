@@ -420,6 +420,12 @@ def test_a_configuration_has_the_options_as_keys(tmp_path: Path) -> None:
         ("- a\n", 1, "keys and values"),
         ("a: [\n", 2, "not valid YAML"),
         ("? [a]\n: b\n", 1, "unknown key"),
+        ("views: nvme\n", 1, "a list of views"),
+        ("views:\n- nvme\n", 2, "keys and values"),
+        ("views:\n- view: nfs\n", 2, "a view is nvme"),
+        ("views:\n- view: nvme\n  sources: [/a]\n", 2, "needs listen"),
+        ("views:\n- view: nvme\n  listen: a:1\n  sources: []\n", 2, "needs sources"),
+        ("views:\n- view: nvme\n  port: 1\n", 3, "unknown key 'port'"),
         ("a: *b\n", 1, "not valid YAML"),
     ],
 )
@@ -429,6 +435,19 @@ def test_a_wrong_configuration_names_the_line(text: str, line: int, why: str) ->
         serve_config.parse(text, "f.yaml")
     assert str(caught.value).startswith(f"f.yaml:{line}: ")
     assert why in str(caught.value)
+
+
+def test_a_view_in_a_configuration() -> None:
+    """What is to be served, where and to whom, as the node takes it; a wrong address is refused."""
+    text = "views:\n- view: nvme\n  sources: [/d, /e]\n  listen: 127.0.0.1:4421\n  read-only: true\n"
+    text += "  hosts: [nqn.2024-01.a:b]\n"
+    (view,) = serve_config.parse(text, "f.yaml")["views"]
+    options = view.options()
+    assert (options.sources, options.listen, options.read_only) == (("/d", "/e"), ("127.0.0.1", 4421), True)
+    assert options.access.hosts == {"nqn.2024-01.a:b"}
+    (wrong,) = serve_config.parse(text.replace("127.0.0.1:", ""), "f.yaml")["views"]
+    with pytest.raises(UsageError, match="not an address"):
+        wrong.options()
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:

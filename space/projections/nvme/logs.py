@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Final
 
 from space.projections.nvme.controller import ERROR_ENTRIES_MAX, Controller, Event
@@ -18,6 +18,7 @@ from space.projections.nvme.target import (
     NAMESPACES_MAX,
     Namespace,
     Port,
+    Subsystem,
 )
 
 if TYPE_CHECKING:
@@ -133,23 +134,28 @@ def _reservation_notices(queue: Queue, controller: Controller, command: Command)
 
 
 def _discovery(queue: Queue, controller: Controller, command: Command) -> bytes:
-    """70h: this service itself, subsystems the host may use, and other services; at each port."""
+    """70h: this service itself and subsystems the host may use, at each port; these on other nodes; other services."""
     target = queue.target
+    subsystems = [each for each in target.subsystems.values() if each.admits(controller.host_nqn)]
     entries = []
     for port in target.ports:
         entries.append(
             _entry(queue, port, _SUBTYPE_CURRENT, DISCOVERY_NQN, _SAME_EVERYWHERE | _PERSISTENT_OK)
         )
-        if not port.discovery_only:
-            entries += [
-                _entry(queue, port, _SUBTYPE_NVM, subsystem.nqn, 0)
-                for subsystem in target.subsystems.values()
-                if subsystem.admits(controller.host_nqn)
-            ]
+        entries += _at_port(queue, port, subsystems)
+    for port in target.others:
+        entries += _at_port(queue, port, subsystems)
     for each in target.referrals:
         port = Port(each.number, each.address, each.service)
-        entries.append(_entry(queue, port, _SUBTYPE_REFERRAL, each.nqn, 0))
+        entries.append(_entry(queue, port, _SUBTYPE_REFERRAL, each.nqn, _SAME_EVERYWHERE if each.same else 0))
     return _DISCOVERY_HEAD.pack(target.generation, len(entries), 0) + b"".join(entries)
+
+
+def _at_port(queue: Queue, port: Port, subsystems: Sequence[Subsystem]) -> list[bytes]:
+    """The subsystems of an I/O port."""
+    if port.discovery_only:
+        return []
+    return [_entry(queue, port, _SUBTYPE_NVM, each.nqn, 0) for each in subsystems]
 
 
 def _entry(queue: Queue, port: Port, subtype: int, nqn: str, flags: int) -> bytes:

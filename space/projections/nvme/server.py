@@ -242,15 +242,15 @@ class Server:
         """How many there are."""
         return len(self._sessions)
 
-    async def start(self, listeners: Sequence[Listener]) -> list[Port]:
-        """Listens, and says where.
+    async def start(self, listeners: Sequence[Listener], *, first_port: int = 1) -> list[Port]:
+        """Listens, and says where; ports are numbered from ``first_port``, which other nodes must not do.
 
         Raises:
             OSError: an address is in use or not this machine's; nothing listens then.
         """
         ports = []
         try:
-            for number, each in enumerate(listeners, 1):
+            for number, each in enumerate(listeners, first_port):
                 server = await self.loop.create_server(
                     lambda: Session(self), each.host, each.port, backlog=BACKLOG
                 )

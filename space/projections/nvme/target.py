@@ -32,7 +32,10 @@ NAMESPACES_MAX: Final = 1024
 """NN and MNAN: as many as the changed namespace list can name."""
 ALL_NAMESPACES: Final = 0xFFFF_FFFF
 """Where a command may mean all of them."""
-ANA_GROUPS_MAX: Final = 128
+ANA_GROUPS_MAX: Final = 256
+"""A group for each shard of a cluster."""
+CONTROLLER_IDS: Final = range(1, 0xFFF0)
+"""What a controller may be numbered (section 3.1.3)."""
 CONTROLLERS_MAX: Final = 1024
 """Controllers of one subsystem at a time: each has a connection and a few kilobytes."""
 BLOCK_SIZES: Final = (512, 4096)
@@ -132,7 +135,7 @@ class Subsystem:
     model: str = "space"
     firmware: str = "1"
     hosts: frozenset[str] | None = None
-    controller_ids: range = range(1, 0xFFF0)
+    controller_ids: range = CONTROLLER_IDS
     queues_max: int = 64
     credentials: dict[str, Credentials] = attrs.field(factory=dict, repr=False)
     namespaces: dict[int, Namespace] = attrs.field(factory=dict, init=False)
@@ -232,6 +235,7 @@ class Referral:
     service: int = DISCOVERY_PORT
     nqn: str = DISCOVERY_NQN
     number: int = 0
+    same: bool = False  # whether it tells what this one does
 
 
 class Target:
@@ -240,6 +244,7 @@ class Target:
     Attributes:
         subsystems: by name.
         discovery: the subsystem of discovery controllers; it has no namespaces.
+        ports, others: where it is reached, and where the same subsystems are on other nodes.
         generation: of the discovery log.
     """
 
@@ -247,6 +252,7 @@ class Target:
         self.subsystems: dict[str, Subsystem] = {}
         self.discovery = Subsystem(DISCOVERY_NQN, serial)
         self.ports: list[Port] = []
+        self.others: list[Port] = []
         self.referrals: list[Referral] = []
         self.generation = 0
 
@@ -297,8 +303,13 @@ class Target:
 
     def set_referrals(self, referrals: list[Referral]) -> None:
         """Which other discovery services hosts are told of."""
-        self.referrals = referrals
-        self.discovery_changed()
+        self.set_others(self.others, referrals)
+
+    def set_others(self, ports: list[Port], referrals: list[Referral]) -> None:
+        """Where other nodes serve the same subsystems, and which other discovery services there are."""
+        if (ports, referrals) != (self.others, self.referrals):
+            self.others, self.referrals = ports, referrals
+            self.discovery_changed()
 
     def discovery_changed(self) -> None:
         """Connected discovery controllers tell their hosts."""
