@@ -335,14 +335,16 @@ def test_a_delegation_nobody_waits_for_is_revoked_as_well() -> None:
 
 
 def test_a_recall_that_failed_is_sent_again() -> None:
-    """A client that could not be reached, or did not know the delegation yet, is asked at the next conflict."""
+    """A client that could not be reached, or did not know the delegation yet, is asked again a little later."""
     world = World()
     given = delegated(world)
     ctx = world.request(world.service.client(), now=1)
     assert refused(world.state.before_change, ctx, world.node()) == NfsStatus.DELAY
-    world.state.recall_failed(given.client, given.stateid, 2)
-    assert refused(world.state.before_change, ctx, world.node()) == NfsStatus.DELAY
-    assert len(world.service.callbacks.recalls) == 2
+    world.state.recall_failed(given.client, given.stateid, 1)
+    for now, asked in ((1.5, 1), (2, 2), (2.5, 2)):
+        ctx.now = now
+        assert refused(world.state.before_change, ctx, world.node()) == NfsStatus.DELAY
+        assert len(world.service.callbacks.recalls) == asked
     world.state.recall_failed(given.client, Stateid(1, bytes(12)), 2)
 
 

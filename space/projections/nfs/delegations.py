@@ -29,14 +29,14 @@ Answer = DelegationType | WhyNone
 class Delegation(Held):
     """A delegation; ``node`` is the way it was opened by.
 
-    ``recalled`` is when it was first wanted back; ``asked``: the client has been sent a recall, and nothing is known
-    against its having arrived.
+    ``recalled`` is when it was first wanted back; ``ask_after`` is when the client may be sent the next recall: never,
+    unless the last one failed.
     """
 
     node: Node
     write: bool
     recalled: float | None = None
-    asked: bool = False
+    ask_after: float = 0.0
 
     @property
     def type(self) -> DelegationType:

@@ -271,6 +271,7 @@ class Service:
         for client in list(self.clients.values()):
             if client.expiry <= now:
                 self._expired(client, now)
+        self.state.tick(now)
         self.callbacks.tick(now)
 
     def _expired(self, client: Client, now: float) -> None:

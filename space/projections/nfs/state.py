@@ -15,6 +15,7 @@ Rules:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -39,6 +40,9 @@ HELD_PER_CLIENT_MAX: Final = 65536
 
 DELEGATIONS_PER_CLIENT_MAX: Final = 8192
 """Revoked ones count until they are freed; the Linux client returns some by itself from 5000 on."""
+
+RECALL_RETRY_SECONDS: Final = 1.0
+"""Who waits for a delegation comes back many times a second; a client that refused need not hear of each time."""
 
 CONTENDED_MAX: Final = 4096
 """Files remembered because a delegation was recalled a short while ago."""
@@ -466,10 +470,10 @@ class State:
         self._leave(held.file)
 
     def recall_failed(self, client: Client, stateid: Stateid, now: float) -> None:
-        """A client could not be asked for a delegation, or did not know it: it is asked again when next wanted."""
+        """A client could not be asked for a delegation, or did not know it: it is asked again, but not at once."""
         held = self._stateids.get(stateid.other)
         if isinstance(held, Delegation):
-            held.asked = False
+            held.ask_after = now + RECALL_RETRY_SECONDS
 
     def tick(self, now: float) -> None:
         """Revokes delegations that were not returned in time, also where nobody asks for them any more."""
@@ -502,8 +506,8 @@ class State:
         elif now - held.recalled >= self._service.config.lease_seconds:
             self._revoke(held)
             return False
-        if not held.asked:
-            held.asked = True
+        if now >= held.ask_after:
+            held.ask_after = math.inf
             handle = handles.encode(held.node)
             self._service.callbacks.recall(held.client, held.stateid, handle, truncate=False, now=now)
         return True
