@@ -25,6 +25,7 @@ from space._errors import (
 )
 from space._node.caller import Document
 from space.cli_cluster import cluster_app, serve
+from space.cli_csi import csi
 from space.cli_project import project_app
 from space.cli_session import (
     At,
@@ -71,6 +72,7 @@ app.add_typer(policy_app, name="policy")
 app.add_typer(project_app, name="project")
 app.add_typer(cluster_app, name="cluster")
 app.command()(serve)
+app.command()(csi)
 
 # --- global options --------------------------------------------------------------------------------
 

@@ -20,11 +20,13 @@ from space._node import views
 from space._node.caller import Caller, Document, Terms
 from space._node.calls import StoreTarget
 from space._node.csi_files import VolumeFiles
-from space._node.csi_volumes import VolumeTree
+from space._node.csi_volumes import TOP, VOLUMES, VolumeTree
 from space._node.store import Store
 from space.projections.csi.model import Published, Wanted
 
 VIEW: Final = "csi"
+SOURCE: Final = "space:/csi/volumes"
+"""How the mount of all volumes is named in mountinfo."""
 
 
 class VolumeCalls:
@@ -181,7 +183,7 @@ def serve(
             view = {
                 "view": VIEW,
                 "name": f"{VIEW}-{os.getpid()}",
-                "source": "/csi/volumes",
+                "source": f"{TOP}/{VOLUMES}",
                 "target": found.target,
                 "address": found.target,
                 "pid": os.getpid(),
@@ -191,7 +193,7 @@ def serve(
             ready({**view, "notices": list(found.notices)})
 
         try:
-            fuse.serve(files, path, fsname="space:/csi/volumes", allow_other=True, on_ready=mounted)
+            fuse.serve(files, path, fsname=SOURCE, allow_other=True, on_ready=mounted)
         finally:
             files.ended()
 

@@ -1,0 +1,220 @@
+"""The driver: gRPC on a socket, the volumes asked of the store's owner, kept alive where that is its work.
+
+The owner (:mod:`space._node.csi_owner`) is another process, in a session of its own: it goes on when the driver is
+killed, and a driver started again finds it.  When the owner was started anew, by whomever, the mounts of this machine
+are put right (:class:`space._node.csi_host.LinuxHost`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from space._errors import SpaceError, UnavailableError, UsageError
+from space._node.caller import Document
+from space._node.csi_client import Ask, RemoteVolumes
+from space._node.csi_host import LinuxHost
+from space.projections.csi.controller import Controller
+from space.projections.csi.group import GroupController
+from space.projections.csi.identity import Identity
+from space.projections.csi.metadata import SnapshotMetadata
+from space.projections.csi.model import Node
+from space.projections.csi.node import NodeService
+from space.projections.csi.server import Counts, serving
+
+MODES: Final = ("all", "controller", "node", "store")
+WATCH_SECONDS: Final = 0.5
+START_SECONDS: Final = 60.0
+REQUEST_BYTES_MAX: Final = 8192  # a scraper's request
+
+log: Final = logging.getLogger("space.csi")
+
+
+@attrs.frozen
+class Config:
+    """What a driver is to be.
+
+    Attributes:
+        mode: ``all``, ``controller`` or ``node``.
+        endpoint: path or ``unix://`` address of the socket.
+        node: this machine, where volumes are seen on it.
+        state: directory for notes of what is mounted, and for the mount of all volumes.
+        data: directory of the store: no target may be in it.
+        metrics: HOST:PORT to answer ``/metrics`` on; empty for nowhere.
+    """
+
+    mode: str
+    endpoint: str
+    node: Node
+    state: Path
+    data: Path
+    version: str
+    metrics: str = ""
+
+
+class Driver:
+    """One driver; ``spawn`` starts an owner where this driver is the one to do that."""
+
+    def __init__(self, config: Config, ask: Ask, spawn: Callable[[], subprocess.Popen[bytes]] | None) -> None:
+        self._config = config
+        self._spawn = spawn
+        self._volumes = RemoteVolumes(ask)
+        self._counts = Counts()
+        self._owner: int | None = None
+        self._mount = ""
+        self._child: subprocess.Popen[bytes] | None = None
+        self._repaired = asyncio.Event()
+        self._host: LinuxHost | None = None
+        if config.mode != "controller":
+            self._host = LinuxHost(
+                config.state / "notes", lambda: self._mount, forbidden=(config.data, config.state)
+            )
+
+    async def run(self, ready: Callable[[Document], None]) -> None:
+        """Serves until SIGTERM or SIGINT; ``ready`` is called once calls are answered.
+
+        Raises:
+            SpaceError: the socket cannot be made; the owner does not start.
+        """
+        over = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, over.set)
+        watching = asyncio.create_task(self._watch())
+        try:
+            await self._first(watching)
+            async with self._metrics(), serving(self._config.endpoint, self._services(), self._counts):
+                ready({"endpoint": self._config.endpoint, "mode": self._config.mode, "owner": self._owner})
+                await over.wait()
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._volumes.close()
+        if self._host is not None:
+            self._host.close()
+
+    async def _first(self, watching: asyncio.Task[None]) -> None:
+        """Waits for the owner, where this driver starts it: a call that comes before would only fail."""
+        if self._spawn is None:
+            return
+        waiting = asyncio.create_task(self._repaired.wait())
+        done, _ = await asyncio.wait(
+            {waiting, watching}, timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
+        waiting.cancel()
+        if watching in done:
+            watching.result()
+        if not done:
+            raise UnavailableError(
+                "the owner of the store does not answer", hint=f"its words are in {self._config.state}"
+            )
+
+    def _services(self) -> list[tuple[str, object]]:
+        config = self._config
+        controller = config.mode in {"all", "controller"}
+        found: list[tuple[str, object]] = [
+            ("Identity", Identity(config.version, controller=controller, ready=self._ready))
+        ]
+        if controller:
+            found += [
+                ("Controller", Controller(self._volumes, zone=config.node.zone)),
+                ("GroupController", GroupController(self._volumes)),
+                ("SnapshotMetadata", SnapshotMetadata(self._volumes)),
+            ]
+        if self._host is not None:
+            found.append(("Node", NodeService(self._volumes, self._host, config.node)))
+        return found
+
+    async def _ready(self) -> bool:
+        try:
+            await self._volumes.about()
+        except UnavailableError:
+            return False
+        return self._repaired.is_set()
+
+    # --- the owner -------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Notices a new owner and puts the mounts right; starts one where there is none."""
+        said = ""
+        while True:
+            try:
+                await self._look()
+                said = ""
+            except UnavailableError as error:
+                self._repaired.clear()
+                self._start()
+                if str(error) != said:
+                    said = str(error)
+                    log.warning("%s", said)
+            except UsageError:
+                raise UnavailableError(
+                    f"the process that owns {self._config.data} shows no volumes",
+                    hint="stop it, or start it as: space csi --mode store",
+                ) from None
+            except SpaceError as error:
+                log.warning("%s", error)
+            await asyncio.sleep(WATCH_SECONDS)
+
+    async def _look(self) -> None:
+        about = await self._volumes.about()
+        if about["pid"] != self._owner or not self._repaired.is_set():
+            self._mount = about["mount"]
+            if self._host is not None:
+                await self._volumes.register(self._config.node)
+                await self._host.repair()
+            self._owner = about["pid"]
+            self._repaired.set()
+
+    def _start(self) -> None:
+        if self._spawn is None or (self._child is not None and self._child.poll() is None):
+            return
+        self._child = self._spawn()
+
+    # --- metrics ---------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _metrics(self) -> AsyncIterator[None]:
+        """Answers ``GET /metrics`` while it is entered."""
+        if not self._config.metrics:
+            yield
+            return
+        host, _, port = self._config.metrics.rpartition(":")
+        if not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+            raise UsageError(f"not an address: {self._config.metrics!r}", hint="--metrics HOST:PORT")
+        server = await asyncio.start_server(
+            self._scraped, host.strip("[]") or "127.0.0.1", int(port), limit=REQUEST_BYTES_MAX
+        )
+        async with server:
+            yield
+
+    async def _scraped(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(
+            OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError
+        ):
+            async with asyncio.timeout(10.0):
+                request = await reader.readuntil(b"\r\n\r\n")
+                found = request.startswith(b"GET /metrics ")
+                text = self._text().encode() if found else b"there is /metrics\n"
+                status = b"200 OK" if found else b"404 Not Found"
+                kind = b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
+                length = b"Content-Length: %d\r\n" % len(text)
+                writer.write(
+                    b"HTTP/1.1 " + status + b"\r\n" + kind + length + b"Connection: close\r\n\r\n" + text
+                )
+                await writer.drain()
+        writer.close()
+
+    def _text(self) -> str:
+        ready = f"# TYPE csi_owner_ready gauge\ncsi_owner_ready {int(self._repaired.is_set())}\n"
+        return ready + self._counts.text()
