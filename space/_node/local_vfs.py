@@ -332,7 +332,7 @@ class LocalFileSystem:
         mode = change.mode
         if change.uid is not None or change.gid is not None or (change.size is not None and caller.uid):
             found = store.stat(node)
-            if found.kind == Kind.FILE and mode is None:
+            if found.kind != Kind.DIRECTORY and mode is None:
                 cleared = _without_set_id(found)
                 mode = cleared if cleared != found.mode else None
         self._execute(self._change(node, attrs.evolve(change, mode=mode)), caller)

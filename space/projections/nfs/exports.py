@@ -71,7 +71,7 @@ def parse_rule(text: str) -> Rule:
         if text.endswith(f":{ending}"):
             address, mode = text.removesuffix(f":{ending}"), ending
     try:
-        network = ipaddress.ip_network(address.strip("[]"), strict=False)
+        network = ipaddress.ip_network(address.replace("[", "").replace("]", ""), strict=False)
     except ValueError:
         raise UsageError(
             f"not a network: {text!r}", hint="write ADDRESS/BITS, and :ro to let it only read"
@@ -207,6 +207,10 @@ def _place(path: Sequence[bytes]) -> CapsuleId:
     )
 
 
+def _shown(path: Sequence[bytes]) -> str:
+    return "/" + b"/".join(path).decode(errors="backslashreplace")
+
+
 _REFUSED: Final = "the directories above exports are read-only"
 
 
@@ -221,9 +225,9 @@ class _PseudoFiles:
         self._entries: dict[CapsuleId, dict[bytes, CapsuleId]] = {_place(()): {}}
         self._parents: dict[CapsuleId, CapsuleId] = {_place(()): _place(())}
         for path in paths:
-            if not path or any(path == other[: len(path)] for other in paths if other is not path):
+            if not path or sum(path == other[: len(path)] for other in paths) > 1:
                 raise UsageError(
-                    f"/{'/'.join(map(str, path))} is taken: exports neither share a path nor lie in each other"
+                    f"an export at or below {_shown(path)} already: they neither share a path nor lie in each other"
                 )
             for depth in range(len(path)):
                 here, below = _place(path[:depth]), _place(path[: depth + 1])

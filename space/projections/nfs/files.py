@@ -185,8 +185,9 @@ async def _make(
     target: bytes = b"",
     verifier: bytes = b"",
 ) -> Attributes:
-    change = settable.onto(_MODES.get(kind, 0o644))
-    mode = _MODES.get(kind, 0o644) if change.mode is None else change.mode
+    usual = _MODES.get(kind, 0o644)
+    change = settable.onto(usual)
+    mode = usual if change.mode is None or kind == Kind.SYMLINK else change.mode  # nobody asks a link's mode
     who = access.identity(ctx, directory.export)
     if who.uid != 0:
         mode = _own_mode(who, above, kind, change, mode)
@@ -263,12 +264,17 @@ def _below(ctx: Compound, node: Node, name: bytes) -> Node:
     Raises:
         NfsError: NOTDIR, SYMLINK: it is no directory; ACCESS: the caller may not look there.
     """
+    access.require(ctx, _look_through(node), EXECUTE)
+    entry = Node(node.export, node.export.files.lookup(node.id, name).id)
+    return access.admit(ctx, ctx.service.exports.entered(entry))
+
+
+def _look_through(node: Node) -> Attributes:
+    """Attributes of a directory on a path, where a symbolic link has an error of its own (RFC 8881 §15.1.2.9)."""
     found = look(node)
     if found.kind != Kind.DIRECTORY:
         raise NfsError(NfsStatus.SYMLINK if found.kind == Kind.SYMLINK else NfsStatus.NOTDIR)
-    access.require(ctx, found, EXECUTE)
-    entry = Node(node.export, node.export.files.lookup(node.id, name).id)
-    return access.admit(ctx, ctx.service.exports.entered(entry))
+    return found
 
 
 def _lookupp(ctx: Compound, args: Reader, out: Writer) -> int:
@@ -279,9 +285,9 @@ def _above(ctx: Compound, node: Node) -> Node:
     """The directory above another one.
 
     Raises:
-        NfsError: NOTDIR; NOENT: there is none above the root of the server; ACCESS.
+        NfsError: NOTDIR, SYMLINK; NOENT: there is none above the root of the server; ACCESS.
     """
-    found = look_directory(node)
+    found = _look_through(node)
     access.require(ctx, found, EXECUTE)
     if node.id != node.export.files.root:
         return Node(node.export, found.parent)
