@@ -256,20 +256,28 @@ class VolumeTree:
         if wanted.source:
             self._at_once([*record, *self._restored(wanted, id_, data, policy)])
             return
-        self._one(
-            [
-                *record,
-                self._store.create_command(
-                    Kind.FILE if wanted.block else Kind.DIRECTORY,
-                    id=data,
-                    parent=id_,
-                    name=DATA,
-                    mode=0o600 if wanted.block else ROOT_MODE,
-                    size=wanted.capacity if wanted.block else 0,
-                    block_size=check.BLOCK_BYTES if wanted.block else 0,
-                    policy=policy,
-                ),
-            ]
+        self._one([*record, self._empty(wanted, id_, data, policy)])
+
+    def _empty(
+        self, wanted: Wanted, directory: CapsuleId, data: CapsuleId, policy: Policy | None
+    ) -> cmd.CreateCapsule:
+        """The command for a volume's data, empty; without a policy it follows the one of all volumes."""
+        packed = None if policy is None else pack_policy(policy)
+        if not wanted.block:
+            return cmd.CreateCapsule(
+                data, Kind.DIRECTORY, ROOT_MODE, parent=directory, name=DATA, policy=packed
+            )
+        key = self._store.new_key(policy or self._store.policy(self._homes[VOLUMES]))
+        return cmd.CreateCapsule(
+            data,
+            Kind.FILE,
+            0o600,
+            parent=directory,
+            name=DATA,
+            size=wanted.capacity,
+            block_size=check.BLOCK_BYTES,
+            policy=packed,
+            key=key,
         )
 
     def _restored(

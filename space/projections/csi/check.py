@@ -176,6 +176,21 @@ def path(value: str, field: str) -> str:
     return "/" + "/".join(part for part in parts if part)
 
 
+def seen_path(value: str, field: str) -> str:
+    """A path something is said to be seen at.
+
+    Raises:
+        UsageError: it is missing.
+        NotFoundError: nothing was ever shown at a path like that.
+    """
+    if not value:
+        raise UsageError(f"{field} is missing")
+    try:
+        return path(value, field)
+    except UsageError as error:
+        raise NotFoundError(str(error)) from None
+
+
 def mapping(values: Mapping[str, str], field: str) -> dict[str, str]:
     """A map of a request (secrets among them: an error never shows a value).
 

@@ -137,7 +137,7 @@ class NodeService:
     ) -> pb.NodeGetVolumeStatsResponse:
         """What a volume takes, from the store's own accounts, and whether it can be used where it is published."""
         check.required(request.volume_id, "volume_id")
-        path = check.path(request.volume_path, "volume_path")
+        path = check.seen_path(request.volume_path, "volume_path")
         volume = await self._volumes.volume(check.known_id(request.volume_id, "volume"))
         wrong = await self._host.condition(volume.id, path)
         usage = await self._volumes.usage(volume.id)
@@ -158,7 +158,7 @@ class NodeService:
         """Lets a device be seen at the size its volume has by now."""
         check.mapping(request.secrets, "secrets")
         check.required(request.volume_id, "volume_id")
-        path = check.path(request.volume_path, "volume_path")
+        path = check.seen_path(request.volume_path, "volume_path")
         if request.HasField("volume_capability"):
             check.capability(request.volume_capability)
         async with self._alone(request.volume_id):
