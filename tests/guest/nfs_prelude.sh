@@ -1,0 +1,26 @@
+# What every job of test_nfs_kernel.py begins with: $1 is the server's port, $2 the client's name.
+set -euo pipefail
+PORT=$1
+hostname "$2" # a client is known by its host's name, and two guests are two clients
+modprobe -q nfsv4 || true # built in under User-Mode Linux
+mkdir -p /n
+
+# mounted VERSION [OPTION,...]: the export on /n, with short time-outs
+mounted() { mount -t nfs4 -o "vers=$1,port=$PORT,noresvport${2:+,$2}" 10.0.2.2:/ /n; }
+# anew VERSION [OPTION,...]: the same once more, with nothing kept from before
+anew() { umount /n; echo 3 >/proc/sys/vm/drop_caches; mounted "$@"; }
+fails() { local wanted=$1; shift; if "$@" >/tmp/said 2>&1; then exit 1; fi; grep -q "$wanted" /tmp/said; }
+
+# ask WORD...: has the test do something outside, and prints its answer
+ask() {
+  echo "$*" >/mnt/host/asking; mv /mnt/host/asking /mnt/host/ask
+  while [ -e /mnt/host/ask ]; do sleep 0.05; done
+  cat /mnt/host/answer
+}
+
+# under COMMAND...: runs it while the server is killed twice; it must not notice
+under() {
+  "$@" >/tmp/load 2>&1 & local load=$! i
+  for i in 1 2; do sleep 3; kill -0 $load; ask again; done
+  wait $load || { cat /tmp/load; exit 1; }
+}
