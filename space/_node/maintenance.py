@@ -152,7 +152,7 @@ def _shown(field: str, value: Any) -> Any:
         return msgpack.unpackb(value)
     if field == "source_link":
         return value.hex()
-    if field in {"wrapped", "manifest", "members", "ranges", "purged"}:
+    if field in {"wrapped", "manifest", "members", "ranges", "purged", "registered", "removed", "told"}:
         return f"{len(value)} bytes"
     if len(value) == ID_BYTES and field in {
         "store",
@@ -163,6 +163,7 @@ def _shown(field: str, value: Any) -> Any:
         "other_parent",
         "source",
         "namespace",
+        "holder",
     }:
         return str(CapsuleId(value))
     return value.decode(errors="backslashreplace")

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import socket
 import struct
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from pathlib import Path
 from typing import Any, Final
 
-import attrs
 import pytest
 
-from space._node import views
-from tests.cli_support import execute
-from tests.cluster_support import HANG_SECONDS, Node, dev, eventually, leader, serve, status
+from tests.cluster_support import HANG_SECONDS
+from tests.nvme_cluster import BLOCK, Cluster, founding
 from tests.nvme_initiator import DISCOVERY_NQN, FailedError, Host, IoQueue, status_of
 
 pytestmark = [pytest.mark.requires("py:space_raft_engine"), pytest.mark.integration]
 
-BLOCK: Final = 4096
 OTHER_HOST: Final = "nqn.2014-08.org.nvmexpress:uuid:11111111-2222-4333-8444-555555555555"
 OTHER_ID: Final = bytes(range(16))
 OPTIMIZED, NON_OPTIMIZED, INACCESSIBLE = 1, 2, 3
@@ -37,83 +30,11 @@ EVENTS: Final = 0x0B
 """The feature with the events a host wants."""
 
 
-def free_port() -> int:
-    """A port on loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@attrs.define
-class Cluster:
-    """Three nodes that serve /disk, each at a port of its own; ``nodes`` are those that run."""
-
-    directories: dict[int, Path]
-    ports: dict[int, int]
-    nodes: dict[int, Node] = attrs.field(factory=dict)
-
-    def start(self, *numbers: int) -> None:
-        """Starts nodes, all at once."""
-
-        def one(number: int) -> None:
-            config = self.directories[number].with_suffix(".yaml")
-            config.write_text(
-                f"views:\n- view: nvme\n  sources: [/disk]\n  listen: 127.0.0.1:{self.ports[number]}\n"
-            )
-            self.nodes[number] = serve(self.directories[number], "--config", config)
-
-        threads = [threading.Thread(target=one, args=(number,)) for number in numbers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for number in numbers:
-            eventually(f"node {number} serves", functools.partial(self.nqn, number))
-
-    def kill(self, *numbers: int) -> None:
-        """Ends nodes as a power failure does."""
-        for number in numbers:
-            self.nodes.pop(number).kill()
-
-    def nqn(self, number: int) -> str:
-        """The subsystem a node serves; empty until it does."""
-        pid = self.nodes[number].process.pid
-        listed = views.listed(self.directories[number])
-        return next((str(each["nqn"]) for each in listed if each["pid"] == pid), "")
-
-    def leader(self) -> int:
-        """Who leads, when there is one that all running nodes agree on."""
-        return leader(next(iter(self.nodes.values())).url)
-
-    def lead(self, number: int) -> None:
-        """Lets a node lead."""
-        node = next(iter(self.nodes.values())).url
-        outcome = execute(Path("/nowhere"), "--node", node, "cluster", "transfer-leader", str(number))
-        assert outcome.status == 0, outcome.err
-        eventually(f"{number} leads", lambda: status(node)[0]["leader"] == number)
-
-    async def connect(self, number: int, **options: Any) -> Host:
-        """A host's path through a node."""
-        return await Host.connect(self.ports[number], self.nqn(1), **options)
-
-
 @pytest.fixture(scope="module")
 def founded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A new cluster of three that serves a device of 8 MiB in blocks of 4096 bytes."""
-    home = tmp_path_factory.mktemp("nvme") / "cluster"
-    with dev(home, "--nodes", "3", "--insecure") as (_, found):
-        directories = {each["id"]: Path(each["data"]) for each in found}
-        made = execute(
-            Path("/nowhere"), "--node", found[0]["url"],
-            "create", "--size", "8MiB", "--block-size", str(BLOCK), "--name", "/disk",
-        )  # fmt: skip
-        assert made.status == 0, made.err
-    made_of = Cluster(directories, {number: free_port() for number in directories})
-    try:
-        yield made_of
-    finally:
-        for node in made_of.nodes.values():
-            node.stop()
+    """A cluster of three that serves a device of 8 MiB in blocks of 4096 bytes."""
+    with founding(tmp_path_factory.mktemp("nvme") / "cluster", size="8MiB") as found:
+        yield found
 
 
 @pytest.fixture

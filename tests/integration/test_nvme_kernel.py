@@ -6,11 +6,13 @@ root, Debian's package mirrors and 1.7 GB once, so these tests only run where SP
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
 import subprocess
-import time
+import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -19,16 +21,14 @@ import attrs
 import pytest
 
 import space
-from tests.cli_support import ROOT, execute, finish, start
+from tests import guest_support
+from tests.cli_support import execute, finish, start
+from tests.guest_support import facts
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("SPACE_GUEST") != "1", reason="boots a virtual machine: set SPACE_GUEST=1 (docs/nvme.md)"
 )
 
-GUEST: Final = ROOT / "tests" / "guest"
-GUEST_SECONDS: Final = 500
-"""Where a guest that hangs is given up; software emulation takes minutes for what User-Mode Linux does in seconds."""
-POLL_SECONDS: Final = 0.05
 MIB: Final = 1 << 20
 
 
@@ -99,40 +99,8 @@ def serve(data: Path) -> Iterator[Serve]:
 
 
 def run(view: View, body: str, tmp_path: Path, **answers: Callable[..., object]) -> str:
-    """What a job prints in a guest, which must end well; ``answers`` are what it can ask for."""
-    share = tmp_path / "share"
-    share.mkdir(exist_ok=True)
-    job = tmp_path / "job.sh"
-    job.write_text((GUEST / "nvme_prelude.sh").read_text() + body)
-    guest: list[str | Path] = [GUEST / "guest.sh", "-c", "4", "-t", str(GUEST_SECONDS), "-s", share, job]
-    output = tmp_path / "output"
-    with output.open("w") as file:
-        process = subprocess.Popen(
-            [*guest, view.port, view.ready["nqn"]], stdin=subprocess.DEVNULL, stdout=file, stderr=file
-        )
-        try:
-            while process.poll() is None:
-                _answer(share, answers)
-                time.sleep(POLL_SECONDS)
-        finally:
-            process.terminate()
-            process.wait()
-    text = output.read_text(errors="replace")
-    assert process.returncode == 0, text
-    return text
-
-
-def _answer(share: Path, answers: dict[str, Callable[..., object]]) -> None:
-    asked = share / "ask"
-    if asked.exists():
-        name, *arguments = asked.read_text().split()
-        (share / "answer").write_text(f"{answers[name](*arguments)}\n")
-        asked.unlink()
-
-
-def facts(text: str) -> dict[str, str]:
-    """The lines ``name=value`` of an output."""
-    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line.partition(" ")[0])
+    """What a job prints in a guest that knows the view."""
+    return guest_support.run([view.port, view.ready["nqn"]], "nvme_prelude.sh", body, tmp_path, **answers)
 
 
 def test_the_kernel_discovers_connects_and_looks(serve: Serve, tmp_path: Path) -> None:
@@ -274,6 +242,50 @@ def test_a_past_moment_is_read_only(serve: Serve, data: Path, tmp_path: Path) ->
     disconnect
     """
     assert facts(run(past, job, tmp_path))["held"] == "before"
+
+
+def test_both_sides_prove_who_they_are(serve: Serve, tmp_path: Path) -> None:
+    """With DH-HMAC-CHAP the kernel gets in with the right secrets, with and without digests, and with no others."""
+    host, stranger = (f"nqn.2014-08.org.nvmexpress:uuid:{uuid.UUID(int=each)}" for each in (1, 2))
+    right, wrong, controller = (_secret(bytes([each]) * 32) for each in (1, 2, 3))
+    (tmp_path / "host").write_text(right)
+    (tmp_path / "controller").write_text(controller)
+    keys = ("--host-key", f"{host}={tmp_path / 'host'}", "--controller-key", str(tmp_path / "controller"))
+    view = serve("--path", "/two", *keys)
+    job = f"""
+    refused() {{ if connect "$@" 2>/tmp/said; then exit 1; fi; cat /tmp/said; }}
+    refused -q {host}; refused -q {host} -S {wrong}; refused -q {stranger} -S {right}
+    refused -q {host} -S {right} -C {wrong}
+    for options in "" "-C {controller}" "-C {controller} -g -G -i 4"; do
+      connect -q {host} -S {right} $options; D=$(device 1)
+      dd if=/dev/urandom of=/tmp/r bs=64k count=1 2>/dev/null
+      dd if=/tmp/r of=$D bs=64k oflag=direct; cmp -n 65536 /tmp/r $D; disconnect
+    done
+    """
+    run(view, job, tmp_path)
+
+
+def _secret(key: bytes) -> str:
+    checked = key + zlib.crc32(key).to_bytes(4, "little")
+    return f"DHHC-1:00:{base64.b64encode(checked).decode()}:"
+
+
+def test_devices_of_a_tree_come_and_go(serve: Serve, data: Path, tmp_path: Path) -> None:
+    """A clone made in a served tree is a disk of the host at once, written apart, and gone with its capsule."""
+    assert execute(data, "mkdir", "/pool").status == 0
+    assert execute(data, "mv", "/two", "/pool/two").status == 0
+    view = serve("--path", "/pool")
+    job = """
+    connect; D=$(device 1); mkfs.ext4 -q $D; mkdir /m /c; mount $D /m; echo before >/m/file; sync
+    ask clone; C=$(device 2); echo after >/m/file; sync
+    mount $C /c; [ "$(cat /c/file)" = before ]; echo clone >/c/file; sync
+    [ "$(cat /m/file)" = after ]; umount /c; umount /m; fsck.ext4 -fn $D; fsck.ext4 -fn $C
+    ask remove; for i in $(seq 100); do [ -b $C ] || break; sleep 0.1; done; [ ! -b $C ]; [ -b $D ]
+    ask clone; [ "$(device 3)" != $D ]; disconnect
+    """
+    clone = lambda: execute(data, "clone", "/pool/two", "/pool/clone").status  # noqa: E731
+    remove = lambda: execute(data, "rm", "/pool/clone").status  # noqa: E731
+    run(view, job, tmp_path, clone=clone, remove=remove)
 
 
 def test_a_killed_server_comes_back_under_load(serve: Serve, tmp_path: Path) -> None:

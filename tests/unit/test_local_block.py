@@ -539,6 +539,82 @@ def test_copying_needs_the_same_key_and_room(store: Store) -> None:
     assert store.get("/twin") == texture(9000, 2)[4000:5000] + texture(9000, 2)[1000:]
 
 
+# --- reservations
+
+HOSTS = [bytes([number]) * 16 for number in (1, 2)]
+Work = Callable[[LocalBlockDevice], Awaitable[object]]
+
+
+def test_reservations_are_rows_of_the_log(store: Store) -> None:
+    """They outlive the process, are in the digest, change nothing of the capsule, and are refused by their rules."""
+    one, two = HOSTS
+    capsule = make(store)
+    before = store.stat(capsule)
+
+    async def work(opened: LocalBlockDevice) -> None:
+        keeper = opened.reservations
+        await keeper.change(cmd.RegisterReservation(capsule, one, 0, 0, 7), actor="host")
+        with pytest.raises(RefusedError) as refused:
+            await keeper.change(cmd.AcquireReservation(capsule, two, 0, 1, 0), actor="host")
+        assert refused.value.status is Status.NOT_PERMITTED
+        await keeper.change(cmd.AcquireReservation(capsule, one, 0, 1, 7), actor="host")
+        assert keeper.state.position == store.position
+        assert store.wal.durable_index == store.position
+
+    on(store, capsule, work)
+    after = store.stat(capsule)
+    assert (after.change, after.mtime, after.ctime) == (before.change, before.mtime, before.ctime)
+    assert store.replay(verify=True).equal
+    events = [event for event in store.log() if event.kind in {"RegistrantsChanged", "ReservationChanged"}]
+    assert [event.detail["registered"] for event in events[:1]] == ["24 bytes"]
+    path = store.path
+    store.close()
+
+    async def again(opened: LocalBlockDevice) -> None:
+        state = opened.reservations.state
+        assert (state.keys, state.holder, state.generation) == ({one: 7}, one, 1)
+        assert (state.allows(one, writes=True), state.allows(two, writes=True)) == (True, False)
+        assert state.allows(two, writes=False)
+
+    with Store(path) as reopened:
+        on(reopened, capsule, again)
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        lambda opened: opened.write(0, texture(4096, 1), durable=False, actor="host"),
+        lambda opened: opened.write_zeroes(0, 4096, deallocate=True, durable=False, actor="host"),
+        lambda opened: opened.deallocate([(0, 4096)], actor="host"),
+        lambda opened: opened.copy([(0, 4096)], 8192, durable=False, actor="host"),
+        lambda opened: opened.compare_and_write(
+            0, texture(4096), texture(4096, 1), durable=False, actor="host"
+        ),
+    ],
+    ids=["write", "write_zeroes", "deallocate", "copy", "compare_and_write"],
+)
+def test_a_command_that_was_checked_too_early_is_not_carried_out(store: Store, late: Work) -> None:
+    """A host is preempted between the check and the write: the write is refused, worth a retry, and changes nothing."""
+    capsule = make(store)
+
+    async def work(opened: LocalBlockDevice) -> None:
+        await opened.write(0, texture(4096), durable=False, actor="host")
+        before = await held(opened)
+        checked = opened.reservations.state
+        assert checked.kind is None
+        store.execute(cmd.RegisterReservation(capsule, HOSTS[0], 0, 0, 7))  # by another node
+        store.execute(cmd.AcquireReservation(capsule, HOSTS[0], 0, 1, 7))
+        with pytest.raises(ConflictError) as refused:
+            await late(opened)
+        assert refused.value.status is Status.EXISTS
+        assert await held(opened) == before
+        assert opened.reservations.state.position > checked.position  # what the next attempt is checked against
+        await late(opened)
+        assert await held(opened) != before
+
+    on(store, capsule, work)
+
+
 def test_numbers_of_namespaces_are_for_ever(store: Store) -> None:
     """Who asks first gets the next number of a subsystem; restarts and deletions change none, none is given twice."""
     one, two, three = (CapsuleId(bytes([number]) * 16) for number in (1, 2, 3))
