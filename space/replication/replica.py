@@ -68,8 +68,9 @@ APPLY_BATCHES: Final = 256
 """Batches applied before messages and ticks have their turn again: a replica that has much to apply still votes."""
 
 LAG_BATCHES: Final = 64
-"""Committed batches a follower leaves unapplied until the next tick, if nobody there waits: rows that many of them
-change are then written and hashed once."""
+LAG_TICKS: Final = 8
+"""Committed batches a follower leaves unapplied, and for how long, if nobody there waits: rows and pages that many of
+them change are then written and hashed once.  What a new leader has to catch up with takes it some ten milliseconds."""
 
 UNDER_WAY_BATCHES: Final = 32
 QUEUED_REQUESTS: Final = 16_384
@@ -316,6 +317,7 @@ class Replica:
         self._unsaved: RaftState | None = None
         self._notes: dict[int, Send] = {}
         self._ticked = False
+        self._lagged = 0  # ticks since something was applied
         self._awaited: dict[
             int, deque[int]
         ] = {}  # member → positions its callers wait for; as many as _answers
@@ -409,6 +411,7 @@ class Replica:
         """A tick has passed."""
         self.driver.tick()
         self._ticked = True
+        self._lagged += 1
 
     def receive(self, sender: int, message: bytes, blobs: Sequence[Blob]) -> None:
         """A message from a member of the group.
@@ -712,10 +715,13 @@ class Replica:
     # --- applying ------------------------------------------------------------------------------------
 
     def _apply(self) -> bool:
-        entries = [] if self.held or self._can_lag() else self.driver.committed(self._to_apply)
+        if self.held or self._can_lag():
+            return False
+        entries = self.driver.committed(self._to_apply)
         self._to_apply -= len(entries)
         if not entries:
             return False
+        self._lagged = 0
         run: list[Item] = []
         for entry in entries:
             run.append(self._applicable(entry[0], entry[1]))
@@ -732,7 +738,7 @@ class Replica:
     def _can_lag(self) -> bool:
         """Whether what is committed may be applied a little later, together with what comes until then."""
         return not (
-            self._ticked
+            self._lagged >= LAG_TICKS
             or self.driver.role is Role.LEADER
             or self.driver.commit - self.machine.applied.position >= LAG_BATCHES
             or self._tail_bytes > TAIL_BYTES
