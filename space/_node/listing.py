@@ -69,8 +69,9 @@ class Window:
         return found, self.complete and last == len(self.cookies)
 
 
-def window(txn: Reader, directory: CapsuleId, change: int, after: int, limit: int = WINDOW_ENTRIES) -> Window:
+def window(txn: Reader, directory: CapsuleId, change: int, after: int, limit: int = 0) -> Window:
     """The window that follows a cookie; it takes a look at every entry, and memory for ``limit`` of them."""
+    limit = limit or WINDOW_ENTRIES
     found = heapq.nsmallest(limit + 1, _above(txn, directory, after))
     complete = len(found) <= limit
     if not complete:

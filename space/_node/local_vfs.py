@@ -154,15 +154,23 @@ class LocalFileSystem:
         found = self._reading.stat(directory)
         if found.kind != Kind.DIRECTORY:
             raise ConflictError(f"not a directory: {directory}", status=Status.NOT_DIRECTORY)
-        sorted_ = self._windows.find(directory, found.change, after)
-        if sorted_ is None:
-            here = found.entries <= LISTED_HERE_MAX
-            sorted_ = (
-                self._window(found, after) if here else await asyncio.to_thread(self._window, found, after)
-            )
-            self._windows.keep(directory, sorted_)
-        places, complete = sorted_.page(after, limit)
-        return Entries(self._listed(directory, places), complete)
+        while True:
+            places, complete = (await self._sorted(found, after)).page(after, limit)
+            listed = self._listed(directory, places)
+            if listed or complete:
+                return Entries(listed, complete)
+            after = places[-1][0]  # all of these have gone
+
+    async def _sorted(self, directory: Stat, after: int) -> Window:
+        """A window in which what follows a cookie is."""
+        found = self._windows.find(directory.id, directory.change, after)
+        if found is None:
+            if directory.entries <= LISTED_HERE_MAX:
+                found = self._window(directory, after)
+            else:
+                found = await asyncio.to_thread(self._window, directory, after)
+            self._windows.keep(directory.id, found)
+        return found
 
     def _window(self, directory: Stat, after: int) -> Window:
         with self._reading._read() as txn:

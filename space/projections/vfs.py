@@ -154,9 +154,10 @@ class FileSystem(Protocol):
     async def listing(self, directory: CapsuleId, *, after: int, limit: int) -> Entries:
         """Entries with cookies above ``after`` (0: from the beginning), in their order, about ``limit`` of them.
 
-        A cookie means the same after a restart, on every node, and whatever happened to the directory: going on
-        after the last one received never repeats or misses an entry that was there all along.  Entries may share one
-        (some names of one file); those always come together, and must be passed on together.
+        There is at least one unless the listing is complete.  A cookie means the same after a restart, on every node,
+        and whatever happened to the directory: going on after the last one received never repeats or misses an entry
+        that was there all along.  Entries may share one (some names of one file); those always come together, and
+        must be passed on together.
         """
 
     def hold(self, node: CapsuleId) -> None:

@@ -9,7 +9,6 @@ import pytest
 from space._errors import Status, UsageError
 from space._node.local_vfs import LocalFileSystem
 from space._node.store import Store
-from space.events.ids import ROOT as STORE_ROOT
 from space.events.ids import CapsuleId
 from space.projections.nfs import handles, status
 from space.projections.nfs.compound import NfsError
@@ -41,18 +40,17 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
-def subtree(store: Store, path: str, place: tuple[bytes, ...], **options: object) -> Export:
+def subtree(store: Store, path: str, place: tuple[bytes, ...]) -> Export:
     """An export of part of a store."""
     root = store.resolve(path)
-    made = Export(export_number(store.id, root), place, LocalFileSystem(store, root), squash=Squash.NONE)
-    return attrs.evolve(made, **options)
+    return Export(export_number(store.id, root), place, LocalFileSystem(store, root), squash=Squash.NONE)
 
 
-def two(store: Store, **options: object) -> World:
+def two(store: Store) -> World:
     """A server of two exports at /a and /deep/er."""
     return World(
         Exports(
-            [subtree(store, "/one", (b"a",), **options), subtree(store, "/two", (b"deep", b"er"))],
+            [subtree(store, "/one", (b"a",)), subtree(store, "/two", (b"deep", b"er"))],
             key=KEY,
             time_ns=5,
         )
@@ -197,4 +195,4 @@ def test_one_capsule_as_a_tree(store: Store) -> None:
     assert ([name for _, name in found], complete) == ([b"content"], True)
     handle = request.walk(b"content").ok(Op.GETFH).opaque(128)
     assert handles.decode(world.exports, handle).id == root
-    assert STORE_ROOT not in handle
+    assert request.fails(Op.LOOKUPP) == "NOTDIR"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from space._errors import ConflictError
 from space._node.local_vfs import LocalFileSystem
 from space._node.store import Store
 from space.events import commands as cmd
@@ -17,7 +18,7 @@ from space.projections.nfs.attributes import READABLE, SET_ONLY, SUPPORTED, Sett
 from space.projections.nfs.exports import Node, Squash
 from space.projections.nfs.nfs4 import Attr, NfsStatus, Op
 from space.projections.nfs.xdr import Reader
-from space.projections.vfs import AttributeChange, Attributes
+from space.projections.vfs import AttributeChange, Attributes, Caller
 from tests.nfs_files_support import (
     OTHER,
     ROOT,
@@ -37,6 +38,7 @@ from tests.nfs_files_support import (
     u64,
 )
 
+CALLER = Caller(0, 0, "test")
 LISTING = bytes(8) + u32(0)  # verifier and dircount
 
 
@@ -186,10 +188,9 @@ def test_filehandles_are_saved_and_used_up(world: World) -> None:
     request.ctx.stateid = marker = files.read_stateid(Reader(stateid()))
     request.ok(Op.SAVEFH)
     make(request, b"f")
-    request.walk(b"f")
-    assert request.ctx.stateid is None
+    kept = [request.walk(b"f").ctx.stateid]
     request.ok(Op.RESTOREFH)
-    assert (request.ctx.current, request.ctx.stateid) == (world.exports.root, marker)
+    assert [*kept, request.ctx.stateid, request.ctx.current] == [None, marker, world.exports.root]
     result = request.ok(Op.SECINFO, string(b"f"))
     assert [result.u32() for _ in range(3)] == [2, 1, 0]
     for op in (Op.GETFH, Op.SAVEFH, Op.GETATTR, Op.READLINK, Op.LOOKUPP):
@@ -209,19 +210,17 @@ def test_an_exclusive_create_is_done_once(world: World) -> None:
         return asyncio.run(files.create_file(request.ctx, root, name, Settable(), verifier))
 
     made = create(b"verifier")
-    asyncio.run(root.export.files.set_attributes(made.id, AttributeChange(mode=0o600, mtime=5), USER_CALLER))
+    asyncio.run(root.export.files.set_attributes(made.id, AttributeChange(mode=0o600, mtime=5), CALLER))
     assert create(b"verifier").id == made.id
-    for other in (lambda: create(b"other..."), lambda: make(request, b"f")):
-        with pytest.raises(Exception, match="exists already"):
-            other()
+    with pytest.raises(ConflictError):
+        create(b"other...")
+    with pytest.raises(ConflictError):
+        make(request, b"f")
     assert create(b"verifier", b"g").id != made.id
     second = world.service.introduce(b"second", bytes(8), (1, 0), 0.0)
     request.ctx.client = second
-    with pytest.raises(Exception, match="exists already"):
+    with pytest.raises(ConflictError):
         create(b"verifier")
-
-
-USER_CALLER = files.access.Caller(0, 0, "test")
 
 
 def test_a_file_is_made_with_all_its_attributes_at_once(store: Store, world: World) -> None:
@@ -527,7 +526,7 @@ def test_extended_attributes(store: Store, world: World) -> None:
     request.ok(Op.SETXATTR, u32(0) + name + string(b"blue"))
     assert request.ok(Op.GETXATTR, name).opaque(99) == b"blue"
     assert store.xattrs(node) == {b"user.colour": b"blue"}
-    asyncio.run(LocalFileSystem(store).set_xattr(node, b"trusted.hidden", b"", USER_CALLER))
+    asyncio.run(LocalFileSystem(store).set_xattr(node, b"trusted.hidden", b"", CALLER))
     result = request.ok(Op.LISTXATTRS, u64(0) + u32(99))
     result.u64()
     assert (result.u32(), result.opaque(99), result.boolean()) == (1, b"colour", True)
