@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Final, cast
 
 import attrs
@@ -24,7 +27,11 @@ class Files:
 
     immutable: bool = False
     read_only: bool = False
+    change: int = 100
     held: Counter[CapsuleId] = attrs.field(factory=Counter)
+
+    def attributes(self, node: CapsuleId) -> Any:
+        return SimpleNamespace(change=self.change)
 
     def hold(self, node: CapsuleId) -> None:
         self.held[node] += 1
@@ -40,6 +47,7 @@ class Callbacks:
 
     recalls: list[tuple[Client, Stateid, bool]] = attrs.field(factory=list)
     notices: list[tuple[Client, bytes]] = attrs.field(factory=list)
+    questions: list[Callable[[tuple[int, int] | None], None]] = attrs.field(factory=list)
     unreachable: set[Client] = attrs.field(factory=set)
 
     def recall(self, client: Client, stateid: Stateid, handle: bytes, *, truncate: bool, now: float) -> None:
@@ -47,6 +55,11 @@ class Callbacks:
 
     def notify_lock(self, client: Client, handle: bytes, owner: bytes) -> None:
         self.notices.append((client, owner))
+
+    def getattr(
+        self, client: Client, handle: bytes, told: Callable[[tuple[int, int] | None], None], *, now: float
+    ) -> None:
+        self.questions.append(told)
 
     def reachable(self, client: Client) -> bool:
         return client not in self.unreachable
@@ -63,6 +76,7 @@ class Service:
     expired: list[Client] = attrs.field(factory=list)
     grace: bool = False
     made: int = 0
+    shell: Any = attrs.field(factory=lambda: SimpleNamespace(event=asyncio.Event))
     state: State = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 from typing import Final
 
 import attrs
@@ -9,10 +11,11 @@ import pytest
 
 from space.projections.nfs import state as module
 from space.projections.nfs.compound import ANONYMOUS, CURRENT, INVALID, READ_BYPASS, Stateid
-from space.projections.nfs.delegations import Delegation
+from space.projections.nfs.delegations import Delegation, Report
 from space.projections.nfs.locks import Range
 from space.projections.nfs.nfs4 import NfsStatus, SequenceFlag, Share, Want, WhyNone
 from space.projections.nfs.opens import Mode
+from space.projections.nfs.state import REPORT_SECONDS
 from tests.nfs_state_support import LEASE, Service, World, refused
 
 pytestmark = pytest.mark.unit
@@ -292,6 +295,61 @@ def test_a_write_delegation_is_recalled_by_readers() -> None:
     assert refused(state.check_io, world.request(other), node, READ_BYPASS, write=False) == NfsStatus.DELAY
     assert refused(state.before_change, world.request(other), node) == NfsStatus.DELAY
     state.before_change(world.request(given.client), node)
+
+
+async def asked(world: World, given: Delegation, answer: object, others: int = 2) -> list[object]:
+    """What some clients learn who ask for attributes at once; ``answer`` is called when the holder was asked."""
+    tasks = [asyncio.create_task(world.state.ask(given, 1)) for _ in range(others)]
+    await asyncio.sleep(0)
+    assert len(world.service.callbacks.questions) == 1
+    assert callable(answer)
+    answer()
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_the_holder_of_a_write_delegation_is_asked_for_attributes() -> None:
+    """One question for all who want to know; its answer counts when the holder has changed something (§10.4.3)."""
+    for change, expected in ((100, None), (101, Report(101, 5))):
+        world = World()
+        given = delegated(world, BOTH)
+        answer = functools.partial(world_answers, world, (change, 5))
+        assert asyncio.run(asked(world, given, answer)) == [expected, expected]
+        assert world.service.callbacks.recalls == []
+
+
+def world_answers(world: World, found: tuple[int, int] | None) -> None:
+    """The holder answers the question it was asked."""
+    world.service.callbacks.questions[0](found)
+
+
+def test_a_holder_that_does_not_say_loses_its_delegation() -> None:
+    """Refused or not answered in time: the delegation is recalled, and whoever asks comes again."""
+    for answer in ("refused", "late"):
+        world = World()
+        given = delegated(world, BOTH)
+        says = functools.partial(world_answers, world, None)
+        found = asyncio.run(
+            asked(
+                world,
+                given,
+                says if answer == "refused" else lambda w=world: w.state.tick(1 + REPORT_SECONDS),
+            )
+        )
+        assert [getattr(each, "status", None) for each in found] == [NfsStatus.DELAY] * 2
+        assert len(world.service.callbacks.recalls) == 1
+
+
+def test_a_delegation_returned_meanwhile_leaves_nothing_to_ask() -> None:
+    """The holder gives it back, or is gone, while it is asked: what the server knows is right."""
+    for leave in ("return", "remove"):
+        world = World()
+        given = delegated(world, BOTH)
+        if leave == "return":
+            answer = functools.partial(world.state.forget_delegation, given)
+        else:
+            answer = functools.partial(world.service.remove, given.client)
+        assert asyncio.run(asked(world, given, answer)) == [None, None]
+        assert world.service.callbacks.recalls == []
 
 
 def test_denying_others_to_read_recalls_a_read_delegation() -> None:

@@ -20,7 +20,7 @@ from space.events.fast import fast_frozen
 from space.events.types import Kind
 from space.projections.nfs import acl, handles
 from space.projections.nfs.compound import Compound, NfsError
-from space.projections.nfs.nfs4 import Attr, FileType, NfsStatus
+from space.projections.nfs.nfs4 import Attr, Claim, CreateMode, FileType, NfsStatus, Share, Want
 from space.projections.nfs.xdr import Reader, Writer, XdrError
 from space.projections.vfs import NOTHING, NOW, AttributeChange, Attributes, Space
 
@@ -124,6 +124,15 @@ def _space(what: Callable[[Space], int]) -> Field:
     return lambda asked: _u64(what(asked.node.export.files.space()))
 
 
+OPEN_ARGUMENTS: Final = (
+    1 << Share.READ | 1 << Share.WRITE | 1 << Share.BOTH,
+    1 << Share.NONE | 1 << Share.READ | 1 << Share.WRITE | 1 << Share.BOTH,
+    sum(1 << (want >> 8) for want in (Want.ANY, Want.NONE, Want.CANCEL)),
+    sum(1 << claim for claim in Claim if claim not in {Claim.DELEGATE_PREV, Claim.DELEG_PREV_FH}),
+    sum(1 << mode for mode in CreateMode),
+)
+"""What OPEN understands (RFC 9754 §2): access, denials, wishes, claims, and ways to create."""
+
 _FIELDS: Final[dict[Attr, Field]] = {
     Attr.SUPPORTED_ATTRS: lambda asked: _bitmap(SUPPORTED[asked.ctx.minor]),
     Attr.TYPE: lambda asked: _TYPE[asked.found.kind],
@@ -175,8 +184,12 @@ _FIELDS: Final[dict[Attr, Field]] = {
     Attr.CLONE_BLKSIZE: _always(_u32(CLONE_BLOCK_BYTES)),
     Attr.CHANGE_ATTR_TYPE: _always(_u32(_CHANGE_IS_MONOTONIC)),
     Attr.XATTR_SUPPORT: _always(_TRUE),
+    Attr.OPEN_ARGUMENTS: _always(b"".join(map(_bitmap, OPEN_ARGUMENTS))),
 }
 READABLE: Final = mask(*_FIELDS)
+HOLDER_KNOWS: Final = mask(Attr.CHANGE, Attr.SIZE, Attr.SPACE_USED, Attr.TIME_METADATA, Attr.TIME_MODIFY)
+"""What a client with a write delegation changes by itself."""
+
 _OF_MINOR_1: Final = (1 << Attr.FS_CHARSET_CAP + 1) - 1
 """RFC 8881 ends with fs_charset_cap; what follows came with minor version 2."""
 

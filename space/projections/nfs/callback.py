@@ -17,7 +17,7 @@ import attrs
 
 from space.projections.nfs import rpc
 from space.projections.nfs.compound import Stateid
-from space.projections.nfs.nfs4 import CALLBACK_VERSION, SESSION_ID_BYTES, CbOp, NfsStatus, SequenceFlag
+from space.projections.nfs.nfs4 import CALLBACK_VERSION, SESSION_ID_BYTES, Attr, CbOp, NfsStatus, SequenceFlag
 from space.projections.nfs.sessions import Client, Connection, Session
 from space.projections.nfs.xdr import Reader, Writer, XdrError
 
@@ -34,7 +34,10 @@ _SEQUENCE: Final = struct.Struct(">5I")
 
 @attrs.define(eq=False)
 class _Call:
-    """One operation for a client; ``deadline`` is set by the first tick that sees it."""
+    """One operation for a client; ``deadline`` is set by the first tick that sees it.
+
+    When it is ``done`` with status OK, ``result`` stands at what the operation gave.
+    """
 
     client: Client
     operation: CbOp
@@ -42,6 +45,7 @@ class _Call:
     done: Callable[[int | None, float], None]
     deadline: float | None = None
     not_before: float = 0.0
+    result: Reader | None = None
 
 
 @attrs.define(eq=False)
@@ -82,6 +86,21 @@ class Callbacks:
                 self._service.state.recall_failed(client, stateid, when)
 
         self._call(_Call(client, CbOp.RECALL, out.bytes(), done), now)
+
+    def getattr(
+        self, client: Client, handle: bytes, told: Callable[[tuple[int, int] | None], None], *, now: float
+    ) -> None:
+        """CB_GETATTR (RFC 8881 §20.1): asks the holder of a write delegation for change and size of the file.
+
+        ``told`` is called with both; None: they cannot be had.
+        """
+        out = Writer()
+        out.opaque(handle)
+        out.bitmap(1 << Attr.CHANGE | 1 << Attr.SIZE)
+        call = _Call(
+            client, CbOp.GETATTR, out.bytes(), lambda status, _: told(_change_and_size(status, call.result))
+        )
+        self._call(call, now)
 
     def notify_lock(self, client: Client, handle: bytes, owner: bytes) -> None:
         """CB_NOTIFY_LOCK: a lock the owner was denied may be free now; only a hint, so nothing comes back."""
@@ -270,6 +289,7 @@ class Callbacks:
             call.not_before = now + RETRY_SECONDS
             self._call(call, now)
         else:
+            call.result = results
             call.done(status, now)
             self._pump(call.client, now)
 
@@ -280,6 +300,7 @@ class Callbacks:
 
 
 _LATER: Final[dict[CbOp, frozenset[int | None]]] = {
+    CbOp.GETATTR: frozenset(),
     # A recall can overtake the answer that gave the delegation: then the client does not know it yet (§10.4.3).
     CbOp.RECALL: frozenset({NfsStatus.DELAY, NfsStatus.BAD_STATEID, NfsStatus.BADHANDLE}),
     CbOp.NOTIFY_LOCK: frozenset({NfsStatus.DELAY}),
@@ -308,6 +329,20 @@ def _statuses(results: Reader | None) -> tuple[int | None, int | None]:
         return sequence, results.u32()
     except XdrError:
         return None, None
+
+
+def _change_and_size(status: int | None, result: Reader | None) -> tuple[int, int] | None:
+    """What a client answered to CB_GETATTR; whatever else it tells comes after these two."""
+    if status != NfsStatus.OK or result is None:
+        return None
+    try:
+        told = result.bitmap()
+        values = Reader(result.opaque_view(rpc.RECORD_BYTES_MAX))
+        if not (told >> Attr.CHANGE & 1 and told >> Attr.SIZE & 1) or told & (1 << Attr.CHANGE) - 1:
+            return None
+        return values.u64(), values.u64()
+    except XdrError:
+        return None
 
 
 def _write_stateid(out: Writer, stateid: Stateid) -> None:

@@ -16,6 +16,7 @@ from space.projections.nfs.stateids import Held
 
 if TYPE_CHECKING:
     from space.projections.nfs.exports import Node
+    from space.projections.nfs.sessions import Event
     from space.projections.nfs.xdr import Writer
 
 _SPACE_LIMIT_SIZE: Final = 1  # NFS_LIMIT_SIZE
@@ -25,9 +26,26 @@ Answer = DelegationType | WhyNone
 """A delegation of that type, or why there is none."""
 
 
+@attrs.frozen
+class Report:
+    """What the holder of a write delegation says of the file: its change attribute and size."""
+
+    change: int
+    size: int
+
+
+@attrs.define(eq=False)
+class Question:
+    """CB_GETATTR under way, for all who wait for it; without an answer by ``deadline`` there will be none."""
+
+    answered: Event
+    deadline: float
+    report: Report | None = None
+
+
 @attrs.define(eq=False, kw_only=True)
 class Delegation(Held):
-    """A delegation; ``node`` is the way it was opened by.
+    """A delegation; ``node`` is the way it was opened by, ``change`` the file's change attribute at that time.
 
     ``recalled`` is when it was first wanted back; ``ask_after`` is when the client may be sent the next recall: never,
     unless the last one failed.
@@ -35,6 +53,8 @@ class Delegation(Held):
 
     node: Node
     write: bool
+    change: int = 0
+    question: Question | None = None
     recalled: float | None = None
     ask_after: float = 0.0
 

@@ -24,11 +24,13 @@ from space.projections.nfs import access, attributes, handles
 from space.projections.nfs.access import EXECUTE, READ, WRITE
 from space.projections.nfs.attributes import Settable
 from space.projections.nfs.compound import Compound, NfsError, Operation, Stateid
+from space.projections.nfs.delegations import Delegation
 from space.projections.nfs.exports import Node
 from space.projections.nfs.nfs4 import (
     FILE_HANDLE_BYTES_MAX,
     OTHER_BYTES,
     VERIFIER_BYTES,
+    Attr,
     FileType,
     NfsStatus,
     Op,
@@ -360,20 +362,36 @@ _ACCESS_DIRECTORY: Final = (
 _ACCESS_OTHER: Final = ((0x01, READ), (0x04, WRITE), (0x08, WRITE), (0x20, EXECUTE), *_ACCESS_XATTR)
 
 
-def _getattr(ctx: Compound, args: Reader, out: Writer) -> int:
+def _getattr(ctx: Compound, args: Reader, out: Writer) -> int | Awaitable[int]:
     node, bitmap = ctx.node(), args.bitmap()
     attributes.check_readable(bitmap)
+    held = ctx.service.state.delegated_for_writing(node, ctx.client)
+    if held is not None and bitmap & attributes.HOLDER_KNOWS:
+        return _getattr_of_holder(ctx, held, bitmap, out)
     attributes.encode(ctx, node, look(node), bitmap, out)
+    return _OK
+
+
+async def _getattr_of_holder(ctx: Compound, held: Delegation, bitmap: int, out: Writer) -> int:
+    """GETATTR of a file that another client changes by itself: it is asked (RFC 8881 §10.4.3)."""
+    node = ctx.node()
+    report = await ctx.service.state.ask(held, ctx.now)
+    found = look(node)
+    if report is not None:
+        found = attrs.evolve(found, size=report.size, change=found.change + 1)
+    attributes.encode(ctx, node, found, bitmap, out)
     return _OK
 
 
 def _verify(ctx: Compound, args: Reader, out: Writer) -> int:
     node = ctx.node()
+    ctx.service.state.before_read(ctx, node)
     return _OK if attributes.same(ctx, node, look(node), args) else NfsStatus.NOT_SAME
 
 
 def _nverify(ctx: Compound, args: Reader, out: Writer) -> int:
     node = ctx.node()
+    ctx.service.state.before_read(ctx, node)
     return NfsStatus.SAME if attributes.same(ctx, node, look(node), args) else _OK
 
 
@@ -536,7 +554,8 @@ async def _readdir(ctx: Compound, args: Reader, out: Writer) -> int:
         if not all(page.add(node, each, bitmap) for each in entries.listed):
             break
         complete = entries.complete
-        cookie = entries.listed[-1].cookie if entries.listed else cookie
+        if not complete:
+            cookie = entries.listed[-1].cookie
     page.end(complete=complete)
     return _OK
 
@@ -581,6 +600,10 @@ class _Page:
                 status = error.status if isinstance(error, NfsError) else status_of(error)
                 attributes.encode_error(ctx, status, self._out)
                 return
+        asks = bitmap & attributes.HOLDER_KNOWS and bitmap >> Attr.RDATTR_ERROR & 1
+        if asks and ctx.service.state.delegated_for_writing(inner, ctx.client):
+            attributes.encode_error(ctx, NfsStatus.DELAY, self._out)  # GETATTR asks who has it
+            return
         attributes.encode(ctx, inner, found, bitmap, self._out)
 
     def end(self, *, complete: bool) -> None:

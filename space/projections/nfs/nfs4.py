@@ -250,7 +250,7 @@ class FileType(enum.IntEnum):
 
 
 class Attr(enum.IntEnum):
-    """Numbers of file attributes (RFC 8881 §5.6 and §5.7, RFC 7862 §12.2, RFC 8275, RFC 8276 §8.2)."""
+    """Numbers of file attributes (RFC 8881 §5.6 and §5.7, RFC 7862 §12.2, RFC 8275, RFC 8276 §8.2, RFC 9754)."""
 
     SUPPORTED_ATTRS = 0
     TYPE = 1
@@ -335,6 +335,7 @@ class Attr(enum.IntEnum):
     SEC_LABEL = 80
     MODE_UMASK = 81
     XATTR_SUPPORT = 82
+    OPEN_ARGUMENTS = 86
 
 
 # --- OPEN, delegations and locks (RFC 8881 §18.16, §18.10, §10.4) --------------------------------------------------
@@ -352,6 +353,7 @@ class Share(enum.IntFlag):
 WANT_MASK: Final = 0xFF00
 WANT_SIGNAL: Final = 0x10000  # OPEN4_SHARE_ACCESS_WANT_SIGNAL_DELEG_WHEN_RESRC_AVAIL
 WANT_PUSH: Final = 0x20000  # OPEN4_SHARE_ACCESS_WANT_PUSH_DELEG_WHEN_UNCONTENDED
+WANT_TIMESTAMPS: Final = 0x100000  # OPEN4_SHARE_ACCESS_WANT_DELEG_TIMESTAMPS (RFC 9754)
 
 
 class Want(enum.IntEnum):

@@ -24,7 +24,7 @@ import attrs
 from space.events.ids import CapsuleId
 from space.projections.nfs import delegations, handles, opens
 from space.projections.nfs.compound import ANONYMOUS, CURRENT, READ_BYPASS, Compound, NfsError, Stateid
-from space.projections.nfs.delegations import Answer, Circumstances, Delegation
+from space.projections.nfs.delegations import Answer, Circumstances, Delegation, Question, Report
 from space.projections.nfs.locks import Range, RangeLocks, TooManyRangesError, Waiters
 from space.projections.nfs.nfs4 import DelegationType, NfsStatus, SequenceFlag, Share, Want, WhyNone
 from space.projections.nfs.opens import Mode
@@ -43,6 +43,9 @@ DELEGATIONS_PER_CLIENT_MAX: Final = 8192
 
 RECALL_RETRY_SECONDS: Final = 1.0
 """Who waits for a delegation comes back many times a second; a client that refused need not hear of each time."""
+
+REPORT_SECONDS: Final = 1.0
+"""How long an answer to CB_GETATTR is waited for; then the delegation is recalled instead."""
 
 CONTENDED_MAX: Final = 4096
 """Files remembered because a delegation was recalled a short while ago."""
@@ -138,6 +141,7 @@ class State:
         self._clients: dict[Client, Holdings] = {}
         self._contended: dict[FileKey, float] = {}
         self._recalled: set[Delegation] = set()
+        self._questions: set[Delegation] = set()
         self._delegated = 0
 
     # --- what others ask -------------------------------------------------------------------------
@@ -223,6 +227,16 @@ class State:
         if self._service.in_grace(ctx.now) and (file is None or not file.opened_by(client, others=False)):
             raise NfsError(NfsStatus.GRACE)
 
+    def before_read(self, ctx: Compound, node: Node) -> None:
+        """To be called before something is said of a file that only the holder of a write delegation knows.
+
+        Raises:
+            NfsError: DELAY: a delegation has to come back first.
+        """
+        file = self._files.get(file_key(node))
+        if file is not None:
+            self._recall_conflicting(file, client_of(ctx), ctx.now, write=False)
+
     def is_delegated(self, capsule: bytes) -> bool:
         """Whether anybody has a delegation of a file; may be asked on any thread."""
         file = self._files.get(CapsuleId(capsule)) if self._delegated and capsule else None
@@ -236,12 +250,48 @@ class State:
                 self._recall(each, now)
 
     def delegated_for_writing(self, node: Node, client: Client | None) -> Delegation | None:
-        """Another client's write delegation: only its holder knows size and time of change."""
-        file = self._files.get(file_key(node))
+        """Another client's write delegation: only its holder knows how large the file is."""
+        file = self._files.get(file_key(node)) if self._delegated else None
         for each in file.delegations.values() if file else ():
             if each.write and each.client is not client:
                 return each
         return None
+
+    async def ask(self, held: Delegation, now: float) -> Report | None:
+        """What the holder of a write delegation has made of the file; None: nothing yet (RFC 8881 §10.4.3).
+
+        Raises:
+            NfsError: DELAY: it does not say, and the delegation is wanted back.
+        """
+        if held.recalled is None and not gone(held.client, now):
+            if held.question is None:
+                held.question = self._ask(held, now)
+            question = held.question
+            await question.answered.wait()
+            if question.report is not None:
+                return question.report if question.report.change != held.change else None
+        if held.file.delegations.get(held.client) is held and self._recall(held, now):
+            raise NfsError(NfsStatus.DELAY)
+        return None
+
+    def _ask(self, held: Delegation, now: float) -> Question:
+        question = Question(self._service.shell.event(), now + REPORT_SECONDS)
+        self._questions.add(held)
+
+        def told(found: tuple[int, int] | None) -> None:
+            question.report = Report(*found) if found else None
+            if held.question is question:
+                self._answer(held)
+
+        self._service.callbacks.getattr(held.client, handles.encode(held.node), told, now=now)
+        return question
+
+    def _answer(self, held: Delegation) -> None:
+        """Whoever waits for a report goes on, with or without one."""
+        if held.question is not None:
+            held.question.answered.set()
+            held.question = None
+            self._questions.discard(held)
 
     # --- stateids ----------------------------------------------------------------------------------
 
@@ -445,7 +495,8 @@ class State:
         file = self._file(node)
         given = file.delegations.get(client)
         if given is None:
-            given = self._give(Delegation(client, file, node=node, write=write))
+            change = node.export.files.attributes(node.id).change if write else 0
+            given = self._give(Delegation(client, file, node=node, write=write, change=change))
             given.changed()
             file.delegations[client] = given
             self._clients[client].delegations += 1
@@ -476,7 +527,10 @@ class State:
             held.ask_after = now + RECALL_RETRY_SECONDS
 
     def tick(self, now: float) -> None:
-        """Revokes delegations that were not returned in time, also where nobody asks for them any more."""
+        """Revokes delegations that were not returned in time, and gives up questions that were not answered."""
+        for each in list(self._questions):
+            if each.question is not None and each.question.deadline <= now:
+                self._answer(each)
         for each in list(self._recalled):
             if each in self._recalled:
                 self._recall(each, now)
@@ -523,6 +577,7 @@ class State:
         del held.file.delegations[held.client]
         self._recalled.discard(held)
         self._delegated -= 1
+        self._answer(held)
 
     def _contend(self, node: Node, now: float) -> None:
         """For a while nobody gets a delegation of this file who does not ask for one."""

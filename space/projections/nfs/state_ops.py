@@ -20,6 +20,7 @@ from space.projections.nfs.nfs4 import (
     VERIFIER_BYTES,
     WANT_PUSH,
     WANT_SIGNAL,
+    WANT_TIMESTAMPS,
     Attr,
     Claim,
     CreateMode,
@@ -74,9 +75,9 @@ def _shares(args: Reader) -> tuple[Mode, Want]:
 
 
 def _want(word: int) -> Want:
-    """Which delegation is wanted; nobody is told later of one there is none of now, so such wishes are let pass."""
+    """Which delegation is wanted; wishes that need not be granted are let pass: to be told later, to set times."""
     try:
-        return Want(word & ~(WANT_SIGNAL | WANT_PUSH))
+        return Want(word & ~(WANT_SIGNAL | WANT_PUSH | WANT_TIMESTAMPS))
     except ValueError:
         raise NfsError(NfsStatus.INVAL) from None
 
@@ -433,6 +434,7 @@ def lockt(ctx: Compound, args: Reader, out: Writer) -> int:
     owner = client, _owner(args)
     _check_kind(files.look(node))
     _check_grace(ctx, reclaim=False)
+    ctx.service.state.before_read(ctx, node)  # a holder of a write delegation has its locks to itself
     conflict = ctx.service.state.lock_conflict(node, owner, wanted, ctx.now)
     return _denied(out, conflict) if conflict else NfsStatus.OK
 
