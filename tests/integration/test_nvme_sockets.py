@@ -824,6 +824,29 @@ def test_200_garbage_connections_harm_nobody(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
+def test_1000_connections(tmp_path: Path) -> None:
+    """A thousand peers, half of them silent and half hosts with four queues each, and every host is served."""
+
+    async def scenario(place: Place) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(500):
+                _, writer = await asyncio.open_connection("127.0.0.1", place.port)
+                stack.push_async_callback(_closed, writer)
+            hosts = [await stack.enter_async_context(await place.connect(queues=4)) for _ in range(100)]
+            assert place.server.connections == 1000
+            content = {number: bytes([number]) * 512 for number in range(100)}
+            await asyncio.gather(
+                *(hosts[lba].queues[lba % 4].write(1, lba, data, 512) for lba, data in content.items())
+            )
+            held = await asyncio.gather(
+                *(hosts[99 - lba].queues[lba % 4].read(1, lba, 1, 512) for lba in content)
+            )
+            assert held == list(content.values())
+        await until(lambda: not place.server.connections)
+
+    run(tmp_path, scenario)
+
+
 def flipped(at: int) -> Callable[[bytes], bytes]:
     """Changes one byte of a PDU on its way."""
 

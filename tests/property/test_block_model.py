@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import space
+from space._node.block_cache import CHUNK_BYTES
 from space._node.local_block import BlockWriter, LocalBlockDevice
 from space._node.reading import Reading
 from space._node.store import Store
@@ -241,3 +242,67 @@ def test_devices_are_byte_arrays_at_every_moment(steps: list[tuple[str, str, str
         assert world.store.verify().findings == []
         assert world.store.replay(verify=True).equal
         world.store.close()
+
+
+KEPT_BLOCKS: Final = 96
+"""Of 4096 bytes: more than one chunk of what is kept of a device, and not whole chunks."""
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["write", "write", "read", "read", "read", "command", "elsewhere", "deallocate"]),
+            st.integers(0, KEPT_BLOCKS - 1),
+            st.sampled_from([1, 1, 1, 2, 16, 40]),
+        ),
+        max_size=40,
+    ),
+    st.sampled_from(POLICIES),
+)
+def test_what_is_at_hand_is_what_is_there(actions: list[tuple[str, int, int]], policy: Policy) -> None:
+    """However a device is changed, what a peek finds is what the model holds, and so is what a read finds."""
+    unit = 4096
+    with tempfile.TemporaryDirectory() as home, space.open(home) as store:
+        size = KEPT_BLOCKS * unit
+        capsule = store.create(size=size, block_size=BLOCK, policy=policy)
+        model = bytearray(texture(size, 1))
+        store.write(capsule, 0, bytes(model))
+        asyncio.run(_kept(store, capsule, model, actions, unit))
+
+
+async def _kept(
+    store: Store, capsule: CapsuleId, model: bytearray, actions: list[tuple[str, int, int]], unit: int
+) -> None:
+    writer = BlockWriter(store)
+    device, other = (LocalBlockDevice(store, capsule, writer=writer) for _ in range(2))
+    for number, (verb, at, count) in enumerate(actions):
+        offset = at * unit
+        length = min(count, KEPT_BLOCKS - at) * unit
+        data = texture(length, number + 2)
+        if verb == "read":
+            expected = bytes(model[offset : offset + length])
+            for each in (device, other):
+                each.info()
+                found = each.peek(offset, length)
+                assert found is None or b"".join(found) == expected
+                assert b"".join(await each.read(offset, length)) == expected
+            device.info()
+            found = device.peek(offset, min(length, unit))
+            assert found is not None or length > CHUNK_BYTES, "what was just read is at hand"
+            assert b"".join(found or ()) == expected[: unit if found else 0]
+            continue
+        if verb == "write":
+            done: asyncio.Future[space.SpaceError | None] = asyncio.get_running_loop().create_future()
+            assert device.begin_write(offset, data, actor="host", done=done.set_result)
+            assert await done is None
+        elif verb == "command":
+            await other.write(offset, data, durable=False, actor="host")
+        elif verb == "elsewhere":
+            store.write(capsule, offset, data)
+        else:
+            data = bytes(length)
+            await device.deallocate([(offset, length)], actor="host")
+        model[offset : offset + length] = data
+    for each in (device, other):
+        each.close()
+    await writer.close()
