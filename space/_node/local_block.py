@@ -83,7 +83,11 @@ TOGETHER_MAX: Final = 1024
 COMPARE_RETRIES: Final = 64
 """How often a compare-and-write begins anew because others write to the capsule, before it gives up."""
 
-ANSWER_SECONDS: Final = 60.0
+GROUP_SECONDS: Final = 20.0
+"""How long a group may take, through elections: a host gives a command up after 30 seconds (nvme_core.io_timeout of
+Linux), and should be told before: then it does not repeat what is still under way."""
+
+ANSWER_SECONDS: Final = 40.0
 """How long a group's answer is waited for: twice what the group itself takes to give up, so its node has ended."""
 
 _ZEROS: Final = memoryview(bytes(1 << 20))
@@ -300,7 +304,7 @@ class BlockWriter:
     def _hand_over(self, member: Member, requests: list[Request], handed: list[_Handed | _Begun]) -> None:
         """Gives the commands to the group, which has many such under way at a time."""
         try:
-            answer = member.begin(requests)
+            answer = member.group.start(requests, seconds=GROUP_SECONDS)
         except SpaceError as error:
             self._settle(handed, [error] * len(requests))
             return
@@ -574,7 +578,7 @@ class LocalBlockDevice:
                 confirmed.set_result(found)
 
         _when_answered(answer, arrived, _lost())
-        member.node.call_soon(member.group.begin_barrier, answer, ANSWER_SECONDS / 2)
+        member.node.call_soon(member.group.begin_barrier, answer, GROUP_SECONDS)
         if (error := await confirmed) is not None:
             raise error
 

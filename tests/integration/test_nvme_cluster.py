@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import struct
+import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from tests.cluster_support import HANG_SECONDS
+from space.events.ids import CapsuleId
+from tests.cli_support import execute, finish, start
+from tests.cluster_support import HANG_SECONDS, dev
 from tests.nvme_cluster import BLOCK, Cluster, founding
 from tests.nvme_initiator import DISCOVERY_NQN, FailedError, Host, IoQueue, status_of
 
@@ -304,3 +309,108 @@ def test_reservations_are_one_through_all_nodes_and_outlive_them(cluster: Cluste
             assert await settled(mine[1].queues[0], 0, texture(1)) == 0
 
     run(scenario)
+
+
+def asked(cluster: Cluster, *arguments: str) -> subprocess.Popen[str]:
+    """``space project --view nvme`` on the directory of the first node."""
+    return start(cluster.directories[1], "project", "--view", "nvme", *arguments, stderr=None)
+
+
+def test_a_running_node_is_asked_to_serve(cluster: Cluster) -> None:
+    """The command on a node's directory has the node serve until it ends; there is one view, which stop ends."""
+    home, at = cluster.directories[1], f"127.0.0.1:{cluster.ports[1]}"
+    other = execute(home, "project", "--view", "nvme", "--path", "/disk", "--listen", "127.0.0.1:0")
+    assert (other.status, at in other.err) == (4, True)
+    wrong = execute(
+        home, "--node", cluster.nodes[1].url, "project", "--view", "nvme", "--path", "/d", "--at", "@1"
+    )
+    assert wrong.status == 2
+    assert execute(home, "project", "stop", at).status == 0
+    missing = execute(home, "project", "--view", "nvme", "--path", "/nothing", "--listen", at)
+    assert missing.status == 3, missing.err
+    process = asked(cluster, "--path", "/disk", "--listen", at)
+    try:
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+        assert (ready["target"], ready["nqn"], ready["node"]) == (at, cluster.nqn(2), True)
+
+        async def scenario() -> None:
+            async with await cluster.connect(1) as host:
+                await host.queues[0].write(1, 0, texture(3), BLOCK)
+                process.terminate()
+                assert await asyncio.to_thread(process.wait, HANG_SECONDS) == 0
+                await host.admin.ended()
+
+        run(scenario)
+    finally:
+        finish(process)
+    assert execute(home, "stat", "/disk").status == 0  # the node is still there
+    cluster.kill(1)  # the next test finds it as its configuration says
+
+
+def test_each_shard_has_a_group(tmp_path: Path) -> None:
+    """A capsule of two shards is in the group of its own, whose leader has the optimized path; all take writes."""
+    with dev(tmp_path / "cluster", "--nodes", "3", "--shards", "2", "--insecure") as (_, nodes):
+        url = nodes[0]["url"]
+        by_shard: dict[int, str] = {}
+        while len(by_shard) < 2:
+            made = execute(
+                Path("/nowhere"), "--node", url, "create", "--size", "1MiB", "--block-size", str(BLOCK)
+            )
+            by_shard.setdefault(CapsuleId.parse(made.out.strip()).shard_keys(2), made.out.strip())
+        options = [argument for shard in (0, 1) for argument in ("--id", by_shard[shard])]
+        views = [
+            start(
+                Path(each["data"]),
+                "project",
+                "--view",
+                "nvme",
+                *options,
+                "--listen",
+                "127.0.0.1:0",
+                stderr=None,
+            )
+            for each in nodes
+        ]
+        try:
+            found = [json.loads(each.stdout.readline()) for each in views if each.stdout is not None]
+
+            async def scenario() -> None:
+                async with contextlib.AsyncExitStack() as stack:
+                    hosts = []
+                    for each in found:
+                        port = int(each["address"].rpartition(":")[2])
+                        hosts.append(await stack.enter_async_context(await Host.connect(port, each["nqn"])))
+
+                    async def settled() -> bool:
+                        states = [states_of(await host.admin.log(0x0C, 4096)) for host in hosts]
+                        return all(
+                            sorted(each[group] for each in states)
+                            == [(1, [group]), (2, [group]), (2, [group])]
+                            for group in (1, 2)
+                        )
+
+                    await until("each group has one optimized path", settled)
+                    for number, host in enumerate(hosts):
+                        for nsid in (1, 2):
+                            await host.queues[0].write(nsid, number, texture(number + nsid), BLOCK)
+                    for nsid in (1, 2):
+                        held = await hosts[0].queues[0].read(nsid, 0, 3, BLOCK)
+                        assert held == b"".join(texture(number + nsid) for number in range(3))
+
+            run(scenario)
+        finally:
+            for each in views:
+                each.terminate()
+                finish(each)
+
+
+def states_of(log: bytes) -> dict[int, tuple[int, list[int]]]:
+    """State and namespaces of each group of an ANA log."""
+    (count,) = struct.unpack_from("<8xH", log)
+    found, at = {}, 16
+    for _ in range(count):
+        group, members, _, state = struct.unpack_from("<IIQB", log, at)
+        found[group] = (state, list(struct.unpack_from(f"<{members}I", log, at + 32)))
+        at += 32 + 4 * members
+    return found
