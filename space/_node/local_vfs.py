@@ -13,6 +13,7 @@ One thread only: the loop's.  ``sync`` alone waits on another one.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import stat as modes
 from typing import Final
@@ -28,6 +29,7 @@ from space.events import commands as cmd
 from space.events.commands import Buffer, Command, Durability, Request
 from space.events.ids import ID_BYTES, CapsuleId
 from space.events.types import COPY_BYTES_MAX, Kind
+from space.projections import content_map
 from space.projections.vfs import (
     CONTENT_NAME,
     NOTHING,
@@ -41,7 +43,8 @@ from space.projections.vfs import (
     Space,
 )
 from space.statemachine.decide import SIZE_MAX
-from space.statemachine.tables import ENTRY
+from space.statemachine.store import ReadTransaction
+from space.statemachine.tables import CAPSULE, ENTRY, CapsuleRow
 
 RUN_BYTES_MAX: Final = 1 << 20
 """One extent: a longer run would be cut again."""
@@ -54,6 +57,9 @@ DIRECT_BYTES: Final = 256 << 10
 
 LISTED_HERE_MAX: Final = 4096
 """Entries of a directory that are sorted in the loop's thread, in a few milliseconds."""
+
+SEEN_MAX: Final = 4096
+"""Nodes whose attributes are remembered until something changes; about 3 MiB."""
 
 _UUID_TIME_BYTES: Final = 6
 """Of a capsule's id: the rest is drawn."""
@@ -89,6 +95,9 @@ class LocalFileSystem:
         self._runs: dict[CapsuleId, _Run] = {}
         self._late: dict[CapsuleId, SpaceError] = {}
         self._windows = Windows()
+        self._remembers = type(reading) is Store or not isinstance(reading, Store)
+        self._seen: dict[CapsuleId, Attributes] = {}
+        self._seen_at: tuple[object, int] = None, 0
         self._root = reading.root if root is None else root
         self._single: CapsuleId | None = None
         kind = reading.stat(self._root).kind
@@ -114,14 +123,33 @@ class LocalFileSystem:
     def attributes(self, node: CapsuleId) -> Attributes:
         if node == SYNTHETIC_ROOT and self._single:
             return self._around(self._single)
-        self._settle(node)
-        return _attributes(self._reading.stat(node))
+        if node in self._runs:
+            self._settle(node)
+        seen = self._seen_now()
+        found = seen.get(node)
+        if found is None:
+            with self._reading._read() as txn:
+                found = _look(txn, node)
+            if len(seen) >= SEEN_MAX:
+                seen.clear()
+            seen[node] = found
+        return found
+
+    def _seen_now(self) -> dict[CapsuleId, Attributes]:
+        """Attributes that were looked up since anything changed; a cluster's member has to ask each time."""
+        reading = self._reading
+        if not self._remembers or (self._store is not None and self._store._behind):
+            return {}
+        tables = reading._tables
+        at = tables, tables.version
+        if at != self._seen_at:
+            self._seen, self._seen_at = {}, at
+        return self._seen
 
     def _around(self, single: CapsuleId) -> Attributes:
         """The directory that holds only ``content``: of its owner, and nothing can be made in it."""
-        inside = self._reading.stat(single)
         return attrs.evolve(
-            _attributes(inside),
+            self.attributes(single),
             id=SYNTHETIC_ROOT,
             kind=Kind.DIRECTORY,
             mode=0o555,
@@ -137,15 +165,23 @@ class LocalFileSystem:
             if name != CONTENT_NAME:
                 raise NotFoundError(f"no entry {name!r}: there is only {CONTENT_NAME!r}")
             return self.attributes(self._single)
-        found = self._reading.lookup_stat(directory, name)
-        return self.attributes(found.id) if found.id in self._runs else _attributes(found)
+        with self._reading._read() as txn:
+            entry = self._reading._entry(txn, directory, name, name)
+            node = CapsuleId(entry.capsule)
+            if node not in self._runs:
+                return _look(txn, node)
+        return self.attributes(node)
 
     def entries(self, directory: CapsuleId, *, after: bytes, limit: int) -> list[tuple[bytes, Attributes]]:
         if directory == SYNTHETIC_ROOT and self._single:
             return [(CONTENT_NAME, self.attributes(self._single))] if after < CONTENT_NAME else []
         self._settle_all()
-        found = self._reading.entries_stat(directory, after=after, limit=limit)
-        return [(name, _attributes(each)) for name, each in found]
+        with self._reading._read() as txn:
+            if self._reading._row(txn, directory).kind != Kind.DIRECTORY:
+                raise ConflictError(f"not a directory: {directory}", status=Status.NOT_DIRECTORY)
+            start = directory + after + b"\0" if after else b""
+            rows = itertools.islice(txn.scan(ENTRY, directory, start), limit)
+            return [(key[ID_BYTES:], _look(txn, CapsuleId(value[:ID_BYTES]))) for key, value in rows]
 
     async def listing(self, directory: CapsuleId, *, after: int, limit: int) -> Entries:
         if directory == SYNTHETIC_ROOT and self._single:
@@ -179,13 +215,12 @@ class LocalFileSystem:
     def _listed(self, directory: CapsuleId, places: list[tuple[int, bytes]]) -> list[Listed]:
         """Entries as they are now, without those that have gone."""
         self._settle_all()
-        listed, reading = [], self._reading
-        with reading._read() as txn:
+        listed = []
+        with self._reading._read() as txn:
             for cookie, name in places:
                 entry = txn.get(ENTRY, directory + name)
                 if entry is not None:
-                    node = CapsuleId(entry[:ID_BYTES])
-                    listed.append(Listed(cookie, name, _attributes(reading._stat(txn, node))))
+                    listed.append(Listed(cookie, name, _look(txn, CapsuleId(entry[:ID_BYTES]))))
         return listed
 
     def hold(self, node: CapsuleId) -> None:
@@ -272,7 +307,7 @@ class LocalFileSystem:
             if found.id[_UUID_TIME_BYTES:] != drawn[_UUID_TIME_BYTES:]:
                 raise
             return found
-        return _attributes(store.stat(drawn))
+        return self.attributes(drawn)
 
     async def link(self, node: CapsuleId, directory: CapsuleId, name: bytes, caller: Caller) -> Attributes:
         self._writable(directory)
@@ -461,22 +496,36 @@ def _without_set_id(found: Stat) -> int:
     return found.mode & ~drop
 
 
-def _attributes(found: Stat) -> Attributes:
+def _look(txn: ReadTransaction, node: CapsuleId) -> Attributes:
+    """Attributes of a capsule, straight from its rows."""
+    data = txn.get(CAPSULE, node)
+    if data is None:
+        raise NotFoundError(f"no capsule {node}")
+    row = CapsuleRow.decode(data)
+    size, allocated = row.size, 0
+    if row.kind == Kind.FILE:
+        mapped = txn.get(content_map.MAP, node)
+        allocated = min(content_map.allocated(mapped), size) if mapped is not None else 0
+    elif row.kind == Kind.SYMLINK:
+        size = len(row.target)
     return Attributes(
-        found.id,
-        found.kind,
-        found.mode,
-        found.nlink,
-        found.uid,
-        found.gid,
-        found.rdev,
-        len(found.target) if found.kind == Kind.SYMLINK else found.size,
-        found.allocated,
-        found.ino,
-        found.parent,
-        found.atime,
-        found.mtime,
-        found.ctime,
-        found.btime,
-        found.change,
+        node,
+        _KINDS[row.kind],
+        row.mode,
+        row.nlink,
+        row.uid,
+        row.gid,
+        row.rdev,
+        size,
+        allocated,
+        row.ino,
+        CapsuleId(row.parent),
+        row.atime,
+        row.mtime,
+        row.ctime,
+        row.btime,
+        row.change,
     )
+
+
+_KINDS: Final = {int(kind): kind for kind in Kind}

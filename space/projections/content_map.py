@@ -114,6 +114,11 @@ def map_row(txn: Reader, capsule: bytes) -> MapRow | None:
     return None if data is None else MapRow(*_MAP.unpack(data))
 
 
+def allocated(row: bytes) -> int:
+    """Bytes that are not a hole, of a row of MAP."""
+    return int(_MAP.unpack(row)[2])
+
+
 def extents(txn: Reader, capsule: bytes, offset: int, length: int) -> Iterator[Extent]:
     """What [offset, offset + length) of a capsule is made of, in order; gaps are zeros."""
     data = txn.get(MAP, capsule)
