@@ -44,7 +44,7 @@ MESSAGES: Final = "application/x-space-messages"
 ONCE: Final = frozenset(
     {"create", "resize", "mkdir", "rm", "mv", "snapshot", "drop_snapshot", "clone", "undelete", "set_policy"}
 )
-UNREPEATABLE: Final = frozenset({"import_tree", "export_tree", "mount"})
+UNREPEATABLE: Final = frozenset({"import_tree", "export_tree", "mount", "serve_nvme"})
 
 _T = TypeVar("_T")
 

@@ -86,7 +86,9 @@ KEEPALIVE_SECONDS: Final = 30.0
 READY_SECONDS: Final = 30.0
 PIECE_BYTES: Final = 1 << 18
 STREAMED: Final = frozenset({"get", "put"})
-REFUSED_CALLS: Final = frozenset({"import_tree", "export_tree", "mount", "unmount", "cluster_invite"})
+REFUSED_CALLS: Final = frozenset(
+    {"import_tree", "export_tree", "mount", "unmount", "serve_nvme", "cluster_invite"}
+)
 """They name paths of the node's machine, which is not the caller's."""
 
 STATUSES: Final[dict[ErrorKind, int]] = {

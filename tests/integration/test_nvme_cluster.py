@@ -312,8 +312,9 @@ def test_reservations_are_one_through_all_nodes_and_outlive_them(cluster: Cluste
 
 
 def asked(cluster: Cluster, *arguments: str) -> subprocess.Popen[str]:
-    """``space project --view nvme`` on the directory of the first node."""
-    return start(cluster.directories[1], "project", "--view", "nvme", *arguments, stderr=None)
+    """``space project --view nvme`` asked of the first node."""
+    node = ("--node", cluster.nodes[1].url)
+    return start(Path("/nowhere"), *node, "project", "--view", "nvme", *arguments, stderr=None)
 
 
 def test_a_running_node_is_asked_to_serve(cluster: Cluster) -> None:
