@@ -1027,12 +1027,13 @@ class Client:
     def collect(self) -> tuple[int, Answer]:
         """The slot and answer of whichever COMPOUND is answered first."""
         xid, body = self.rpc.collect()
-        return self._flying.pop(xid), self._seen(take_answer(body))
+        slot = self._flying.pop(xid)
+        return slot, self._seen(take_answer(body), slot)
 
     def attempt(self, *operations: bytes, slot: int = 0, cache: bool = False) -> Answer:
         """A COMPOUND after a SEQUENCE, as it ends; DELAY is not waited out."""
         body = compound_body((self.sequence(slot, cache=cache), *operations), self.minor)
-        return self._seen(take_answer(self.rpc.call(1, body)))
+        return self._seen(take_answer(self.rpc.call(1, body)), slot)
 
     def compound(self, *operations: bytes, slot: int = 0, cache: bool = False) -> list[Any]:
         """What the operations gave; DELAY and GRACE are waited out.
@@ -1048,9 +1049,11 @@ class Client:
             time.sleep(DELAY_SECONDS)
         raise RpcError(f"the server asked for patience {DELAYS_MAX} times")
 
-    def _seen(self, answer: Answer) -> Answer:
+    def _seen(self, answer: Answer, slot: int) -> Answer:
         if answer.results and isinstance(answer.results[0].value, Sequenced):
             self.flags = answer.results[0].value.flags
+        else:
+            self.sequences[slot] -= 1  # a slot does not move by what SEQUENCE refused (RFC 8881 §2.10.6.1)
         return answer
 
     def close(self) -> None:
