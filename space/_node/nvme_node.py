@@ -147,7 +147,9 @@ class Leadership:
         found = []
         for number, store in enumerate(self._stores):
             group = store.group
-            leader = group.replica.driver.leader
+            driver = group.replica.driver
+            leader, members = driver.leader, driver.state.configuration
+            is_member = driver.node in (*members.voters, *members.learners, *members.voters_outgoing)
             if leader:
                 self._led[number] = now
             found.append(
@@ -155,7 +157,7 @@ class Leadership:
                     leads=group.replica.leads(),
                     leader=leader,
                     leaderless_seconds=now - self._led[number],
-                    usable=group.failure is None and not group.stopped,
+                    usable=group.failure is None and not group.stopped and is_member,
                 )
             )
         return found

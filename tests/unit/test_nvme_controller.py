@@ -585,6 +585,27 @@ def entries(data: bytes) -> list[tuple[int, int, int, str, str, str]]:
     return found
 
 
+def test_the_discovery_log_names_other_nodes_too() -> None:
+    """The subsystem at other nodes' I/O ports, their services as referrals; one event a change."""
+    target, _ = target_with()
+    target.set_ports([Port(1, "192.0.2.1", 4420)])
+    host = admin_queue(target, subsystem=DISCOVERY)
+    others = [Port(3, "192.0.2.2", 4420), Port(4, "192.0.2.2", 8009, discovery_only=True)]
+    generation = target.generation
+    for _ in range(2):
+        target.set_others(others, [Referral("192.0.2.2", 8009, number=4, same=True)])
+        assert target.generation == generation + 1  # the same again is no change
+    log = log_page(host, 0x70, 1024 * 5)
+    assert entries(log) == [
+        (1, 3, 1, "4420", DISCOVERY, "192.0.2.1"),
+        (1, 2, 1, "4420", NQN, "192.0.2.1"),
+        (1, 2, 3, "4420", NQN, "192.0.2.2"),
+        (1, 1, 4, "8009", DISCOVERY, "192.0.2.2"),
+    ]
+    flags = [struct.unpack_from("<H", log, 1024 * number + 10)[0] for number in range(1, 5)]
+    assert [each & 1 for each in flags] == [1, 0, 0, 1]  # DUPRETINFO
+
+
 def test_the_discovery_log_names_ports_subsystems_and_referrals() -> None:
     """Itself and every subsystem at every port, wildcards as the address the host has reached, then referrals."""
     target, _ = target_with()

@@ -24,6 +24,7 @@ from space._node.nvme_node import (
     parse_portals,
 )
 from space.projections.nvme.target import CONTROLLER_IDS, CONTROLLERS_MAX, AnaState, Port, Referral
+from space.wal.raft_state import Configuration
 
 pytestmark = pytest.mark.unit
 
@@ -60,7 +61,8 @@ def test_the_state_of_a_path(
 
 def test_a_leader_is_missed_for_a_while() -> None:
     """The time without a leader begins when the last one was known, for each shard by itself."""
-    drivers = [SimpleNamespace(leader=1), SimpleNamespace(leader=2)]
+    state = SimpleNamespace(configuration=Configuration(voters=(1, 2)))
+    drivers = [SimpleNamespace(leader=number, node=1, state=state) for number in (1, 2)]
     stores = [
         SimpleNamespace(
             group=SimpleNamespace(
@@ -80,6 +82,8 @@ def test_a_leader_is_missed_for_a_while() -> None:
     stores[1].group.failure = UnavailableError("ended")
     assert leadership.states(102.0) == [AnaState.NON_OPTIMIZED, AnaState.INACCESSIBLE]
     assert Leadership(cast("Any", stores[:1])).states(5000.0) == [AnaState.NON_OPTIMIZED]
+    state.configuration = Configuration(voters=(2,))  # this node was removed
+    assert leadership.states(103.0) == [AnaState.INACCESSIBLE] * 2
 
 
 def test_what_other_nodes_say_is_told() -> None:
