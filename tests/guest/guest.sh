@@ -3,7 +3,7 @@
 # NVMe/TCP and NFS clients; exit with its status.
 #
 #   guest.sh [-k debian|uml] [-s DIR] [-c CPUS] [-m MIB] [-t SECONDS] SCRIPT [ARG...]
-#   guest.sh prepare     only fill the cache (once; 1 to 2 minutes, 1.7 GB)
+#   guest.sh prepare     only fill the cache (once; 1 to 2 minutes, 1.9 GB)
 #     SCRIPT    file run with bash in the guest ('-': read from standard input)
 #     -k        debian: Debian stable's kernel under QEMU without KVM; uml: the User-Mode Linux
 #               that uml_kernel.sh builds once, several times faster; default: uml if it is there
@@ -20,13 +20,14 @@ CACHE=${GUEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/space-guest} ROOT=$CACHE/ro
 KERNEL=debian SHARE='' CPUS=2 MEM=2048 LIMIT=600; [ ! -e "$CACHE/linux-uml" ] || KERNEL=uml
 PACKAGES=busybox-static,kmod,iproute2,procps,e2fsprogs,xfsprogs,nvme-cli,nfs-common
 PACKAGES=$PACKAGES,nfs-kernel-server,fio,python3,netbase,ca-certificates,qemu-system-x86
+PACKAGES=$PACKAGES,git,sqlite3,attr,perl
 
 # the URI apt already uses for a release
 mirror() { apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' | awk -v r="$1" '$2==r {print $1; exit}'; }
 
 # --- once: a Debian bookworm root tree, its ext4 image, and one initramfs per kernel ---------
 prepare() {
-  [ ! -e "$CACHE/done" ] || return 0
+  [ "$(cat "$CACHE/done" 2>/dev/null)" != "$PACKAGES" ] || return 0
   echo "guest.sh: preparing $CACHE" >&2; mkdir -p "$CACHE"; cd "$CACHE"; rm -rf root mm disk.img initrd-*
   apt-get download -qq mmdebstrap; dpkg -x mmdebstrap_*.deb mm; rm mmdebstrap_*.deb
   # In the new tree: unpack (not install) the newest kernel, less drivers that no virtual
@@ -48,7 +49,7 @@ EOF
     "deb $s bookworm-security main" >&2
   truncate -s 8G disk.img; mkfs.ext4 -q -F -O ^has_journal -d root disk.img
   for k in root/usr/lib/modules/* uml; do initramfs "${k##*/}"; done
-  rm -rf mm inner; touch "$CACHE/done"
+  rm -rf mm inner; echo "$PACKAGES" >"$CACHE/done"
 }
 
 # initramfs RELEASE|uml: busybox, the modules that reach the root disk, and an init
