@@ -18,6 +18,7 @@ import pytest
 
 from space._node import csi_mounts
 from space._node.views import start_time
+from space.control import connect
 from space.projections.csi.pb import csi_pb2 as pb
 from space.projections.csi.server import STREAMING, message_class
 
@@ -41,12 +42,12 @@ NEEDS_KERNEL: Final = [
 ]
 
 
-def tree(mode: int = _MODE.SINGLE_NODE_WRITER, **mount: Any) -> pb.VolumeCapability:
+def tree(mode: Any = _MODE.SINGLE_NODE_WRITER, **mount: Any) -> pb.VolumeCapability:
     """A tree is wanted."""
     return pb.VolumeCapability(mount=pb.VolumeCapability.MountVolume(**mount), access_mode=_MODE(mode=mode))
 
 
-def device(mode: int = _MODE.SINGLE_NODE_WRITER) -> pb.VolumeCapability:
+def device(mode: Any = _MODE.SINGLE_NODE_WRITER) -> pb.VolumeCapability:
     """A block device is wanted."""
     return pb.VolumeCapability(block=pb.VolumeCapability.BlockVolume(), access_mode=_MODE(mode=mode))
 
@@ -178,7 +179,7 @@ class Machine:
 
     def kill_owner(self) -> int:
         """Kills the owner and waits until another one answers for the store."""
-        before = wait_for(lambda: self.owner)
+        before: int = wait_for(lambda: self.owner)
         os.kill(before, signal.SIGKILL)
         wait_for(lambda: not alive(before))
         wait_for(lambda: self.owner not in (0, before))
@@ -193,13 +194,13 @@ class Machine:
         if self._driver is not None:
             self._driver.terminate()
             self.gone()
-        if owner := self.owner:
-            os.kill(owner, signal.SIGTERM)
-            wait_for(lambda: not alive(owner))
         for mount in reversed(self.mounts()):
             csi_mounts.unmount(mount.point, detach=True)
         for loop in self.loops():
             csi_mounts.detach_loop(loop)
+        if owner := self.owner:
+            os.kill(owner, signal.SIGTERM)
+            wait_for(lambda: not alive(owner))
 
     def __enter__(self) -> Self:
         return self
@@ -215,6 +216,10 @@ class Machine:
             return [
                 each for each in csi_mounts.parse_mountinfo(lines) if each.point.startswith(f"{self.pods}/")
             ]
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """Asks the owner on its control socket."""
+        return getattr(connect(self.data / "control.sock"), method)(**arguments)
 
     def loops(self) -> list[str]:
         """Loop devices over volumes of this data directory."""

@@ -1,0 +1,80 @@
+"""The driver, with a step at which somebody is killed: it counts the steps of staging and publishing as it takes them.
+
+``CSI_KILL=driver:N`` kills this process before its step number N, ``owner:N`` the owner of the store.  ``CSI_STEPS``
+names a file for how many there were.  Steps are the calls that change something: notes kept and dropped, calls of the
+kernel, files made and removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from space._node import csi_host, csi_mounts
+from space._node.views import start_time
+from space.cli import main
+
+_LOCK = threading.Lock()
+_WHO, _, _AT = os.environ.get("CSI_KILL", ":0").partition(":")
+_ARMED = Path(os.environ["CSI_STEPS"])
+"""A file that is there while steps are counted; how many there were is appended to it."""
+
+_taken = 0
+
+
+def _step() -> None:
+    global _taken  # noqa: PLW0603 - one count a process
+    if not _ARMED.exists():
+        return
+    with _LOCK:
+        _taken += 1
+        _ARMED.write_text(str(_taken))
+        if _taken == int(_AT):
+            _kill()
+
+
+def _kill() -> None:
+    if _WHO == "driver":
+        os.kill(os.getpid(), signal.SIGKILL)
+    data = Path(sys.argv[sys.argv.index("--data") + 1])
+    for note in (data / "views").glob("csi-*.json"):
+        found = json.loads(note.read_text())
+        if start_time(found["pid"]) == found["process_start"]:
+            os.kill(found["pid"], signal.SIGKILL)
+
+
+def _counted(work: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(work)
+    def run(*arguments: Any, **more: Any) -> Any:
+        _step()
+        try:
+            return work(*arguments, **more)
+        finally:
+            _step()
+
+    return run
+
+
+def watch() -> None:
+    """Counts from now on."""
+    for owner, names in (
+        (csi_mounts, ("_call", "unmount", "_configure", "detach_loop")),
+        (csi_host, ("_make_file", "_remove", "give_to_group")),
+        (csi_host.Notes, ("keep", "drop")),
+    ):
+        for name in names:
+            setattr(owner, name, _counted(getattr(owner, name)))
+
+
+if __name__ == "__main__":
+    watch()
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
