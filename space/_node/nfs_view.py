@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import secrets
 import signal
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -119,11 +120,11 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, over.set)
     found = _exports(reading, sources, options)
-    name = CapsuleId(_store_id(reading)).derive(b"nfs server")
+    name = CapsuleId(_store_id(reading)).derive(b"nfs server" + _moment(reading).encode())
     if isinstance(reading, Store):
         recovery: Recovery = await asyncio.to_thread(StoreRecovery, reading, f"space:{name}")
     else:
-        recovery = Recovery(int(time.time()))
+        recovery = Recovery(secrets.randbits(32))
     tasks = Tasks()
     service = Service(
         Exports(found, key=_handle_key(reading), time_ns=time.time_ns()),
@@ -151,20 +152,24 @@ def _store_id(reading: Store | PastBeside) -> bytes:
     return reading.id if isinstance(reading, Store) else reading._store_id
 
 
+def _moment(reading: Store | PastBeside) -> str:
+    """Which past it is; empty for the present."""
+    return "" if isinstance(reading, Store) else f"{reading.target.position}.{reading.target.event}"
+
+
 def _handle_key(reading: Store | PastBeside) -> bytes:
     """Makes filehandles that only who knows the store can make; clients are not told its id."""
     return blake3(_store_id(reading), derive_key_context="space nfs handles v1").digest()
 
 
 def _exports(reading: Store | PastBeside, sources: Sequence[str], options: Options) -> list[Export]:
-    moment = "" if isinstance(reading, Store) else f"{reading.target.position}.{reading.target.event}"
     exports = []
     for source in sources:
         root = reading.resolve(source)
         files = LocalFileSystem(reading, root, read_only=options.read_only)
         exports.append(
             Export(
-                export_number(_store_id(reading), root, moment),
+                export_number(_store_id(reading), root, _moment(reading)),
                 _place(source) if len(sources) > 1 else (),
                 files,
                 read_only=files.read_only,

@@ -13,7 +13,7 @@ from space.projections.nfs.nfs4 import NfsStatus, Op, SequenceFlag
 from space.projections.nfs.rpc import AUTH_SYS, Credentials
 from space.projections.nfs.service import Config
 from space.projections.nfs.session_ops import CONFIRMED, UPDATE
-from space.projections.nfs.sessions import SESSIONS_PER_CLIENT_MAX
+from space.projections.nfs.sessions import SESSIONS_PER_CLIENT_MAX, Client
 from space.projections.nfs.xdr import Reader, Writer
 from tests.nfs_session_support import LEASE, OWNER, ROOT, World, create_session, exchange_id, op, sequence
 
@@ -240,7 +240,10 @@ def test_slots_sizes_and_counts_are_those_of_the_session() -> None:
 
 
 def test_a_retry_waits_for_the_original() -> None:
-    """A request sent again while the first is at work is answered with it, not refused and not done twice."""
+    """A request sent again while the first is at work is answered with it, not refused and not done twice.
+
+    Another one with its number learns then that it is another one; and the lease does not end meanwhile.
+    """
     world = World()
     session = world.session()
     done = []
@@ -256,15 +259,19 @@ def test_a_retry_waits_for_the_original() -> None:
         world.service.operations[Op.ACCESS] = slow
         request = sequence(session, 2, cached=True), op(Op.ACCESS)
         tasks = [asyncio.ensure_future(world.begin(*request)) for _ in range(3)]
+        probe = asyncio.ensure_future(world.begin(sequence(session, 2)))
         await asyncio.sleep(0)
         busy = await world.begin(sequence(session, 3), op(Op.ACCESS))
         assert busy.status == NfsStatus.SEQ_MISORDERED
         kept = await world.begin(op(Op.DESTROY_SESSION) + session)
         assert kept.status == NfsStatus.DELAY
-        assert not any(each.done() for each in tasks)
+        world.now += 2 * LEASE
+        world.service.tick(world.now)
+        assert not any(each.done() for each in (*tasks, probe))
         go.set()
         answers = await asyncio.gather(*tasks)
         assert {each.data for each in answers} == {answers[0].data}
+        assert (await probe).status == NfsStatus.SEQ_FALSE_RETRY
 
     asyncio.run(scenario())
     assert done == [1]
@@ -339,6 +346,32 @@ def test_what_a_silent_client_holds_is_kept_for_a_while(monkeypatch: pytest.Monk
     world.now += LEASE + world.service.config.courtesy_seconds
     world.service.tick(world.now)
     assert not world.service.clients
+
+
+def test_who_ends_at_work_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a request gets for a client that has ended meanwhile is taken back with its answer."""
+    world = World()
+    session = world.session()
+    released: list[Client] = []
+
+    async def scenario() -> None:
+        go = asyncio.Event()
+
+        async def slow(ctx: Compound, args: Reader, out: Writer) -> int:
+            await go.wait()
+            return NfsStatus.OK
+
+        world.service.operations[Op.OPEN] = slow
+        task = asyncio.ensure_future(world.begin(sequence(session, 2), op(Op.OPEN)))
+        await asyncio.sleep(0)
+        client = next(iter(world.service.clients.values()))
+        world.service.remove(client)
+        monkeypatch.setattr(world.service.state, "release_client", released.append)
+        go.set()
+        await task
+        assert released == [client]
+
+    asyncio.run(scenario())
 
 
 # --- restarts ---------------------------------------------------------------------------------------

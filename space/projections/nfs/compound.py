@@ -174,8 +174,13 @@ async def run(ctx: Compound, args: Reader) -> list[Bytes]:
         out.fill(count_at, ctx.index)
         done = out.pieces()
     finally:
-        if ctx.slot is not None and ctx.replay is None:
+        if ctx.slot is not None:
             ctx.slot.finish(done, cached=ctx.cached)
+            assert ctx.client is not None
+            if (
+                ctx.client.id not in ctx.service.clients
+            ):  # it has ended meanwhile, and what it got since is nobody's
+                ctx.service.state.release_client(ctx.client)
     return done
 
 

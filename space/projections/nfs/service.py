@@ -275,6 +275,9 @@ class Service:
         self.callbacks.tick(now)
 
     def _expired(self, client: Client, now: float) -> None:
+        if any(slot.busy for session in client.sessions.values() for slot in session.slots.values()):
+            self.renew(client, now)  # it waits for us
+            return
         courtesy = client.confirmed and self.state.has_state(client)
         if courtesy and now - client.expiry < self.config.courtesy_seconds:
             client.courtesy = True

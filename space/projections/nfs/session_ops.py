@@ -31,6 +31,7 @@ from space.projections.nfs.sessions import (
     SLOTS_MAX,
     Channel,
     Client,
+    Request,
     Slot,
     principal_of,
 )
@@ -327,9 +328,7 @@ def sequence(ctx: Compound, args: Reader, out: Writer) -> int | Awaitable[int]:
     ctx.service.renew(session.client, ctx.now)
     request = fingerprint(args.rest()), principal_of(ctx.credentials)
     if number == slot.sequence and slot.request is not None:
-        if slot.request != request:
-            raise NfsError(NfsStatus.SEQ_FALSE_RETRY)
-        return _retry(ctx, slot, out) if not slot.busy else _retry_later(ctx, slot, out)
+        return _retry_later(ctx, slot, request, out) if slot.busy else _retry(ctx, slot, request, out)
     if number != slot.sequence + 1 & 0xFFFFFFFF or slot.busy:
         raise NfsError(NfsStatus.SEQ_MISORDERED)
     if ctx.request_bytes > session.fore.request_bytes:
@@ -355,8 +354,10 @@ def sequence(ctx: Compound, args: Reader, out: Writer) -> int | Awaitable[int]:
 _SEQUENCE: Final = struct.Struct(">5I")
 
 
-def _retry(ctx: Compound, slot: Slot, out: Writer) -> int:
+def _retry(ctx: Compound, slot: Slot, request: Request, out: Writer) -> int:
     """The answer of before; where it was not to be kept, all that is known is that SEQUENCE was right (§2.10.6.1.3)."""
+    if slot.request != request:
+        raise NfsError(NfsStatus.SEQ_FALSE_RETRY)
     if slot.answer is not None:
         ctx.replay = slot.answer
         return NfsStatus.OK
@@ -365,12 +366,15 @@ def _retry(ctx: Compound, slot: Slot, out: Writer) -> int:
     return NfsStatus.OK
 
 
-async def _retry_later(ctx: Compound, slot: Slot, out: Writer) -> int:
-    """The client has sent it again, on another connection; the original will have its answer."""
+async def _retry_later(ctx: Compound, slot: Slot, request: Request, out: Writer) -> int:
+    """The client has sent it again; the original will have its answer.
+
+    Another request with that number waits too: a client asks so whether the slot is free again.
+    """
     if slot.finished is None:
         slot.finished = ctx.service.shell.event()
     await slot.finished.wait()
-    return _retry(ctx, slot, out)
+    return _retry(ctx, slot, request, out)
 
 
 OPERATIONS: Final[dict[Op, Operation]] = {

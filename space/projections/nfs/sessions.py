@@ -31,6 +31,8 @@ MESSAGE_BYTES_MIN: Final = 200
 """Smallest request and reply a session may be limited to: SEQUENCE and one short operation (RFC 8881 §18.36.3)."""
 
 Principal = tuple[int, int]
+Request = tuple[int, Principal]
+"""What tells a retry from another request: a fingerprint of what is in it, and whose it is."""
 
 
 class Event(Protocol):
@@ -71,7 +73,7 @@ class Slot:
 
     sequence: int = 0
     busy: bool = False
-    request: tuple[int, Principal] | None = None
+    request: Request | None = None
     solo: bytes = b""  # the result of its SEQUENCE
     answer: list[Bytes] | None = None
     finished: Event | None = None  # made when somebody waits
