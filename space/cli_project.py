@@ -16,6 +16,7 @@ import typer
 
 from space._errors import UnavailableError, UsageError
 from space._node.caller import Caller, Document
+from space.cli_csi import csi
 from space.cli_session import At, Session, ask_owner, clean, emit, note, open_or_ask, to_json
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 project_app = typer.Typer(no_args_is_help=False, help="Views of capsules and trees: mount, list, stop.")
 
 NODE_POLL_SECONDS: Final = 0.5
-VIEWS: Final = ("fuse", "nvme", "nfs")
-VIEWS_LATER: Final = ("csi",)
+VIEWS: Final = ("fuse", "nvme", "nfs", "csi")
 
 PathOption = Annotated[str | None, typer.Option("--path", metavar="PATH", help="A tree or file.")]
 Target = Annotated[str | None, typer.Option("--target", metavar="DIR", help="Where to mount it.")]
@@ -77,7 +77,7 @@ Background = Annotated[bool, typer.Option("--background", help="Return as soon a
 def project(
     context: typer.Context,
     view: Annotated[
-        str | None, typer.Option("--view", metavar="NAME", help="What to serve: fuse, nvme, nfs.")
+        str | None, typer.Option("--view", metavar="NAME", help="What to serve: fuse, nvme, nfs, csi.")
     ] = None,
     id: Annotated[list[str] | None, typer.Option("--id", metavar="C", help="A capsule.")] = None,  # noqa: A002
     path: PathOption = None,
@@ -99,11 +99,9 @@ def project(
         return
     if view is None:
         raise UsageError(
-            "say which view: --view fuse, nvme or nfs, or one of: mount, ls, stop",
+            "say which view: --view fuse, nvme, nfs or csi, or one of: mount, ls, stop",
             hint="space project --help",
         )
-    if view in VIEWS_LATER:
-        raise UsageError(f"view {view} is not built yet", hint=f"there is: {', '.join(VIEWS)}")
     if view not in VIEWS:
         raise UsageError(f"no view {view!r}", hint=f"there is: {', '.join(VIEWS)}")
     nvme_only = {"--host": host, "--host-key": host_key, "--controller-key": controller_key}
@@ -121,6 +119,11 @@ def project(
         )
         return
     _refuse(view, {"--listen": listen, **nvme_only, **nfs_only})
+    if view == "csi":
+        chosen = {"--id": id, "--path": path, "--target": target, "--at": at}
+        _refuse(view, {**chosen, "--read-only": read_only, "--background": background})
+        csi(context)  # with options: space csi
+        return
     if id is not None and len(id) > 1:
         raise UsageError(
             "a fuse view shows one capsule or tree", hint="give one --id, or --path of a directory"
