@@ -477,22 +477,30 @@ class Reading:
     def _assemble(self, txn: ReadTransaction, capsule: CapsuleId, start: int, end: int) -> bytes:
         if end <= start:
             return b""
+        whole = content_map.covering(txn, capsule, start, end - start)
+        if whole is not None:
+            return self._extent(whole)
         pieces: list[bytes] = []
         at = start
         for extent in content_map.extents(txn, capsule, start, end - start):
             if extent.offset > at:
                 pieces.append(bytes(extent.offset - at))
-            try:
-                pieces.append(self._content.read(extent.frames, extent.position, extent.skip, extent.length))
-            except CorruptionError as error:
-                located = self._located(error)
-                if not self.restore(error.position):
-                    raise located from None
-                pieces.append(self._content.read(extent.frames, extent.position, extent.skip, extent.length))
+            pieces.append(self._extent(extent))
             at = extent.end
         if at < end:
             pieces.append(bytes(end - at))
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _extent(self, extent: content_map.Extent) -> bytes:
+        """The bytes of an extent; damaged ones are fetched from somewhere else, if they can be."""
+        read = self._content.read
+        try:
+            return read(extent.frames, extent.position, extent.skip, extent.length)
+        except CorruptionError as error:
+            located = self._located(error)
+            if not self.restore(error.position):
+                raise located from None
+            return read(extent.frames, extent.position, extent.skip, extent.length)
 
     def restore(self, position: int) -> bool:
         """Whether damaged payload of a batch could be fetched from somewhere else, and is whole again."""

@@ -238,6 +238,62 @@ class FileSystemMachine(RuleBasedStateMachine):
             self.write(pick, 7, b"0123456789abcdef" * 20_000, 5)
             assert len(node.data) > RUN_BYTES_MAX
 
+    def file(self, pick: int) -> Node | None:
+        found = [each for each in self.nodes() if each.kind == Kind.FILE]
+        return found[pick % len(found)] if found else None
+
+    @rule(pick=PICK, other=PICK, start=PICK, offset=OFFSETS, length=st.integers(1, 300_000))
+    def copy(self, pick: int, other: int, start: int, offset: int, length: int) -> None:
+        """A range of one file becomes one of another, or of the same, whose bytes are those of before."""
+        source, target = self.file(pick), self.file(other)
+        if source is None or target is None or source.id is None or target.id is None or not source.data:
+            return
+        start %= len(source.data)
+        piece = bytes(source.data[start : start + length])
+        self.call(self.files.copy(source.id, start, target.id, offset, len(piece), CALLER), None)
+        target.data.extend(bytes(max(0, offset - len(target.data))))
+        target.data[offset : offset + len(piece)] = piece
+        target.mode = _cleared(target.mode)
+
+    @rule(pick=PICK, offset=OFFSETS, length=st.integers(1, 300_000), hole=st.booleans())
+    def allocate(self, pick: int, offset: int, length: int, hole: bool) -> None:
+        """Room for a range lets the file grow; a hole leaves its size."""
+        node = self.file(pick)
+        if node is None or node.id is None:
+            return
+        if hole:
+            self.call(self.files.deallocate(node.id, offset, length, CALLER), None)
+            end = min(offset + length, len(node.data))
+            node.data[offset:end] = bytes(max(0, end - offset))
+        else:
+            self.call(self.files.allocate(node.id, offset, length, CALLER), None)
+            node.data.extend(bytes(max(0, offset + length - len(node.data))))
+        node.mode = _cleared(node.mode)
+
+    @rule(pick=PICK, offset=OFFSETS)
+    def seek(self, pick: int, offset: int) -> None:
+        """What is said to be a hole reads as zeros, and data and holes take turns up to the end."""
+        node = self.file(pick)
+        if node is None or node.id is None or offset > len(node.data):
+            return
+        while offset < len(node.data):
+            start = self.files.seek(node.id, offset, data=True)
+            hole = node.data[offset : len(node.data) if start is None else start]
+            assert not any(hole)
+            if start is None:
+                break
+            assert self.files.seek(node.id, offset, data=False) == (offset if hole else self.end(node, start))
+            offset = self.end(node, start)
+        assert self.files.seek(node.id, len(node.data), data=True) is None
+
+    def end(self, node: Node, start: int) -> int:
+        """Where data ends."""
+        assert node.id
+        found = self.files.seek(node.id, start, data=False)
+        assert found is not None
+        assert found > start
+        return found
+
     @rule(pick=PICK, size=st.one_of(OFFSETS, st.just(0)))
     def truncate(self, pick: int, size: int) -> None:
         node = self.node(pick)
@@ -314,6 +370,9 @@ class FileSystemMachine(RuleBasedStateMachine):
         assert listed == [(name, child.id) for name, child in sorted(node.entries.items())]
         for name, child in listed:
             assert self.files.lookup(node.id, name).id == child
+        page = self.loop.run_until_complete(self.files.listing(node.id, after=0, limit=1 << 20))
+        assert page.complete
+        assert sorted((each.name, each.attributes.id) for each in page.listed) == listed
 
     @precondition(lambda self: not self.held)
     @rule(rebuild=st.booleans())
