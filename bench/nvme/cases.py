@@ -24,13 +24,14 @@ class Case:
 
 
 CASES: Final = (
+    Case("128 KiB sequential write, depth 16", "write", 128 << 10, 16),
+    Case("128 KiB sequential read, depth 16", "read", 128 << 10, 16),
     Case("4 KiB random read, depth 1", "randread", 4096, 1),
     Case("4 KiB random read, depth 32", "randread", 4096, 32),
     Case("4 KiB random write, depth 1", "randwrite", 4096, 1),
     Case("4 KiB random write, depth 32", "randwrite", 4096, 32),
-    Case("128 KiB sequential read, depth 16", "read", 128 << 10, 16),
-    Case("128 KiB sequential write, depth 16", "write", 128 << 10, 16),
 )
+"""In this order each round reads what was written in one go; what was written at random is read in as many pieces."""
 
 
 def make(home: str, size: int, block: int) -> int:

@@ -252,9 +252,10 @@ KEPT_BLOCKS: Final = 96
     st.lists(
         st.tuples(
             st.sampled_from(["write", "write", "read", "read", "read", "command", "elsewhere", "deallocate"]),
-            st.integers(0, KEPT_BLOCKS - 1),
+            st.sampled_from([0, 1, 2, 3, 15, 16, 18, 80, KEPT_BLOCKS - 1]),
             st.sampled_from([1, 1, 1, 2, 16, 40]),
         ),
+        min_size=10,
         max_size=40,
     ),
     st.sampled_from(POLICIES),
