@@ -68,7 +68,7 @@ class Driver:
         self._spawn = spawn
         self._volumes = RemoteVolumes(ask)
         self._counts = Counts()
-        self._owner: int | None = None
+        self._owner = ""
         self._mount = ""
         self._child: subprocess.Popen[bytes] | None = None
         self._repaired = asyncio.Event()
@@ -91,7 +91,7 @@ class Driver:
         try:
             await self._first(watching)
             async with self._metrics(), serving(self._config.endpoint, self._services(), self._counts):
-                ready({"endpoint": self._config.endpoint, "mode": self._config.mode, "owner": self._owner})
+                ready({"endpoint": self._config.endpoint, "mode": self._config.mode})
                 await over.wait()
         finally:
             watching.cancel()
@@ -168,12 +168,12 @@ class Driver:
 
     async def _look(self) -> None:
         about = await self._volumes.about()
-        if about["pid"] != self._owner or not self._repaired.is_set():
+        if about["incarnation"] != self._owner or not self._repaired.is_set():
             self._mount = about["mount"]
             if self._host is not None:
                 await self._volumes.register(self._config.node)
                 await self._host.repair()
-            self._owner = about["pid"]
+            self._owner = about["incarnation"]
             self._repaired.set()
 
     def _start(self) -> None:

@@ -36,10 +36,12 @@ class VolumeCalls:
         self._volumes = volumes
         self._room = room
         self._mount = mount
+        # not its id: in a container of its own each has the same
+        self._incarnation = os.urandom(8).hex()
 
     def about(self) -> Document:
-        """The process, and where it shows the volumes."""
-        return {"pid": os.getpid(), "mount": self._mount}
+        """The process, which start of it this is, and where it shows the volumes."""
+        return {"pid": os.getpid(), "incarnation": self._incarnation, "mount": self._mount}
 
     def create(self, *, wanted: Document) -> Document:
         """See :meth:`VolumeTree.create`."""

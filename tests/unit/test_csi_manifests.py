@@ -1,0 +1,160 @@
+"""The manifests of deployment/: valid for Kubernetes, and saying what the driver does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+
+from space._node.csi_driver import MODES
+from space.projections.csi import check
+from space.projections.csi.model import DRIVER_NAME
+
+pytestmark = [pytest.mark.unit, pytest.mark.requires("py:kubernetes_validate", "py:google.protobuf")]
+
+DEPLOYMENT: Final = Path(__file__).parents[2] / "deployment"
+VERSIONS: Final = ("1.34", "1.37")
+"""The first in which every kind here is stable, and the newest there are schemas for."""
+
+CUSTOM: Final = {
+    "VolumeSnapshot": ("snapshot.storage.k8s.io/v1", "spec"),
+    "VolumeSnapshotClass": ("snapshot.storage.k8s.io/v1", "driver"),
+    "VolumeGroupSnapshotClass": ("groupsnapshot.storage.k8s.io/v1beta2", "driver"),
+}
+"""Kinds of external-snapshotter, for which there is no schema: version, and a field each has."""
+
+FILES: Final = sorted({*DEPLOYMENT.glob("base/*.yaml"), *DEPLOYMENT.glob("examples/*.yaml")})
+
+
+def documents(file: Path) -> list[dict[str, Any]]:
+    """The documents of a file."""
+    return [each for each in yaml.safe_load_all(file.read_text()) if each]
+
+
+def everything() -> Iterator[dict[str, Any]]:
+    """All objects of all manifests."""
+    for file in FILES:
+        if file.name != "kustomization.yaml":
+            yield from documents(file)
+
+
+def of_kind(kind: str) -> list[dict[str, Any]]:
+    """All objects of a kind."""
+    return [each for each in everything() if each["kind"] == kind]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_every_object_has_its_schema(file: Path, version: str) -> None:
+    """Each object is valid for its kind, strictly: a field there is not is an error."""
+    import kubernetes_validate
+
+    for document in documents(file):
+        kind = document["kind"]
+        if kind == "Kustomization":
+            continue
+        if kind in CUSTOM:
+            assert document["apiVersion"] == CUSTOM[kind][0]
+            assert document[CUSTOM[kind][1]]
+            assert set(document) <= {"apiVersion", "kind", "metadata", "spec", "driver", "deletionPolicy"}
+            continue
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_a_field_that_is_none_is_found() -> None:
+    """The check itself refuses an object with a misspelt field."""
+    import kubernetes_validate
+
+    (driver,) = of_kind("CSIDriver")
+    driver["spec"]["attachRequierd"] = True
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(driver, VERSIONS[-1], strict=True)
+
+
+def test_everything_in_the_base_is_applied() -> None:
+    """The kustomization lists each file there is, and no other."""
+    (found,) = documents(DEPLOYMENT / "base" / "kustomization.yaml")
+    assert sorted(found["resources"]) == sorted(
+        file.name for file in (DEPLOYMENT / "base").glob("*.yaml") if file.name != "kustomization.yaml"
+    )
+
+
+def test_every_name_of_the_driver_is_the_drivers() -> None:
+    """Classes, claims, paths of sockets and the CSIDriver object all name the driver as it names itself."""
+    names = [each["provisioner"] for each in of_kind("StorageClass")]
+    names += [each["driverName"] for each in of_kind("VolumeAttributesClass")]
+    names += [
+        each["driver"]
+        for kind in ("VolumeSnapshotClass", "VolumeGroupSnapshotClass")
+        for each in of_kind(kind)
+    ]
+    names += [each["metadata"]["name"] for each in of_kind("CSIDriver")]
+    assert set(names) == {DRIVER_NAME}
+    text = (DEPLOYMENT / "base" / "node.yaml").read_text()
+    assert set(re.findall(r"/plugins/([^/\n]+)", text)) == {f"{DRIVER_NAME}/csi.sock".split("/")[0]}
+
+
+def test_parameters_of_classes_are_parameters() -> None:
+    """What the classes ask for is what the driver takes, with values a policy has."""
+    from space.policy.model import Policy
+
+    for kind, field in (("StorageClass", "parameters"), ("VolumeAttributesClass", "mutable_parameters")):
+        for each in of_kind(kind):
+            found = check.parameters(each.get("parameters", {}), field=field)
+            Policy.from_document(check.policy_document(found))
+
+
+def test_claims_name_classes_that_are_there() -> None:
+    """Each storage or snapshot class an example names is one of the base's."""
+    there = {each["metadata"]["name"] for each in everything() if each["kind"].endswith("Class")}
+    wanted = {each["spec"]["storageClassName"] for each in of_kind("PersistentVolumeClaim")}
+    wanted |= {each["spec"]["volumeSnapshotClassName"] for each in of_kind("VolumeSnapshot")}
+    assert wanted <= there
+
+
+def test_containers_run_what_there_is() -> None:
+    """The driver's containers name modes there are; all of a pod meet on one socket; mounts reach the host."""
+    modes = set()
+    for workload in [*of_kind("Deployment"), *of_kind("DaemonSet")]:
+        template = workload["spec"]["template"]
+        assert template["metadata"]["labels"].items() >= workload["spec"]["selector"]["matchLabels"].items()
+        volumes = {each["name"] for each in template["spec"]["volumes"]}
+        for container in template["spec"]["containers"]:
+            mounted = {each["name"]: each for each in container["volumeMounts"]}
+            assert set(mounted) <= volumes
+            found = [each.partition("=")[2] for each in container["args"] if each.startswith("--mode=")]
+            modes |= set(found)
+            if workload["kind"] == "DaemonSet" and found:
+                assert mounted["data"]["mountPropagation"] == "Bidirectional"
+                assert container["securityContext"]["privileged"]
+            if not found:
+                assert "--csi-address=/csi/csi.sock" in container["args"]
+                assert mounted["socket"]["mountPath"] == "/csi"
+    assert modes == {"controller", "node", "store"} < set(MODES)
+
+
+def test_accounts_and_roles_are_bound() -> None:
+    """Each workload's account is made, and each binding names a role and an account there are."""
+    accounts = {each["metadata"]["name"] for each in of_kind("ServiceAccount")}
+    used = {
+        each["spec"]["template"]["spec"]["serviceAccountName"]
+        for each in [*of_kind("Deployment"), *of_kind("DaemonSet")]
+    }
+    assert used <= accounts
+    for binding in [*of_kind("RoleBinding"), *of_kind("ClusterRoleBinding")]:
+        role = binding["roleRef"]
+        assert role["name"] in {each["metadata"]["name"] for each in of_kind(role["kind"])}
+        assert {each["name"] for each in binding["subjects"]} <= accounts
+
+
+def test_kind_has_a_node_with_the_store() -> None:
+    """The kind cluster labels a node as the workloads' selectors ask for, and gives it the machine's devices."""
+    (config,) = documents(DEPLOYMENT / "kind-config.yaml")
+    wanted = of_kind("DaemonSet")[0]["spec"]["template"]["spec"]["nodeSelector"]
+    nodes = [each for each in config["nodes"] if wanted.items() <= each.get("labels", {}).items()]
+    assert len(nodes) == 1
+    assert {"hostPath": "/dev", "containerPath": "/dev"} in nodes[0]["extraMounts"]
