@@ -18,7 +18,7 @@ from space._node.local_vfs import LocalFileSystem
 from space._node.store import Store
 from space.events.ids import ROOT
 from space.projections.nfs.exports import Export, Exports, Squash
-from space.projections.nfs.server import Listener, Server, Tasks, make_shell
+from space.projections.nfs.server import Clock, Listener, Server, Tasks, make_shell
 from space.projections.nfs.service import Config, Recovery, Service
 from tests.cli_support import finish, start
 
@@ -126,7 +126,7 @@ class Threaded:
                 exports = Exports([Export(1, (), files, squash=Squash.NONE)], key=bytes(32))
                 shell, recovery = make_shell(tasks), Recovery(1)
                 service = Service(exports, shell, recovery, name=b"fuzzed", now=loop.time(), config=Config())
-                server = Server(service, tasks)
+                server = Server(service, tasks, Clock(asyncio.get_running_loop().time))
                 self.address = await server.start(Listener(port=0))
                 self._up.set()
                 await over.wait()

@@ -29,7 +29,7 @@ from space._node.store import Store
 from space.events.ids import CapsuleId
 from space.projections.nfs.exports import Export, Exports, Rule, Squash, export_number, parse_rule
 from space.projections.nfs.nfs4 import PORT
-from space.projections.nfs.server import Listener, Server, Tasks, make_shell
+from space.projections.nfs.server import Clock, Listener, Server, Tasks, make_shell
 from space.projections.nfs.service import Config, Recovery, Service
 
 LISTEN_DEFAULT: Final = f"127.0.0.1:{PORT}"
@@ -125,22 +125,22 @@ async def _serve(
         recovery: Recovery = await asyncio.to_thread(StoreRecovery, reading, f"space:{name}")
     else:
         recovery = Recovery(secrets.randbits(32))
-    tasks = Tasks()
+    tasks, clock = Tasks(), Clock(loop.time)
     service = Service(
         Exports(found, key=_handle_key(reading), time_ns=time.time_ns()),
         make_shell(tasks),
         recovery,
         name=f"space:{name}".encode(),
-        now=loop.time(),
+        now=clock(),
         config=options.config(),
     )
-    server = Server(service, tasks)
+    server = Server(service, tasks, clock)
     async with contextlib.AsyncExitStack() as stack:
         for each in found:
             stack.push_async_callback(each.files.sync)
         stack.push_async_callback(server.close)
         if isinstance(reading, Store):
-            watch = Watch(service.state)
+            watch = Watch(service.state, now=clock)
             reading.watchers.append(watch)
             stack.callback(reading.watchers.remove, watch)
         host, port = await _listening(server, listen)

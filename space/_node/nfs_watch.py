@@ -34,14 +34,22 @@ class Watch:
     What is waiting to be told is bounded by the number of delegations: nothing else is kept.
     """
 
-    def __init__(self, state: State, *, own: Callable[[Entry], bool] | None = None) -> None:
+    def __init__(
+        self,
+        state: State,
+        *,
+        own: Callable[[Entry], bool] | None = None,
+        now: Callable[[], float] | None = None,
+    ) -> None:
         """Watches for the server of ``state``, on the running loop.
 
         ``own`` says whether the server itself asked for a change; it has recalled what that conflicts with already.
+        ``now`` is the server's clock.
         """
         self._state = state
         self._own = own or (lambda entry: entry.actor.startswith(NFS_ACTOR))
         self._loop = asyncio.get_running_loop()
+        self._now = now or self._loop.time
         self._lock = threading.Lock()
         self._changed: set[bytes] = set()
 
@@ -66,7 +74,7 @@ class Watch:
         with self._lock:
             changed, self._changed = self._changed, set()
         for capsule in changed:
-            self._state.changed_elsewhere(CapsuleId(capsule), self._loop.time())
+            self._state.changed_elsewhere(CapsuleId(capsule), self._now())
 
 
 def _changed(event: ev.Event) -> Sequence[bytes]:

@@ -16,7 +16,7 @@ from space.projections.nfs import server as module
 from space.projections.nfs.compound import Compound
 from space.projections.nfs.exports import Export, Exports
 from space.projections.nfs.nfs4 import NfsStatus, Op
-from space.projections.nfs.server import Barriers, Listener, Server, Tasks, make_shell
+from space.projections.nfs.server import Barriers, Clock, Listener, Server, Tasks, make_shell
 from space.projections.nfs.service import Recovery, Service
 from space.projections.nfs.xdr import Reader, Writer
 from tests.nfs_session_support import Tree, create_session, exchange_id, op, sequence
@@ -83,7 +83,7 @@ async def serving() -> AsyncIterator[Scene]:
     service = Service(
         exports, make_shell(tasks), Recovery(1), name=b"server", now=asyncio.get_running_loop().time()
     )
-    server = Server(service, tasks)
+    server = Server(service, tasks, Clock(asyncio.get_running_loop().time))
     _, port = await server.start(Listener(port=0))
     scene = Scene(server, port)
     try:
@@ -278,6 +278,13 @@ def test_what_was_begun_is_carried_out_without_its_connection() -> None:
             assert done == [1]
 
     run(scenario())
+
+
+def test_time_in_which_nobody_could_be_heard_does_not_count() -> None:
+    """A pause between two looks at the clock is a short one at most; otherwise it goes as the loop's does."""
+    moments = iter([100.0, 101.0, 103.5, 1003.5, 1004.0])
+    clock = Clock(lambda: next(moments))
+    assert [clock() for _ in range(4)] == [101.0, 103.5, 106.5, 107.0]
 
 
 @attrs.define(eq=False)

@@ -17,7 +17,7 @@ import logging
 import secrets
 import socket
 import types
-from collections.abc import Awaitable, Coroutine, Generator, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from typing import Any, Final, cast
 
 import attrs
@@ -47,6 +47,8 @@ PIECE_BYTES: Final = 4 << 10
 """Where copying pieces together starts to cost more than handing them over one by one."""
 BACKLOG: Final = 512
 TICK_SECONDS: Final = 1.0
+PAUSE_SECONDS: Final = 3 * TICK_SECONDS
+"""The clock is looked at with every tick: if it was not, the process was at a standstill."""
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
 log: Final = logging.getLogger("space.nfs")
@@ -102,6 +104,27 @@ class Barriers:
             self._start(thing)
 
 
+class Clock:
+    """Seconds in which clients could be heard.
+
+    A server that was stopped, or got no processor, did not hear its clients renew their leases: for that time nothing
+    ends.  So a long pause between two looks at the clock does not count.
+    """
+
+    def __init__(self, time: Callable[[], float]) -> None:
+        """``time`` is of the loop."""
+        self._time = time
+        self._last = time()
+        self._lost = 0.0
+
+    def __call__(self) -> float:
+        """What time it is."""
+        now = self._time()
+        self._lost += max(now - self._last - PAUSE_SECONDS, 0.0)
+        self._last = now
+        return now - self._lost
+
+
 class Tasks:
     """What goes on beside the connections; it is kept track of, so that it can be waited for."""
 
@@ -144,7 +167,7 @@ class Session(asyncio.Protocol):
         self._connection = Connection(self, "")
         self._busy = self._busy_bytes = 0
         self._full = self._paused = self._scheduled = self._ended = False
-        self._heard = self._full_since = self._loop.time()
+        self._heard = self._full_since = server.now()
 
     # --- what the service needs
 
@@ -185,7 +208,7 @@ class Session(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes have arrived."""
-        self._heard = self._loop.time()
+        self._heard = self._server.now()
         self._records.feed(data)
         self._pump()
 
@@ -195,7 +218,7 @@ class Session(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The client does not read."""
-        self._full, self._full_since = True, self._loop.time()
+        self._full, self._full_since = True, self._server.now()
 
     def resume_writing(self) -> None:
         """It reads again."""
@@ -269,7 +292,7 @@ class Session(asyncio.Protocol):
             else:
                 self.send(rpc.framed([rpc.success(message.xid)]))
         elif isinstance(message, rpc.Reply):
-            self._service.callbacks.reply(self._connection, message, self._loop.time())
+            self._service.callbacks.reply(self._connection, message, self._server.now())
         else:
             self.send(rpc.framed([message.reply]))
 
@@ -277,7 +300,7 @@ class Session(asyncio.Protocol):
 
     def _carry_out(self, call: rpc.Call, size: int) -> None:
         ctx = Compound(
-            self._service, self._connection, call.credentials, 0, self._loop.time(), request_bytes=size
+            self._service, self._connection, call.credentials, 0, self._server.now(), request_bytes=size
         )
         work = run(ctx, call.arguments)
         try:
@@ -319,9 +342,10 @@ def _resumed(work: Coroutine[Any, Any, list[Bytes]], awaited: Any) -> Generator[
 class Server:
     """A service that listens."""
 
-    def __init__(self, service: Service, tasks: Tasks) -> None:
-        """A server on the running loop; ``tasks`` are those of the service's shell."""
+    def __init__(self, service: Service, tasks: Tasks, now: Clock) -> None:
+        """A server on the running loop; ``tasks`` are those of the service's shell, ``now`` is its clock."""
         self.service = service
+        self.now = now
         self.tasks = tasks
         self.loop = asyncio.get_running_loop()
         self._sessions: set[Session] = set()
@@ -375,7 +399,7 @@ class Server:
             self._alone.set()
 
     def _tick(self) -> None:
-        now = self.loop.time()
+        now = self.now()
         service = self.service
         service.tick(now)
         if service.recovery.dirty:
