@@ -89,6 +89,9 @@ class Service:
         self.expired.append(client)
         self.remove(client)
 
+    def forget_claims(self, client: Client) -> None:
+        client.forgotten = True
+
     def remove(self, client: Client) -> None:
         del self.clients[client.id]
         self.state.release_client(client)

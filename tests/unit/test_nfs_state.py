@@ -407,13 +407,16 @@ def test_a_recall_that_failed_is_sent_again() -> None:
 
 
 def test_a_delegation_of_a_vanished_client_is_not_waited_for() -> None:
-    """There is no point in asking a client whose lease has ended."""
+    """A client whose lease has ended is not asked: it loses the delegation alone, and cannot claim it again."""
     world = World()
     given = delegated(world)
     given.client.expiry = 5
     world.state.before_change(world.request(world.service.client(), now=5), world.node())
-    assert world.service.expired == [given.client]
-    assert world.service.callbacks.recalls == []
+    assert given.revoked
+    assert not world.service.callbacks.recalls
+    assert not world.service.expired
+    assert given.client.forgotten
+    assert world.state.open_count(world.node()) == 1
 
 
 def test_no_changes_of_names_while_delegations_may_be_claimed() -> None:

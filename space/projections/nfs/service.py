@@ -190,6 +190,9 @@ class Service:
         """A client was heard of."""
         client.expiry = now + self.config.lease_seconds
         client.courtesy = False
+        if client.forgotten:
+            client.forgotten = False
+            self.recovery.record(client.owner, client.verifier)
 
     def is_in_use(self, client: Client, now: float) -> bool:
         """Whether a client may still come back for what it holds (RFC 8881 §18.35.4, case 3)."""
@@ -204,6 +207,15 @@ class Service:
     def expire_client(self, client: Client) -> None:
         """Ends a client whose lease is over: it must not claim its state again after a restart either."""
         self.remove(client)
+
+    def forget_claims(self, client: Client) -> None:
+        """Something was taken from a client whose lease is over: it must not claim that after a restart.
+
+        When it is heard of again it hears of that, too, and may claim what it still holds.
+        """
+        if not client.forgotten:
+            client.forgotten = True
+            self.recovery.forget(client.owner)
 
     def remove(self, client: Client) -> None:
         """Forgets a client, its sessions, and all that it holds."""

@@ -141,7 +141,8 @@ class Client:
     """One start of a client machine.
 
     ``expiry`` is when its lease ends; ``courtesy``: it has ended, and nobody wanted what it holds;
-    ``may_reclaim``: it held locks when the server ended, and may claim them again in the grace period.
+    ``forgotten``: a restart would not remember it; ``may_reclaim``: it held locks when the server ended, and may
+    claim them again in the grace period.
     """
 
     id: int
@@ -152,6 +153,7 @@ class Client:
     may_reclaim: bool = False
     confirmed: bool = False
     courtesy: bool = False
+    forgotten: bool = False
     reclaim_complete: bool = False
     sequence: int = 1  # what CREATE_SESSION must have next
     created: bytes = b""  # its last result

@@ -9,6 +9,7 @@ Rules:
 * Nothing is taken from a client whose lease runs.  One whose lease has ended (a *courtesy* client) keeps what it
   has until somebody wants what that stands in the way of; then it loses everything at once, and durably, before
   the other one is answered: or it could claim it again after a restart.
+* What a courtesy client has of delegations goes one by one, for that they can be lost is their nature.
 * A delegation is wanted back before anything is done that its holder must not miss.  Until it is back whoever
   asked is told to come again (NFS4ERR_DELAY); one lease after the recall it is *revoked*.
 """
@@ -95,6 +96,10 @@ class File:
             if (each.client is client) is not others:
                 access |= each.mode.access
         return access
+
+    def claimed_by(self, client: Client) -> bool:
+        """Whether a client has it open or delegated: then nobody else has a delegation that this conflicts with."""
+        return client in self.delegations or bool(self.opened_by(client, others=False))
 
 
 @attrs.define(eq=False)
@@ -224,7 +229,7 @@ class State:
         file = self._files.get(file_key(node))
         if file is not None:
             self._recall_conflicting(file, client, ctx.now, write=True)
-        if self._service.in_grace(ctx.now) and (file is None or not file.opened_by(client, others=False)):
+        if self._service.in_grace(ctx.now) and not (file is not None and file.claimed_by(client)):
             raise NfsError(NfsStatus.GRACE)
 
     def before_read(self, ctx: Compound, node: Node) -> None:
@@ -264,9 +269,7 @@ class State:
             NfsError: DELAY: it does not say, and the delegation is wanted back.
         """
         if held.recalled is None and not gone(held.client, now):
-            if held.question is None:
-                held.question = self._ask(held, now)
-            question = held.question
+            question = held.question or self._ask(held, now)
             await question.answered.wait()
             if question.report is not None:
                 return question.report if question.report.change != held.change else None
@@ -275,7 +278,7 @@ class State:
         return None
 
     def _ask(self, held: Delegation, now: float) -> Question:
-        question = Question(self._service.shell.event(), now + REPORT_SECONDS)
+        question = held.question = Question(self._service.shell.event(), now + REPORT_SECONDS)
         self._questions.add(held)
 
         def told(found: tuple[int, int] | None) -> None:
@@ -551,7 +554,8 @@ class State:
     def _recall(self, held: Delegation, now: float) -> bool:
         """Wants a delegation back: whether it has to be waited for."""
         if gone(held.client, now):
-            self.expire(held.client)
+            self._service.forget_claims(held.client)
+            self._revoke(held)
             return False
         if held.recalled is None:
             held.recalled = now
