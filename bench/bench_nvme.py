@@ -75,28 +75,27 @@ def run(scale: Scale) -> list[Row]:
 def _rates(scale: Scale, home: Path, span: int) -> list[Row]:
     seconds = scale.pick(4, 1) if not scale.quick else 0.3
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
-    with _ours(home / "data") as ours, _echo() as echo:
-        for server in (ours, echo):
+    with ours(home / "data") as one, echo() as other:
+        for server in (one, other):
             measured(server, Case("filled", "write", 128 << 10, 16), span, seconds)
         for _ in range(1 if scale.quick else ROUNDS):
             for case in CASES:
-                for name, server in (("ours", ours), ("echo", echo)):
+                for name, server in (("ours", one), ("echo", other)):
                     found.setdefault((case.name, name), []).append(measured(server, case, span, seconds))
     rows = []
     for case in CASES:
-        one, other = (_median(found[case.name, name]) for name in ("ours", "echo"))
-        rows += _case_rows(case, one, other)
+        rows += _case_rows(case, *(_median(found[case.name, name]) for name in ("ours", "echo")))
     return rows
 
 
-def _case_rows(case: Case, ours: dict[str, float], echo: dict[str, float]) -> list[Row]:
+def _case_rows(case: Case, view: dict[str, float], limit: dict[str, float]) -> list[Row]:
     factor, unit = (1.0, "commands/s") if case.size == BLOCK else (case.size / 1e6, "MB/s")
     peer = "echo server"
     return [
-        Row(case.name, unit, ours["per_second"] * factor, peer, echo["per_second"] * factor),
-        Row(f"{case.name}: p50", "us", ours["p50_us"], peer, echo["p50_us"]),
-        Row(f"{case.name}: p99", "us", ours["p99_us"], peer, echo["p99_us"]),
-        Row(f"{case.name}: server CPU a command", "us", ours["cpu_us"], peer, echo["cpu_us"]),
+        Row(case.name, unit, view["per_second"] * factor, peer, limit["per_second"] * factor),
+        Row(f"{case.name}: p50", "us", view["p50_us"], peer, limit["p50_us"]),
+        Row(f"{case.name}: p99", "us", view["p99_us"], peer, limit["p99_us"]),
+        Row(f"{case.name}: server CPU a command", "us", view["cpu_us"], peer, limit["cpu_us"]),
     ]
 
 
@@ -124,7 +123,7 @@ def measured(server: Server, case: Case, span: int, seconds: float) -> dict[str,
 
 
 @contextlib.contextmanager
-def _ours(data: Path) -> Iterator[Server]:
+def ours(data: Path) -> Iterator[Server]:
     """The view as a user starts it."""
     command = (*_CLI, "--data", str(data), "project", "--view", "nvme", "--path", "/device", "--listen")
     with _running((*command, f"{HOST}:0")) as process:
@@ -133,7 +132,8 @@ def _ours(data: Path) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def _echo() -> Iterator[Server]:
+def echo() -> Iterator[Server]:
+    """What does nothing behind the same PDUs."""
     with _running((sys.executable, "-m", "bench.nvme.echo")) as process:
         yield Server(process.pid, int(_line(process)), "nqn.2024-01.org.example:echo")
 
@@ -166,7 +166,7 @@ def _line(process: subprocess.Popen[str]) -> str:
 def _ready_rows(label: str, data: Path) -> list[Row]:
     def command() -> float:
         started = time.perf_counter()
-        with _ours(data) as server:
+        with ours(data) as server:
             first_block((HOST, server.port), server.nqn)
             return time.perf_counter() - started
 

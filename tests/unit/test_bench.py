@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import bench_cluster, bench_putget, logs, measure, run
+from bench import bench_cluster, bench_nvme, bench_putget, logs, measure, run
 from bench.bench_open import make
 from bench.measure import Row, Scale, in_child, in_turn
+from bench.nvme import cases
 from bench.peers import etcd, nats
 from bench.peers.load import ClosedLoop, Load, Measured, first_acknowledged, measured
 from bench.peers.ours import Ours
@@ -337,7 +338,9 @@ def test_nats_client_takes_any_split_of_answers() -> None:
 def test_a_missing_peer_is_named() -> None:
     """A peer that is not installed has its rows, without a value; a peer that ran is compared figure by figure."""
     ours = Measured(1000, 1.0, 5.0, 10.0)
-    found = dict.fromkeys(("leader", "tasks", "follower", "TLS"), ours) | {"etcd": Measured(500, 1.0, 20.0, 40.0)}
+    found = dict.fromkeys(("leader", "tasks", "follower", "TLS"), ours) | {
+        "etcd": Measured(500, 1.0, 20.0, 40.0)
+    }
     rows = bench_cluster.compare("256 B", 256, found)
     assert {row.peer for row in rows} == {"etcd", "NATS (not installed)"}
     assert [row.ratio for row in rows if row.peer == "etcd"] == [2.0, 4.0, 4.0] * 4
@@ -418,3 +421,21 @@ def test_nats_under_load(tmp_path: Path) -> None:
         assert cluster.load(Load(1 << 20, 2, 0.1)).operations > 0
     finally:
         cluster.close()
+
+
+def test_the_nvme_client_gets_the_same_answers_from_both(tmp_path: Path) -> None:
+    """Every case runs against our view and the echo server: as many bytes as asked for, no status but success."""
+    span = cases.make(str(tmp_path / "data"), 1 << 20, 4096)
+    with bench_nvme.ours(tmp_path / "data") as ours, bench_nvme.echo() as echo:
+        for case in cases.CASES:
+            for server in (ours, echo):
+                found = bench_nvme.measured(server, case, span, 0.05)
+                assert found["per_second"] > 0
+                assert 0 < found["p50_us"] <= found["p99_us"]
+
+
+def test_a_namespace_is_ready_and_cloned(tmp_path: Path) -> None:
+    """The first block of a sparse 1 GiB is read by a host once it is served, and a clone of it can be made."""
+    cases.make(str(tmp_path / "data"), 1 << 30, 512)
+    assert in_child("bench.bench_nvme:ready", str(tmp_path / "data")).result > 0
+    assert bench_nvme.clone(str(tmp_path / "clone"), 1 << 30) > 0
