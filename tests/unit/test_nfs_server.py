@@ -232,7 +232,7 @@ def test_records_that_do_not_end_are_given_up(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One too many is closed; when one leaves there is room for another."""
+    """One too many takes the place of an idle one; where all are needed it is closed."""
     monkeypatch.setattr(module, "CONNECTIONS_MAX", 1)
 
     async def scenario() -> None:
@@ -240,12 +240,18 @@ def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             first = await scene.connect()
             await first.call(1, exchange_id())
             second = await scene.connect()
-            with contextlib.suppress(ConnectionError):
-                assert await second.reader.read() == b""
-            first.writer.close()
-            await until(lambda: not scene.server.connections)
+            await second.call(1, exchange_id())
+            assert await first.reader.read() == b""
+            session = await second.session()
+            go = asyncio.Event()
+            scene.replace(Op.ACCESS, lambda ctx, args, out: go.wait())
+            second.writer.write(framed(3, sequence(session, 1), op(Op.ACCESS)))
+            await until(lambda: any(each._busy for each in scene.server._sessions))
             third = await scene.connect()
-            assert await third.call(1, exchange_id())
+            with contextlib.suppress(ConnectionError):
+                assert await third.reader.read() == b""
+            go.set()
+            assert (await second.answer())[0] == 3
 
     run(scenario())
 

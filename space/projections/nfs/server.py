@@ -237,13 +237,18 @@ class Session(asyncio.Protocol):
             self.close("the client does not take its answers")
         elif self._records.partial and not self._paused and now - self._heard > STALL_SECONDS:
             self.close("a record was begun and not ended")
-        elif not self._busy and not self._connection.back and now - self._heard > IDLE_SECONDS:
+        elif self.idle and now - self._heard > IDLE_SECONDS:
             self.close("idle")
 
     @property
     def partial_bytes(self) -> int:
         """What is held of a record that has not ended."""
         return self._records.held
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way on it, in no direction."""
+        return not self._busy and not self._full and not self._connection.back
 
     @property
     def heard(self) -> float:
@@ -384,10 +389,13 @@ class Server:
         await self.tasks.finish()
 
     def admit(self, session: Session) -> bool:
-        """Takes a connection in, unless there are too many."""
+        """Takes a connection in; if there are too many, for the one that was silent longest and is not needed."""
         if len(self._sessions) >= CONNECTIONS_MAX:
-            log.warning("refused a connection: there are %d", len(self._sessions))
-            return False
+            idle = [each for each in self._sessions if each.idle]
+            if not idle:
+                log.warning("refused a connection: there are %d", len(self._sessions))
+                return False
+            min(idle, key=lambda each: each.heard).close("another client wants to connect")
         self._sessions.add(session)
         self._alone.clear()
         return True
