@@ -1,11 +1,11 @@
 """The file model over a store in this process, or over one of its past moments.
 
-Consecutive small writes of a file are joined before they become one command: a batch for each 4 KiB that
-``dd`` or ``tar`` writes would cost a record, a map row and a compression start each.  What is held back is
-one run of bytes a file, and it is exact: whatever looks at that file settles its run first, any other
-mutation settles all runs (so the log has mutations in the order they were acknowledged), and nobody but
-this object is between.  Programs that use the same store directly see the bytes when the run is settled:
-at the latest after ``close``, ``fsync``, or the next :meth:`sync`.
+Small writes of a file are joined before they become one batch, and consecutive ones one command: a batch for each
+4 KiB that ``dd`` or ``tar`` writes would cost a record, a map row and a compression start each.  What is held back
+is one run of pieces a file, and it is exact: whatever looks at that file settles its run first, any other mutation
+settles all runs (so the log has mutations in the order they were acknowledged), and nobody but this object is
+between.  Programs that use the same store directly see the bytes when the run is settled: at the latest after
+``close``, ``fsync``, or the next :meth:`sync`.
 
 One thread only: the loop's.  ``sync`` alone waits on another one.
 """
@@ -49,6 +49,9 @@ from space.statemachine.tables import CAPSULE, ENTRY, CapsuleRow
 RUN_BYTES_MAX: Final = 1 << 20
 """One extent: a longer run would be cut again."""
 
+PIECES_MAX: Final = 64
+"""Pieces of a run: more in a batch would hardly make one cheaper."""
+
 RUNS_MAX: Final = 16
 """Files written at once whose runs are held back; with the length above it bounds memory to 16 MiB."""
 
@@ -67,15 +70,27 @@ _UUID_TIME_BYTES: Final = 6
 
 @attrs.define
 class _Run:
-    """Bytes acknowledged and not yet in the log."""
+    """Bytes acknowledged and not yet in the log: pieces in the order they were written, of which the last may grow.
 
-    offset: int
-    data: bytearray
+    Nothing may be written beyond ``limit``.
+    """
+
     actor: str
+    limit: int
+    pieces: list[tuple[int, bytearray]] = attrs.field(factory=list)
+    size: int = 0
 
-    @property
-    def end(self) -> int:
-        return self.offset + len(self.data)
+    def add(self, offset: int, data: Buffer) -> None:
+        """More bytes."""
+        if self.pieces and offset == self.pieces[-1][0] + len(self.pieces[-1][1]):
+            self.pieces[-1][1].extend(data)
+        else:
+            self.pieces.append((offset, bytearray(data)))
+        self.size += len(data)
+
+    def is_full(self) -> bool:
+        """Whether it is worth a batch of its own."""
+        return self.size >= RUN_BYTES_MAX or len(self.pieces) >= PIECES_MAX
 
 
 class LocalFileSystem:
@@ -125,6 +140,11 @@ class LocalFileSystem:
             return self._around(self._single)
         if node in self._runs:
             self._settle(node)
+        return self.permissions(node)
+
+    def permissions(self, node: CapsuleId) -> Attributes:
+        if node == SYNTHETIC_ROOT and self._single:
+            return self._around(self._single)
         seen = self._seen_now()
         found = seen.get(node)
         if found is None:
@@ -347,12 +367,13 @@ class LocalFileSystem:
             store.write(node, offset, data, durability=Durability.BUFFERED, actor=caller.actor)
             return
         run = self._runs.get(node)
-        if run is None or offset != run.end or run.actor != caller.actor:
+        if run is None or run.actor != caller.actor or offset + len(data) > run.limit:
             self._settle(node)
-            self._check_file(store.stat(node), offset + len(data), caller)
-            run = self._runs[node] = _Run(offset, bytearray(), caller.actor)
-        run.data += data
-        if len(run.data) >= RUN_BYTES_MAX:
+            found = store.stat(node)
+            self._check_file(found, offset + len(data), caller)
+            run = self._runs[node] = _Run(caller.actor, found.size if found.block_size else SIZE_MAX)
+        run.add(offset, data)
+        if run.is_full():
             self._settle(node)
         elif len(self._runs) > RUNS_MAX:
             self._settle(next(iter(self._runs)))
@@ -473,7 +494,7 @@ class LocalFileSystem:
         if run is None or self._store is None:
             return
         try:
-            self._store.write(node, run.offset, run.data, durability=Durability.BUFFERED, actor=run.actor)
+            self._store.write_all(node, run.pieces, durability=Durability.BUFFERED, actor=run.actor)
         except SpaceError as error:
             self._late[node] = error
 

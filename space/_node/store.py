@@ -490,15 +490,30 @@ class Store(Reading):
         Raises:
             SpaceError: it does not exist, is no file, or the disk refuses.
         """
+        return self.write_all(capsule, [(offset, data)], durability=durability, actor=actor)
+
+    def write_all(
+        self,
+        capsule: CapsuleId,
+        pieces: Sequence[tuple[int, Buffer]],
+        *,
+        durability: Durability | None = None,
+        actor: str | None = None,
+    ) -> Receipt:
+        """As :meth:`write`, at several offsets one after the other, in as few batches as they fit in."""
         with self._read() as txn:
             row = self._row(txn, capsule)
             policy = self._policy(txn, row.policy)
-        if not len(data):
+        pieces = [each for each in pieces if len(each[1])]
+        if not pieces:
             return Receipt(self.position)
         durability = durability or Durability(policy.durability.value)
         for attempt in range(STALE_RETRIES):
-            commands = self.encode_extents(capsule, offset, data, policy, row.key)
-            requests = [Request(command, self.actor if actor is None else actor) for command in commands]
+            requests = [
+                Request(command, self.actor if actor is None else actor)
+                for offset, data in pieces
+                for command in self.encode_extents(capsule, offset, data, policy, row.key)
+            ]
             outcomes = self.execute_all(requests, durability=durability)
             failed = next((outcome for outcome in outcomes if isinstance(outcome, SpaceError)), None)
             if failed is None:

@@ -142,6 +142,9 @@ class FileSystem(Protocol):
     def attributes(self, node: CapsuleId) -> Attributes:
         """Attributes of a node, also of one that has lost its last name while open."""
 
+    def permissions(self, node: CapsuleId) -> Attributes:
+        """Attributes of which kind, mode and owner are to be relied on; what is held back need not show in the rest."""
+
     def lookup(self, directory: CapsuleId, name: bytes) -> Attributes:
         """Attributes of what a name leads to."""
 

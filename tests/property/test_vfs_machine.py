@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from space._errors import SpaceError, Status
-from space._node.local_vfs import RUN_BYTES_MAX, LocalFileSystem
+from space._node.local_vfs import PIECES_MAX, RUN_BYTES_MAX, LocalFileSystem
 from space._node.store import Store
 from space.events.ids import CapsuleId
 from space.events.types import Kind
@@ -393,8 +393,10 @@ class FileSystemMachine(RuleBasedStateMachine):
 
     @invariant()
     def bounded(self) -> None:
-        """Never more than one run a file is held back, and none as long as an extent."""
-        assert all(len(run.data) < RUN_BYTES_MAX for run in self.files._runs.values())
+        """Never more than one run a file is held back, and none as long as an extent or of too many pieces."""
+        for run in self.files._runs.values():
+            assert run.size == sum(len(data) for _, data in run.pieces) < RUN_BYTES_MAX
+            assert len(run.pieces) < PIECES_MAX
 
 
 def _cleared(mode: int) -> int:

@@ -137,7 +137,7 @@ def test_bytes_that_could_not_be_kept_change_the_verifier(
         raise DiskFullError("no space")
 
     with monkeypatch.context() as broken:
-        broken.setattr(store, "write", full)
+        broken.setattr(store, "write_all", full)
         assert content(request)[0] == b""
     assert request.fails(Op.COMMIT, u64(0) + u32(0)) == "NOSPC"
     after = request.ok(Op.COMMIT, u64(0) + u32(0)).fixed(8)

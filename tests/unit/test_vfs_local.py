@@ -2,20 +2,23 @@ from __future__ import annotations
 
 import asyncio
 import stat as modes
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from space._errors import DiskFullError, SpaceError, Status, UsageError
-from space._node.local_vfs import RUN_BYTES_MAX, RUNS_MAX, LocalFileSystem
+from space._node.local_vfs import DIRECT_BYTES, PIECES_MAX, RUN_BYTES_MAX, RUNS_MAX, LocalFileSystem
 from space._node.store import Store
-from space.events.commands import Buffer
+from space.events import commands as cmd
+from space.events.commands import Buffer, Durability
 from space.events.ids import ROOT, CapsuleId
 from space.events.types import Kind
 from space.projections.vfs import (
     CONTENT_NAME,
+    NOW,
     SYNTHETIC_ROOT,
     AttributeChange,
     Attributes,
@@ -105,7 +108,7 @@ def test_a_late_failure_is_reported_once(store: Store, monkeypatch: pytest.Monke
 
     asyncio.run(files.write(node, 0, b"x", USER))
     with monkeypatch.context() as broken:
-        broken.setattr(store, "write", full)
+        broken.setattr(store, "write_all", full)
         asyncio.run(files.set_attributes(other, AttributeChange(mode=0o600), USER))
         assert files.attributes(node).size == 0
     with pytest.raises(DiskFullError):
@@ -247,19 +250,82 @@ def test_the_caller_decides_on_set_id_bits(store: Store) -> None:
 
 
 def test_settled_bytes_are_what_the_store_gets(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write that does not go on where the last one ended makes a run of its own, in order."""
+    """A write that does not go on where the last one ended is a piece of its own; all are one batch, in order."""
     files = LocalFileSystem(store)
     node = make(files, b"f").id
-    written: list[tuple[int, bytes]] = []
-    write = store.write
+    written: list[list[tuple[int, bytes]]] = []
+    write_all = store.write_all
 
-    def spy(capsule: CapsuleId, offset: int, data: Buffer, **options: Any) -> Any:
-        written.append((offset, bytes(data)))
-        return write(capsule, offset, data, **options)
+    def spy(capsule: CapsuleId, pieces: Sequence[tuple[int, Buffer]], **options: Any) -> Any:
+        written.append([(offset, bytes(data)) for offset, data in pieces])
+        return write_all(capsule, pieces, **options)
 
-    monkeypatch.setattr(store, "write", spy)
+    monkeypatch.setattr(store, "write_all", spy)
+    before = store.position
     for offset, data in ((0, b"aa"), (2, b"bb"), (1, b"cc"), (3, b"dd"), (9, b"e")):
         asyncio.run(files.write(node, offset, data, USER))
     asyncio.run(files.commit(node))
-    assert written == [(0, b"aabb"), (1, b"ccdd"), (9, b"e")]
+    assert written == [[(0, b"aabb"), (1, b"ccdd"), (9, b"e")]]
+    assert store.position == before + 1
     assert files.read(node, 0, 99) == b"accdd\0\0\0\0e"
+
+
+def test_pieces_held_back_are_bounded(store: Store) -> None:
+    """Scattered writes are held back up to a number of pieces, and then go to the log together."""
+    files = LocalFileSystem(store)
+    node = make(files, b"f").id
+    before = store.position
+    for number in range(PIECES_MAX):
+        assert store.position == before
+        asyncio.run(files.write(node, number * 10, b"x", USER))
+    assert (store.position, files._runs) == (before + 1, {})
+
+
+def test_permissions_leave_bytes_held_back(store: Store) -> None:
+    """Asking for a node's permissions settles nothing, and its kind, mode and owner are right all the same."""
+    files = LocalFileSystem(store)
+    made = make(files, b"f")
+    asyncio.run(files.write(made.id, 0, b"x", USER))
+    found = files.permissions(made.id)
+    assert (found.kind, found.mode, found.uid) == (made.kind, made.mode, made.uid)
+    assert made.id in files._runs
+
+
+def test_a_long_write_goes_straight_to_the_log(store: Store) -> None:
+    """Bytes enough for a command of their own are not copied to be held back, and come after those that were."""
+    files = LocalFileSystem(store)
+    node = make(files, b"f").id
+    asyncio.run(files.write(node, 0, b"first", USER))
+    before = store.position
+    asyncio.run(files.write(node, 3, b"y" * DIRECT_BYTES, USER))
+    assert (store.position, files._runs) == (before + 2, {})
+    assert files.read(node, 0, 5) == b"firyy"
+
+
+def test_remembered_attributes_end_with_any_change(store: Store) -> None:
+    """What is changed behind the back of the file system shows at once."""
+    files = LocalFileSystem(store)
+    node = make(files, b"f").id
+    assert files.attributes(node) is files.attributes(node)
+    store.execute(cmd.SetAttributes(node, mode=0o600), durability=Durability.BUFFERED)
+    assert files.attributes(node).mode == 0o600
+
+
+def test_the_time_of_a_change_can_be_now(store: Store) -> None:
+    """NOW stands for the time at which a change is carried out, at creation too."""
+    files = LocalFileSystem(store)
+    change = AttributeChange(atime=5, mtime=NOW)
+    before = time.time_ns()
+    made = asyncio.run(files.create(ROOT, b"f", Kind.FILE, USER, mode=0o644, change=change))
+    found = asyncio.run(files.set_attributes(made.id, AttributeChange(atime=NOW), USER))
+    assert (made.atime, made.mtime >= before, found.atime >= made.mtime) == (5, True, True)
+
+
+def test_room_is_not_promised_where_there_is_none(store: Store) -> None:
+    """Allocating more than the disk has free fails, and changes nothing."""
+    files = LocalFileSystem(store)
+    node = make(files, b"f").id
+    with pytest.raises(SpaceError) as refused:
+        asyncio.run(files.allocate(node, 0, 1 << 62, USER))
+    assert refused.value.status is Status.NO_SPACE
+    assert files.attributes(node).size == 0

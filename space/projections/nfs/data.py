@@ -23,7 +23,7 @@ from space.projections.nfs import access, handles
 from space.projections.nfs.attributes import IO_BYTES_MAX, SIZE_MAX
 from space.projections.nfs.compound import Compound, NfsError, Operation, Stateid
 from space.projections.nfs.exports import Node
-from space.projections.nfs.files import look, read_stateid
+from space.projections.nfs.files import look, look_permissions, read_stateid
 from space.projections.nfs.nfs4 import NfsStatus, Op
 from space.projections.nfs.status import status_of
 from space.projections.nfs.xdr import Reader, Writer, XdrError
@@ -58,13 +58,12 @@ _LOST: Final = frozenset({Status.NO_SPACE, Status.IO, Status.CORRUPT, Status.UNA
 _OK: Final = NfsStatus.OK
 
 
-def _look_file(node: Node) -> Attributes:
-    """Attributes of a regular file.
+def _check_file(found: Attributes) -> Attributes:
+    """The attributes, if they are a regular file's.
 
     Raises:
-        NfsError: ISDIR, SYMLINK, WRONG_TYPE: it is none; STALE.
+        NfsError: ISDIR, SYMLINK, WRONG_TYPE: they are not.
     """
-    found = look(node)
     if found.kind != Kind.FILE:
         raise NfsError(_NOT_FILES.get(found.kind, NfsStatus.WRONG_TYPE))
     return found
@@ -75,20 +74,19 @@ _NOT_FILES: Final = {Kind.DIRECTORY: NfsStatus.ISDIR, Kind.SYMLINK: NfsStatus.SY
 
 def _to_read(ctx: Compound, node: Node, stateid: Stateid) -> Attributes:
     """Attributes of a file that may be read with a stateid."""
-    found = _look_file(node)
+    found = _check_file(look(node))
     if not ctx.service.state.check_io(ctx, node, stateid, write=False):
         access.require_readable(ctx, node, found)
     return found
 
 
-def _to_write(ctx: Compound, node: Node, stateid: Stateid) -> Attributes:
-    """Attributes of a file that may be written with a stateid."""
-    found = _look_file(node)
+def _to_write(ctx: Compound, node: Node, stateid: Stateid) -> None:
+    """Makes sure that a file may be written with a stateid; bytes held back are left so, to be joined with the next."""
+    found = _check_file(look_permissions(node))
     access.writable(ctx, node)
     if not ctx.service.state.check_io(ctx, node, stateid, write=True):
         access.require(ctx, found, access.WRITE, owner=True)
     ctx.service.state.before_change(ctx, node)
-    return found
 
 
 # --- reading ----------------------------------------------------------------------------------------
@@ -218,7 +216,7 @@ async def _commit(ctx: Compound, args: Reader, out: Writer) -> int:
     args.u64()
     args.u32()
     node = ctx.node()
-    _look_file(node)
+    _check_file(look_permissions(node))
     with _Kept(ctx.service):
         await node.export.files.commit(node.id)
     ctx.unsynced.add(node.export.files)

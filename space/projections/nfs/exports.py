@@ -253,6 +253,9 @@ class _PseudoFiles:
             *(now, now, now, now, now),
         )
 
+    def permissions(self, node: CapsuleId) -> Attributes:
+        return self.attributes(node)
+
     def lookup(self, directory: CapsuleId, name: bytes) -> Attributes:
         found = self._names(directory).get(name)
         if found is None:

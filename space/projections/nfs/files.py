@@ -111,6 +111,18 @@ def look(node: Node) -> Attributes:
         raise NfsError(NfsStatus.STALE) from None
 
 
+def look_permissions(node: Node) -> Attributes:
+    """Kind, mode and owner of a node; the rest may be from before what was written last.
+
+    Raises:
+        NfsError: STALE: it is gone.
+    """
+    try:
+        return node.export.files.permissions(node.id)
+    except NotFoundError:
+        raise NfsError(NfsStatus.STALE) from None
+
+
 def look_directory(node: Node) -> Attributes:
     """Attributes of a directory.
 
