@@ -1,9 +1,10 @@
 """The file model over all volumes, with the capacity of each enforced, and with a moment when nobody writes.
 
 **Capacity.**  A tree may hold as many bytes as its volume has capacity: bytes of files that are not holes, each file
-counted once whatever names it has, clones in full.  Names, attributes and empty files count nothing.  What each tree
-takes is counted once when it is first written to after a start, and kept up to date with every change since, all of
-which come through here: nothing else writes to a volume.  A write beyond it is ENOSPC, and changes nothing.
+counted once whatever names it has and as long as it is open, clones in full.  Names, attributes and empty files count
+nothing.  What each tree takes is counted once when it is first written to after a start, and then reckoned from the
+files that changed since, all of which come through here: nothing else writes to a volume.  Until bytes written since
+the last reckoning could fill it, none is needed.  A write beyond the capacity is ENOSPC, and changes nothing.
 
 **The cut.**  A clone of volumes has to have every write acknowledged before it and none after, over all of them.  So it
 is carried out in the thread of the loop, between two requests of the kernel: first what is held back is settled.
@@ -12,6 +13,7 @@ is carried out in the thread of the loop, between two requests of the kernel: fi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Final, TypeVar
@@ -21,7 +23,7 @@ import msgpack
 
 from space._errors import NotFoundError, SpaceError, Status, StorageError, UnavailableError, UsageError
 from space._node.csi_volumes import ABOUT, DATA, tree_usage
-from space._node.local_vfs import RUN_BYTES_MAX, RUNS_MAX, LocalFileSystem
+from space._node.local_vfs import LocalFileSystem
 from space._node.store import Store
 from space.events.commands import Buffer, Receipt
 from space.events.ids import CapsuleId
@@ -32,21 +34,30 @@ CUT_SECONDS: Final = 20.0
 OWNERS_MAX: Final = 1 << 16
 """Nodes whose volume is remembered: about 10 MiB.  Beyond that all are forgotten, and found again when needed."""
 
+CHANGED_MAX: Final = 4096
+"""Files of one volume changed between two reckonings: each is looked at in one."""
+
 DEPTH_MAX: Final = 1 << 16
 """Directories above a file: a longer way up is a circle, which the state never has."""
-
-_HELD_BYTES_MAX: Final = (RUNS_MAX + 1) * RUN_BYTES_MAX
 
 _T = TypeVar("_T")
 
 
 @attrs.define
 class _Tree:
-    """What one volume takes, without what is held back."""
+    """What one volume takes.
+
+    Attributes:
+        used: bytes at the last reckoning.
+        unsure: bytes written since: at most so many more are used.
+        changed: files that changed since, each with what it took at the reckoning.
+    """
 
     owner: CapsuleId
     capacity: int
     used: int
+    unsure: int = 0
+    changed: dict[CapsuleId, int] = attrs.field(factory=dict)
 
 
 class VolumeFiles(LocalFileSystem):
@@ -58,8 +69,6 @@ class VolumeFiles(LocalFileSystem):
         self._live = store
         self._trees: dict[CapsuleId, _Tree] = {}
         self._owners: dict[CapsuleId, CapsuleId | None] = {}
-        self._lost: dict[CapsuleId, int] = {}
-        """Files without a name that are still open, and what they take."""
         self._loop: asyncio.AbstractEventLoop | None = None
 
     # --- the cut ---------------------------------------------------------------------------------
@@ -157,43 +166,65 @@ class VolumeFiles(LocalFileSystem):
         return int(msgpack.unpackb(self._live.xattr(owner, ABOUT))["capacity"])
 
     def _check_room(self, node: CapsuleId, offset: int, length: int) -> None:
-        """Refuses a write that would make a tree larger than its volume.
+        """Refuses to let a file have ``length`` bytes at an offset where its volume has no room for them.
 
         Raises:
-            StorageError: it would; status NO_SPACE.
+            StorageError: it has not; status NO_SPACE.
         """
         tree = self._tree(node)
-        if tree is None or tree.used + _HELD_BYTES_MAX + length <= tree.capacity:
+        if tree is None:
             return
-        # Near the end it is looked at closely: the volume may have grown, and bytes be written over others.
-        self._settle_all()
-        tree.capacity = self._capacity(tree.owner)
-        if tree.used + length <= tree.capacity:
+        self._will_change(node, tree)
+        if tree.used + tree.unsure + length <= tree.capacity:
+            tree.unsure += length
             return
-        over = 0
-        for start, end in self._live.data_ranges(node, offset):
-            if start >= offset + length:
-                break
-            over += min(end, offset + length) - max(start, offset)
-        if tree.used + length - over > tree.capacity:
+        self._reckon(tree)
+        tree.capacity = self._capacity(tree.owner)  # it may have been expanded
+        if tree.used + length - self._held(node, offset, length) > tree.capacity:
             raise StorageError(
                 f"the volume has {tree.capacity} bytes, and {tree.used} are used", status=Status.NO_SPACE
             )
+        self._will_change(node, tree)
+        tree.unsure += length
 
-    def _grown(self, node: CapsuleId, tree: _Tree | None, before: int) -> None:
-        """Accounts for what became of a file that took ``before``."""
-        if tree is None:
-            return
-        change = self._taken(node) - before
-        tree.used += change
-        if node in self._lost:
-            self._lost[node] += change
+    def _held(self, node: CapsuleId, offset: int, length: int) -> int:
+        """Bytes of a range that are no hole: written over, they take no more room."""
+        held = 0
+        for start, end in self._live.data_ranges(node, offset):
+            if start >= offset + length:
+                break
+            held += min(end, offset + length) - start
+        return held
+
+    def _will_change(self, node: CapsuleId, tree: _Tree) -> None:
+        """Remembers what a file takes, before anything of it changes."""
+        if node not in tree.changed:
+            if len(tree.changed) >= CHANGED_MAX:
+                self._reckon(tree)
+            tree.changed[node] = self._taken(node)
+
+    def _reckon(self, tree: _Tree) -> None:
+        """What a tree takes now, exactly; what is open stays in view: it may have no name any more."""
+        self._settle_all()
+        before, tree.changed, tree.unsure = tree.changed, {}, 0
+        for node, taken in before.items():
+            now = self._taken(node)
+            tree.used += now - taken
+            if now and node in self._live.pinned:
+                tree.changed[node] = now
 
     def _taken(self, node: CapsuleId) -> int:
         try:
-            return self._live.stat(node).allocated
+            stat = self._live.stat(node)
         except NotFoundError:
             return 0
+        return 0 if stat.deleted and node not in self._live.pinned else stat.allocated
+
+    def _changes(self, node: CapsuleId) -> None:
+        """As :meth:`_will_change`, for a node of any volume or none."""
+        tree = self._tree(node)
+        if tree is not None:
+            self._will_change(node, tree)
 
     # --- what changes them -----------------------------------------------------------------------
 
@@ -201,27 +232,29 @@ class VolumeFiles(LocalFileSystem):
         self._check_room(node, offset, len(data))
         await super().write(node, offset, data, caller)
 
-    def _settle(self, node: CapsuleId) -> None:
-        if node in self._runs:
-            tree, before = self._tree(node), self._taken(node)
-            super()._settle(node)
-            self._grown(node, tree, before)
+    async def allocate(self, node: CapsuleId, offset: int, length: int, caller: Caller) -> None:
+        self._check_room(node, offset, length)
+        await super().allocate(node, offset, length, caller)
+
+    async def deallocate(self, node: CapsuleId, offset: int, length: int, caller: Caller) -> None:
+        self._changes(node)
+        await super().deallocate(node, offset, length, caller)
+
+    async def copy(
+        self, source: CapsuleId, source_offset: int, node: CapsuleId, offset: int, length: int, caller: Caller
+    ) -> None:
+        self._check_room(node, offset, length)
+        await super().copy(source, source_offset, node, offset, length, caller)
 
     async def set_attributes(self, node: CapsuleId, change: AttributeChange, caller: Caller) -> Attributes:
-        if change.size is None:
-            return await super().set_attributes(node, change, caller)
-        self._settle(node)
-        tree, before = self._tree(node), self._taken(node)
-        try:
-            return await super().set_attributes(node, change, caller)
-        finally:
-            self._grown(node, tree, before)
+        if change.size is not None:
+            self._changes(node)
+        return await super().set_attributes(node, change, caller)
 
     async def remove(self, directory: CapsuleId, name: bytes, caller: Caller, *, is_directory: bool) -> None:
-        found = None if is_directory else self._reading.lookup(directory, name)
+        if not is_directory:
+            self._changes(self._live.lookup(directory, name))
         await super().remove(directory, name, caller, is_directory=is_directory)
-        if found is not None:
-            self._unnamed(found)
 
     async def rename(
         self,
@@ -236,38 +269,13 @@ class VolumeFiles(LocalFileSystem):
     ) -> None:
         if self._owner(directory) != self._owner(new_directory):
             raise UsageError("a name cannot leave its volume", status=Status.NOT_PERMITTED)
-        replaced = None
-        if not exchange:
-            try:
-                replaced = self._reading.lookup(new_directory, new_name)
-            except NotFoundError:
-                replaced = None
+        with contextlib.suppress(NotFoundError):
+            self._changes(self._live.lookup(new_directory, new_name))
         await super().rename(
             directory, name, new_directory, new_name, caller, replace=replace, exchange=exchange
         )
-        if replaced is not None:
-            self._unnamed(replaced)
 
     async def link(self, node: CapsuleId, directory: CapsuleId, name: bytes, caller: Caller) -> Attributes:
         if self._owner(node) != self._owner(directory):
             raise UsageError("a file has names in one volume", status=Status.NOT_PERMITTED)
         return await super().link(node, directory, name, caller)
-
-    def _unnamed(self, node: CapsuleId) -> None:
-        """Accounts for a file that may have lost its last name: one still open takes its room until it is closed."""
-        stat = self._live.stat(node)
-        tree = self._tree(node)
-        if tree is None or not stat.deleted or stat.kind != Kind.FILE:
-            return
-        if self._live.pinned[node]:
-            self._lost[node] = stat.allocated
-        else:
-            tree.used -= stat.allocated
-
-    def drop(self, node: CapsuleId) -> None:
-        super().drop(node)
-        if node in self._lost and node not in self._live.pinned:
-            tree = self._tree(node)
-            if tree is not None:
-                tree.used -= self._lost[node]
-            del self._lost[node]

@@ -121,7 +121,7 @@ def test_killed_at_every_step(here: Machine, tmp_path: Path, who: str, block: bo
             disturbed = True
         (tmp_path / "steps").unlink()
         if who == "driver":
-            assert disturbed
+            assert disturbed, f"step {number} of {work.__name__} was not taken: there were {up} and {down}"
             here.gone()
             here.start(worker=WORKER, environment=environment)
             assert here.owner == owner  # whoever kills the driver disturbs no workload
