@@ -96,10 +96,18 @@ class _Run:
 class LocalFileSystem:
     """A :class:`space.projections.vfs.FileSystem` over a :class:`Reading`."""
 
-    def __init__(self, reading: Reading, root: CapsuleId | None = None, *, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        reading: Reading,
+        root: CapsuleId | None = None,
+        *,
+        read_only: bool = False,
+        beside: LocalFileSystem | None = None,
+    ) -> None:
         """Serves the tree below ``root``; a file shows as a directory with the one entry ``content``.
 
-        Only a live store can be written to.
+        Only a live store can be written to.  ``beside`` is another tree of it that is served as well: trees may have
+        files in common, and what one holds back the other has to see.
 
         Raises:
             NotFoundError: there is no such capsule.
@@ -107,8 +115,8 @@ class LocalFileSystem:
         """
         self._reading = reading
         self._store = reading if isinstance(reading, Store) and not read_only else None
-        self._runs: dict[CapsuleId, _Run] = {}
-        self._late: dict[CapsuleId, SpaceError] = {}
+        self._runs: dict[CapsuleId, _Run] = {} if beside is None else beside._runs
+        self._late: dict[CapsuleId, SpaceError] = {} if beside is None else beside._late
         self._windows = Windows()
         self._remembers = type(reading) is Store or not isinstance(reading, Store)
         self._seen: dict[CapsuleId, Attributes] = {}
@@ -141,6 +149,9 @@ class LocalFileSystem:
         if node in self._runs:
             self._settle(node)
         return self.permissions(node)
+
+    def stamp(self) -> int:
+        return self._reading._tables.version
 
     def permissions(self, node: CapsuleId) -> Attributes:
         if node == SYNTHETIC_ROOT and self._single:

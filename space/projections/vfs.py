@@ -142,6 +142,12 @@ class FileSystem(Protocol):
     def attributes(self, node: CapsuleId) -> Attributes:
         """Attributes of a node, also of one that has lost its last name while open."""
 
+    def stamp(self) -> int:
+        """Number of the last change of anything: where it is the same twice, nothing was changed in between.
+
+        A mutation adds one; where bytes were held back, that too.
+        """
+
     def permissions(self, node: CapsuleId) -> Attributes:
         """Attributes of which kind, mode and owner are to be relied on; what is held back need not show in the rest."""
 

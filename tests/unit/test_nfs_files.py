@@ -134,6 +134,27 @@ def test_names_are_made_moved_linked_and_removed(world: World) -> None:
     assert request.fails(Op.REMOVE, string(b"d")) == "NOENT"
 
 
+def test_changes_of_others_are_told(store: Store, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where somebody else changes the store at the same time, a directory's change is not told as atomic."""
+    request = world.request()
+    files_ = world.exports.root.export.files
+    for name in ("create", "remove", "link", "rename"):
+        method = getattr(files_, name)
+
+        async def after_another(*args: Any, _method: Any = method, _name: str = name, **options: Any) -> Any:
+            store.execute(cmd.SetAttributes(TOP, mode=0o755))
+            return await _method(*args, **options)
+
+        monkeypatch.setattr(files_, name, after_another)
+    assert change_info(request.ok(Op.CREATE, make_directory(b"d")))[0] is False
+    request.root().ok(Op.SAVEFH)
+    assert change_info(request.ok(Op.RENAME, string(b"d") + string(b"e")))[0] is False
+    assert change_info(request.ok(Op.REMOVE, string(b"e")))[0] is False
+    request.root().ok(Op.CREATE, u32(7) + string(b"pipe") + fattr({}))
+    request.ok(Op.SAVEFH)
+    assert change_info(request.root().ok(Op.LINK, string(b"other")))[0] is False
+
+
 def test_special_files(world: World) -> None:
     """Symbolic links, devices, pipes and sockets are made and seen as what they are; files are not made by CREATE."""
     request = world.request()

@@ -253,6 +253,9 @@ class _PseudoFiles:
             *(now, now, now, now, now),
         )
 
+    def stamp(self) -> int:
+        return 0
+
     def permissions(self, node: CapsuleId) -> Attributes:
         return self.attributes(node)
 

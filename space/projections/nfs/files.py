@@ -4,8 +4,8 @@ Each operation asks in this order: is there a node, is it of the right kind, may
 caller do this, does somebody else's delegation stand in the way.  Only then does the file model hear of it.
 
 Cookies of READDIR come from the file model and are valid for ever, so there is nothing to verify: the verifier is
-zero.  Change attributes of a directory before and after are told as atomic: nothing runs between the look before, the
-change, and the look after.
+zero.  Change attributes of a directory before and after are told as atomic where nothing else was changed between the
+look before, the change, and the look after; nothing of this server ever is, but the store has other users.
 """
 
 from __future__ import annotations
@@ -154,10 +154,14 @@ def change_info(out: Writer, *, atomic: bool, before: int, after: int) -> None:
     out.u64(after)
 
 
-def _changed(ctx: Compound, node: Node, before: Attributes, out: Writer) -> None:
-    """Writes what a change did to a directory, and has it made durable before the reply."""
+def _changed(ctx: Compound, node: Node, before: Attributes, stamp: int, out: Writer) -> None:
+    """Writes what a change did to a directory, and has it made durable before the reply.
+
+    ``stamp`` is of before the look at the directory.
+    """
     ctx.unsynced.add(node.export.files)
-    change_info(out, atomic=True, before=before.change, after=look(node).change)
+    after = look(node).change
+    change_info(out, atomic=node.export.files.stamp() - stamp <= 1, before=before.change, after=after)
 
 
 def _move_to(ctx: Compound, node: Node) -> int:
@@ -460,6 +464,7 @@ async def _create(ctx: Compound, args: Reader, out: Writer) -> int:
         rdev = attributes.device(args.u32(), args.u32())
     name, settable = component(args), attributes.decode_settable(ctx, args, creating=True)
     node = ctx.node()
+    stamp = node.export.files.stamp()
     above = directory_write_check(ctx, node)
     kind = _KINDS.get(number)
     if kind is None:
@@ -467,13 +472,14 @@ async def _create(ctx: Compound, args: Reader, out: Writer) -> int:
     if kind == Kind.SYMLINK and not target:
         raise NfsError(NfsStatus.INVAL)
     made = await _make(ctx, node, above, name, kind, settable, rdev=rdev, target=target)
-    _changed(ctx, node, above, out)
+    _changed(ctx, node, above, stamp, out)
     out.bitmap(settable.bitmap)
     return _move_to(ctx, Node(node.export, made.id))
 
 
 async def _remove(ctx: Compound, args: Reader, out: Writer) -> int:
     name, node = component(args), ctx.node()
+    stamp = node.export.files.stamp()
     above = look_directory(node)
     access.writable(ctx, node)
     access.require(ctx, above, EXECUTE)
@@ -482,7 +488,7 @@ async def _remove(ctx: Compound, args: Reader, out: Writer) -> int:
     ctx.service.state.before_change(ctx, Node(node.export, victim.id))
     is_directory = victim.kind == Kind.DIRECTORY
     await node.export.files.remove(node.id, name, access.caller(ctx), is_directory=is_directory)
-    _changed(ctx, node, above, out)
+    _changed(ctx, node, above, stamp, out)
     return _OK
 
 
@@ -490,6 +496,7 @@ async def _rename(ctx: Compound, args: Reader, out: Writer) -> int:
     old, new = component(args), component(args)
     source, target = _two_nodes(ctx)
     files = target.export.files
+    stamp = files.stamp()
     above, new_above = look_directory(source), look_directory(target)
     access.writable(ctx, target)
     access.require(ctx, above, EXECUTE)
@@ -509,8 +516,8 @@ async def _rename(ctx: Compound, args: Reader, out: Writer) -> int:
         ctx.service.state.before_change(ctx, Node(target.export, replaced.id))
     ctx.service.state.before_change(ctx, Node(target.export, moved.id))
     await files.rename(source.id, old, target.id, new, access.caller(ctx))
-    _changed(ctx, source, above, out)
-    _changed(ctx, target, new_above, out)
+    _changed(ctx, source, above, stamp, out)
+    _changed(ctx, target, new_above, stamp, out)
     return _OK
 
 
@@ -533,10 +540,11 @@ async def _link(ctx: Compound, args: Reader, out: Writer) -> int:
     source, target = _two_nodes(ctx)
     if look(source).kind == Kind.DIRECTORY:
         raise NfsError(NfsStatus.ISDIR)
+    stamp = target.export.files.stamp()
     above = directory_write_check(ctx, target)
     ctx.service.state.before_change(ctx, source)
     await target.export.files.link(source.id, target.id, name, access.caller(ctx))
-    _changed(ctx, target, above, out)
+    _changed(ctx, target, above, stamp, out)
     return _OK
 
 
@@ -660,19 +668,21 @@ async def _setxattr(ctx: Compound, args: Reader, out: Writer) -> int:
         raise NfsError(NfsStatus.INVAL)
     if len(value) > XATTR_BYTES_MAX:
         raise NfsError(NfsStatus.XATTR2BIG)
+    stamp = ctx.node().export.files.stamp()
     node, found = _xattr_change(ctx)
     await node.export.files.set_xattr(
         node.id, name, value, access.caller(ctx), create=option == 1, replace=option == 2
     )
-    _changed(ctx, node, found, out)
+    _changed(ctx, node, found, stamp, out)
     return _OK
 
 
 async def _removexattr(ctx: Compound, args: Reader, out: Writer) -> int:
     name = _xattr_name(args)
+    stamp = ctx.node().export.files.stamp()
     node, found = _xattr_change(ctx)
     await node.export.files.remove_xattr(node.id, name, access.caller(ctx))
-    _changed(ctx, node, found, out)
+    _changed(ctx, node, found, stamp, out)
     return _OK
 
 

@@ -164,7 +164,7 @@ class _Target:
 async def open_(ctx: Compound, args: Reader, out: Writer) -> int:
     """OPEN (§18.16)."""
     request = _open_request(ctx, args)
-    ctx.node()
+    stamp = ctx.node().export.files.stamp()
     _check_claim(ctx, request)
     target = await _target(ctx, request)
     _check_kind(target.found)
@@ -186,7 +186,8 @@ async def open_(ctx: Compound, args: Reader, out: Writer) -> int:
     ctx.current, ctx.stateid = target.node, opened.stateid
     write_stateid(out, opened.stateid)
     after = files.look(target.directory).change if target.directory else 0
-    files.change_info(out, atomic=True, before=target.before, after=after)
+    atomic = target.node.export.files.stamp() - stamp <= target.created
+    files.change_info(out, atomic=atomic, before=target.before, after=after)
     out.u32(OpenResult.LOCKTYPE_POSIX | OpenResult.MAY_NOTIFY_LOCK)
     out.bitmap(target.attributes_set)
     write_answer(out, answer)
