@@ -163,10 +163,11 @@ def _handle_key(reading: Store | PastBeside) -> bytes:
 
 
 def _exports(reading: Store | PastBeside, sources: Sequence[str], options: Options) -> list[Export]:
-    exports = []
+    exports: list[Export] = []
+    files: LocalFileSystem | None = None
     for source in sources:
         root = reading.resolve(source)
-        files = LocalFileSystem(reading, root, read_only=options.read_only)
+        files = LocalFileSystem(reading, root, read_only=options.read_only, beside=files)
         exports.append(
             Export(
                 export_number(_store_id(reading), root, _moment(reading)),
