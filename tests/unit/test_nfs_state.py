@@ -282,6 +282,19 @@ def test_a_conflicting_open_waits_for_the_delegation() -> None:
     assert state.offer(given.client, node, Share.READ, Want.NO_PREFERENCE, 2) is None
 
 
+def test_a_delegation_given_back_is_not_given_at_once() -> None:
+    """A client that returns one was in its own way: for a lease it gets another only if it asks for it."""
+    world = World()
+    given = delegated(world)
+    state, node = world.state, world.node()
+    state.return_delegation(given, 1)
+    assert state.offer(given.client, node, Share.READ, Want.NO_PREFERENCE, LEASE) is None
+    again = state.offer(given.client, node, Share.READ, Want.READ, LEASE)
+    assert isinstance(again, Delegation)
+    state.forget_delegation(again)
+    assert isinstance(state.offer(given.client, node, Share.READ, Want.NO_PREFERENCE, LEASE + 1), Delegation)
+
+
 def test_a_write_delegation_is_recalled_by_readers() -> None:
     """Only its holder knows what is in the file, so reading waits too, also without an open."""
     world = World()

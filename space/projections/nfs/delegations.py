@@ -69,7 +69,7 @@ class Circumstances:
 
     ``others`` is the union of what other clients have it open for; ``mine`` what the client holds already;
     ``reachable``: it can be called back; ``room``: it and everybody hold few enough; ``contended``: one was
-    recalled a short while ago; ``created``: the file is new.
+    recalled or given back a short while ago; ``created``: the file is new.
     """
 
     others: Share

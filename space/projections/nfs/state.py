@@ -49,7 +49,7 @@ REPORT_SECONDS: Final = 1.0
 """How long an answer to CB_GETATTR is waited for; then the delegation is recalled instead."""
 
 CONTENDED_MAX: Final = 4096
-"""Files remembered because a delegation was recalled a short while ago."""
+"""Files remembered because a delegation was recalled or given back a short while ago."""
 
 FileKey: TypeAlias = "CapsuleId | Node"
 LockOwner = tuple[Client, bytes]
@@ -515,8 +515,13 @@ class State:
         others = file.opened_by(client, others=True) & (Share.BOTH if write else Share.WRITE)
         return not others and not any(write or each.write for each in rivals)
 
+    def return_delegation(self, held: Delegation, now: float) -> None:
+        """A client gives a delegation back; where it was not asked to, it was in the client's own way (§10.4.1)."""
+        self._contend(held.node, now)
+        self.forget_delegation(held)
+
     def forget_delegation(self, held: Delegation) -> None:
-        """A delegation was returned, or a revoked one freed."""
+        """A delegation is no more, revoked or not."""
         self._clients[held.client].delegations -= 1
         if not held.revoked:
             self._drop_delegation(held)

@@ -475,7 +475,7 @@ def free_stateid(ctx: Compound, args: Reader, out: Writer) -> int:
 def delegreturn(ctx: Compound, args: Reader, out: Writer) -> int:
     """DELEGRETURN (§18.6)."""
     held = _held(ctx, read_stateid(args), Delegation, ctx.node())
-    ctx.service.state.forget_delegation(held)
+    ctx.service.state.return_delegation(held, ctx.now)
     return NfsStatus.OK
 
 
