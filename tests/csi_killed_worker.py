@@ -25,19 +25,16 @@ from space.cli import main
 _LOCK = threading.Lock()
 _WHO, _, _AT = os.environ.get("CSI_KILL", ":0").partition(":")
 _ARMED = Path(os.environ["CSI_STEPS"])
-"""A file that is there while steps are counted; how many there were is appended to it."""
-
-_taken = 0
+"""A file that is there while steps are counted, with how many there were."""
 
 
 def _step() -> None:
-    global _taken  # noqa: PLW0603 - one count a process
-    if not _ARMED.exists():
-        return
     with _LOCK:
-        _taken += 1
-        _ARMED.write_text(str(_taken))
-        if _taken == int(_AT):
+        if not _ARMED.exists():
+            return
+        taken = int(_ARMED.read_text()) + 1
+        _ARMED.write_text(str(taken))
+        if taken == int(_AT):
             _kill()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from space._node import csi_ranges
 from space._node.store import Store
 from space.events import commands as cmd
 from space.events.types import Kind
-import itertools
 
 pytestmark = [pytest.mark.property]
 
