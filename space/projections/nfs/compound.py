@@ -141,6 +141,9 @@ OUTSIDE: Final = frozenset(
 )
 """Operations that need no session, but then a COMPOUND of their own (RFC 8881 §2.10.5)."""
 
+_PLACED: Final = frozenset({Op.SEQUENCE, Op.BIND_CONN_TO_SESSION})
+"""Operations that must not come later in a COMPOUND."""
+
 ABOLISHED: Final = frozenset(
     {Op.OPEN_CONFIRM, Op.RENEW, Op.SETCLIENTID, Op.SETCLIENTID_CONFIRM, Op.RELEASE_LOCKOWNER}
 )
@@ -186,12 +189,8 @@ async def run(ctx: Compound, args: Reader) -> list[Bytes]:
 
 async def _operations(ctx: Compound, args: Reader, out: Writer) -> int:
     """Runs operations until one fails; ``ctx.index`` is how many have results then."""
-    operations = ctx.service.operations
-    place = (
-        out.mark(),
-        out.mark(),
-        0,
-    )  # of the last result: its status, what follows that, and how many there are
+    operations, last = ctx.service.operations, OP_MAX[ctx.minor]
+    place = None  # of the last result: its status, what follows that, and how many there are
     promise = None  # the first result that promises something stable
     status: int = NfsStatus.OK
     for index in range(ctx.operations):
@@ -201,13 +200,16 @@ async def _operations(ctx: Compound, args: Reader, out: Writer) -> int:
         except XdrError:
             status = NfsStatus.BADXDR
             break
-        operation = operations.get(number) if number <= OP_MAX[ctx.minor] else None
-        out.u32(number if operation is not None or number in ABOLISHED else Op.ILLEGAL)
-        status_at = out.reserve()
-        after = out.mark()
+        operation = operations.get(number) if number <= last else None
+        known = operation is not None
+        status_at, after = out.begin(number if known or number in ABOLISHED else Op.ILLEGAL)
         place = status_at, after, index + 1
         try:
-            status = _misplaced(ctx, index, number, known=operation is not None)
+            status = (
+                _misplaced(ctx, index, number, known=known)
+                if index < 2 or number in _PLACED or not known
+                else 0
+            )
             if not status and number in CHANGING and ctx.room(out) < CHANGE_BYTES:
                 status = _too_big(ctx)
             if not status:
@@ -240,7 +242,9 @@ async def _operations(ctx: Compound, args: Reader, out: Writer) -> int:
             break
     if ctx.service.recovery.dirty:
         ctx.unsynced.add(ctx.service.recovery)
-    return await _stable(ctx, out, promise or place, status) if ctx.unsynced else status
+    if place is None or not ctx.unsynced:
+        return status
+    return await _stable(ctx, out, promise or place, status)
 
 
 async def _stable(ctx: Compound, out: Writer, promise: tuple[Mark, Mark, int], status: int) -> int:

@@ -32,6 +32,7 @@ _LAST_FRAGMENT: Final = 0x80000000
 _CALL, _REPLY = 0, 1
 _RPC_VERSION: Final = 2
 _U32: Final = struct.Struct(">I")
+_TWO: Final = struct.Struct(">II")
 _SIX: Final = struct.Struct(">6I")
 
 AUTH_NONE: Final = 0
@@ -172,7 +173,7 @@ def message(record: Bytes) -> Call | Reply | Refused:
     """
     reader = Reader(record)
     try:
-        xid, kind = reader.u32(), reader.u32()
+        xid, kind = reader.unpack(_TWO)
         if kind == _REPLY:
             return _reply(xid, reader)
     except XdrError as error:
@@ -186,13 +187,13 @@ def message(record: Bytes) -> Call | Reply | Refused:
 
 
 def _call(xid: int, reader: Reader) -> Call | Refused:
-    if reader.u32() != _RPC_VERSION:
+    rpc_version, program, version, procedure, flavor, length = reader.unpack(_SIX)
+    if rpc_version != _RPC_VERSION:
         return Refused(_SIX.pack(xid, _REPLY, 1, 0, _RPC_VERSION, _RPC_VERSION))
-    program, version, procedure = reader.u32(), reader.u32(), reader.u32()
-    flavor = reader.u32()
-    body = reader.opaque_view(AUTH_BYTES_MAX)
-    verifier_flavor = reader.u32()
-    verifier = reader.opaque_view(AUTH_BYTES_MAX)
+    if length > AUTH_BYTES_MAX:
+        raise XdrError(f"credentials of {length} bytes")
+    body = reader.view(length)
+    verifier_flavor, length = reader.unpack(_TWO)
     if program != PROGRAM:
         return Refused(_accepted(xid, PROG_UNAVAIL))
     if version != VERSION:
@@ -203,7 +204,7 @@ def _call(xid: int, reader: Reader) -> Call | Refused:
         credentials = _credentials(flavor, body)
     except XdrError:
         return Refused(_denied(xid, AUTH_BADCRED))
-    if verifier_flavor != AUTH_NONE or len(verifier):
+    if verifier_flavor != AUTH_NONE or length:
         return Refused(_denied(xid, AUTH_BADVERF))
     return Call(xid, procedure, credentials, reader)
 

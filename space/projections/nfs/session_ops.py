@@ -313,7 +313,7 @@ def set_ssv(ctx: Compound, args: Reader, out: Writer) -> int:
 
 def sequence(ctx: Compound, args: Reader, out: Writer) -> int | Awaitable[int]:
     """SEQUENCE (§18.46): renews the lease, and says whether this request is new."""
-    session_id, number, slot_id, highest = args.fixed(SESSION_ID_BYTES), args.u32(), args.u32(), args.u32()
+    session_id, number, slot_id, highest = args.unpack(_SEQUENCE_ARGUMENTS)
     ctx.cached = args.boolean()
     session = ctx.service.sessions.get(session_id)
     if session is None:
@@ -351,6 +351,7 @@ def sequence(ctx: Compound, args: Reader, out: Writer) -> int | Awaitable[int]:
     return NfsStatus.OK
 
 
+_SEQUENCE_ARGUMENTS: Final = struct.Struct(f">{SESSION_ID_BYTES}s3I")
 _SEQUENCE: Final = struct.Struct(">5I")
 
 

@@ -8,12 +8,13 @@ names; the writer keeps large data in pieces of their own, so that bytes read fr
 from __future__ import annotations
 
 import struct
-from typing import Final
+from typing import Any, Final
 
 Bytes = bytes | bytearray | memoryview
 
 _U32: Final = struct.Struct(">I")
 _I32: Final = struct.Struct(">i")
+_TWO: Final = struct.Struct(">II")
 _U64: Final = struct.Struct(">Q")
 _I64: Final = struct.Struct(">q")
 _PADDING: Final = (b"", b"\0\0\0", b"\0\0", b"\0")
@@ -46,6 +47,15 @@ class Reader:
     def left(self) -> int:
         """Bytes not read yet."""
         return self._end - self.at
+
+    def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
+        """Several values of fixed lengths at once; opaque ones among them need no padding."""
+        try:
+            values = layout.unpack_from(self._data, self.at)
+        except struct.error:
+            raise XdrError("the request ends inside a number") from None
+        self.at += layout.size
+        return values
 
     def rest(self) -> memoryview:
         """All that was not read yet."""
@@ -191,6 +201,13 @@ class Writer:
         mark = self.mark()
         self._tail += b"\0\0\0\0"
         return mark
+
+    def begin(self, number: int) -> tuple[Mark, Mark]:
+        """A number, and room for one that is known later: where that is, and what follows it."""
+        tail = self._tail
+        tail += _TWO.pack(number, 0)
+        pieces, end, settled = len(self._pieces), len(tail), self._settled
+        return (pieces, end - 4, settled), (pieces, end, settled)
 
     def fill(self, mark: Mark, value: int) -> None:
         """Puts a number where room was reserved."""
