@@ -69,20 +69,19 @@ class Circumstances:
 
     ``others`` is the union of what other clients have it open for; ``mine`` what the client holds already;
     ``reachable``: it can be called back; ``room``: it and everybody hold few enough; ``contended``: one was
-    recalled or given back a short while ago; ``created``: the file is new.
+    recalled or given back a short while ago.
     """
 
-    others: Share
+    others: int
     others_delegated: bool
     mine: DelegationType | None
     reachable: bool
     room: bool
     contended: bool
-    created: bool
     read_only: bool
 
 
-def decide(access: Share, want: Want, at: Circumstances) -> Answer:
+def decide(access: int, want: Want, at: Circumstances) -> Answer:
     """Whether to give a delegation with an open for ``access``."""
     if want == Want.NONE:
         return WhyNone.NOT_WANTED
@@ -104,7 +103,7 @@ def decide(access: Share, want: Want, at: Circumstances) -> Answer:
     return DelegationType.WRITE if write else DelegationType.READ
 
 
-def _writes(access: Share, want: Want, at: Circumstances) -> bool:
+def _writes(access: int, want: Want, at: Circumstances) -> bool:
     """Whether it is the write delegation that is considered.
 
     It lets the client read too, so an open for writing alone gets none: whether reading is allowed was not asked.
@@ -121,12 +120,9 @@ def _held_already(mine: DelegationType, *, write: bool) -> WhyNone:
     return WhyNone.CONTENTION
 
 
-def _likely_short(access: Share, at: Circumstances, *, write: bool) -> bool:
-    """Whether an unasked delegation would cost a recall or a return and save nothing.
-
-    A new file is written, closed, and given its final name and mode; a file open for writing changes.
-    """
-    return at.contended or at.created or (bool(access & Share.WRITE) and not write)
+def _likely_short(access: int, at: Circumstances, *, write: bool) -> bool:
+    """Whether an unasked delegation would cost a recall or a return and save nothing: the file is changing."""
+    return at.contended or (bool(access & Share.WRITE) and not write)
 
 
 def write_answer(out: Writer, answer: Delegation | WhyNone | None, *, recalled: bool = False) -> None:

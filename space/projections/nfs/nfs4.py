@@ -341,8 +341,8 @@ class Attr(enum.IntEnum):
 # --- OPEN, delegations and locks (RFC 8881 §18.16, §18.10, §10.4) --------------------------------------------------
 
 
-class Share(enum.IntFlag):
-    """OPEN4_SHARE_ACCESS_* and OPEN4_SHARE_DENY_*."""
+class Share(enum.IntEnum):
+    """OPEN4_SHARE_ACCESS_* and OPEN4_SHARE_DENY_*; bits, but no IntFlag, which is slow."""
 
     NONE = 0
     READ = 1

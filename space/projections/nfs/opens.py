@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import attrs
-
-from space.projections.nfs.nfs4 import Share
+from space.events.fast import fast_frozen
 
 
-@attrs.frozen
+@fast_frozen
 class Mode:
-    """What an OPEN asks for: to read, to write or both, and what to deny others."""
+    """What an OPEN asks for: to read, to write or both, and what to deny others (bits of :class:`Share`)."""
 
-    access: Share
-    deny: Share
+    access: int
+    deny: int
 
     def conflicts(self, other: Mode) -> bool:
         """Whether two opens of different owners cannot both be."""
@@ -29,12 +27,12 @@ class Mode:
         return not (self.access & ~other.access or self.deny & ~other.deny)
 
 
-NOTHING = Mode(Share.NONE, Share.NONE)
+NOTHING = Mode(0, 0)
 
 
 def union(modes: Iterable[Mode]) -> Mode:
     """All that is asked for by any."""
-    access = deny = Share.NONE
+    access = deny = 0
     for mode in modes:
         access |= mode.access
         deny |= mode.deny

@@ -89,9 +89,9 @@ class File:
     locks: RangeLocks[LockOwner] = attrs.field(factory=RangeLocks)
     waiters: Waiters[LockOwner, Node] = attrs.field(factory=Waiters)
 
-    def opened_by(self, client: Client, *, others: bool) -> Share:
+    def opened_by(self, client: Client, *, others: bool) -> int:
         """Union of what a client, or everybody else, has it open for."""
-        access = Share.NONE
+        access = 0
         for each in self.opens.values():
             if (each.client is client) is not others:
                 access |= each.mode.access
@@ -465,10 +465,12 @@ class State:
     # --- delegations -------------------------------------------------------------------------------
 
     def offer(
-        self, client: Client, node: Node, access: Share, want: Want, now: float, *, created: bool = False
+        self, client: Client, node: Node, access: int, want: Want, now: float, *, created: bool = False
     ) -> Delegation | WhyNone | None:
         """Gives a delegation with an open if that is wanted, safe, and worth it; None: none, and nobody asked why."""
         self._check_alive(client)
+        if want == Want.NO_PREFERENCE and created:
+            return None  # it will be written, closed, and given its final name and mode: not worth a recall or return
         file = self._file(node)
         mine = file.delegations.get(client)
         answer: Answer = delegations.decide(
@@ -483,7 +485,6 @@ class State:
                 reachable=self._service.config.delegations and self._service.callbacks.reachable(client),
                 room=self._delegations_room(client),
                 contended=self._contended.get(file_key(node), now) > now,
-                created=created,
                 read_only=node.export.read_only or node.export.files.read_only,
             ),
         )

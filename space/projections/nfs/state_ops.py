@@ -71,7 +71,7 @@ def _shares(args: Reader) -> tuple[Mode, Want]:
     share = word & Share.BOTH
     if not share or deny > Share.BOTH:
         raise NfsError(NfsStatus.INVAL)
-    return Mode(Share(share), Share(deny)), _want(word - share)
+    return Mode(share, deny), _want(word - share)
 
 
 def _want(word: int) -> Want:
