@@ -375,6 +375,22 @@ def test_claims_after_a_restart(world: World) -> None:
     assert one.fails(nfs.open_(0, b"o", nfs.claim_null(b"f"))) == "OK"
 
 
+def test_the_grace_period_goes_on_while_claims_come(world: World) -> None:
+    """A client with many files is not cut off in the middle; but the period at most doubles."""
+    names = [b"f%d" % number for number in range(30)]
+    for name in names:
+        make(world, name)
+    one = caller(world)
+    one.client.reclaim_complete, one.client.may_reclaim = False, True
+    service = world.service
+    service.grace_end, service._grace_limit = 10.0, 20.0
+    claimed = []
+    for number, name in enumerate(names):
+        one.now = 1.0 + number
+        claimed.append(one.fails(nfs.lookup(name), nfs.open_(0, b"o", nfs.claim_previous())))
+    assert claimed == ["OK"] * 19 + ["NO_GRACE"] * 11
+
+
 def test_delegations_are_claimed_with_an_open(world: World) -> None:
     """CLAIM_PREVIOUS says which delegation was held, and gets it back unless somebody else is in the way."""
     make(world)

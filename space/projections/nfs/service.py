@@ -29,6 +29,8 @@ SLOT_BYTES: Final = 512
 """What a slot takes beside the answer it keeps."""
 REPLIES_BYTES_MAX: Final = 256 << 20
 """Memory for answers kept for retries; a session gets at most a quarter of what is left of it."""
+CLAIM_SECONDS: Final = 2.0
+"""A client that still claims does it again within this time: it sends one claim after the other."""
 COURTESY_SECONDS: Final = 24 * 3600.0
 """How long what a vanished client held is kept while nobody wants it."""
 
@@ -119,6 +121,7 @@ class Service:
         self.unconfirmed: dict[bytes, Client] = {}
         self.sessions: dict[bytes, Session] = {}
         self.grace_end = now + self.config.grace_seconds if recovery.previous else now
+        self._grace_limit = self.grace_end + self.config.grace_seconds
         self._reclaiming = set(recovery.previous)
         self._client_number = self._session_number = 0
         self._reply_bytes = 0  # granted for answers that are kept
@@ -132,6 +135,12 @@ class Service:
     def in_grace(self, now: float) -> bool:
         """Whether state of before the restart may be claimed, and nothing new be given that could conflict with it."""
         return now < self.grace_end
+
+    def claimed(self, now: float) -> None:
+        """Somebody has claimed something: the grace period goes on for whoever has more, at most as long again."""
+        if self.in_grace(now):
+            longer = min(now + CLAIM_SECONDS, self._grace_limit)
+            self.grace_end = max(self.grace_end, longer)
 
     async def barrier(self, what: Iterable[Syncable]) -> None:
         """Waits until everything acknowledged by these is durable."""

@@ -427,22 +427,26 @@ class State:
         return None
 
     def lock(self, held: Lock, wanted: Range) -> Stateid:
-        """Gives a lock that nothing is in the way of."""
+        """Gives a lock that nothing is in the way of.
+
+        Raises:
+            NfsError: LOCK_RANGE: the owner has too many; to come again would not help.
+        """
         owner = held.client, held.owner
         try:
             held.file.locks.lock(owner, wanted)
         except TooManyRangesError:
-            raise NfsError(NfsStatus.DELAY) from None
+            raise NfsError(NfsStatus.LOCK_RANGE) from None
         held.file.waiters.discard(owner)
         self._wake(held.file)  # a lock for writing may have become one for reading
         return held.changed()
 
     def unlock(self, held: Lock, start: int, end: int) -> Stateid:
-        """Takes an owner's locks off a range."""
+        """Takes an owner's locks off a range: see :meth:`lock`."""
         try:
             held.file.locks.unlock((held.client, held.owner), start, end)
         except TooManyRangesError:
-            raise NfsError(NfsStatus.DELAY) from None
+            raise NfsError(NfsStatus.LOCK_RANGE) from None
         self._wake(held.file)
         return held.changed()
 

@@ -330,6 +330,7 @@ def _reclaim(ctx: Compound, request: _OpenRequest, node: Node) -> tuple[Open, De
         raise NfsError(
             NfsStatus.RECLAIM_CONFLICT if error.status == NfsStatus.SHARE_DENIED else error.status
         ) from None
+    ctx.service.claimed(ctx.now)
     if request.delegation == DelegationType.NONE:
         return opened, None
     return opened, state.delegate(client, node, write=write)
@@ -410,6 +411,8 @@ def lock(ctx: Compound, args: Reader, out: Writer) -> int:
         if kind in {LockType.READ_WAITING, LockType.WRITE_WAITING}:
             state.wait(node, (client, owner), wanted)
         return _denied(out, conflict)
+    if reclaim:
+        ctx.service.claimed(ctx.now)
     ctx.stateid = state.lock(held or state.lock_owner(opened, owner), wanted)
     write_stateid(out, ctx.stateid)
     return NfsStatus.OK
