@@ -1,7 +1,8 @@
-"""Delegations and what others do in the same store while ``space project --view nfs`` serves it."""
+"""Delegations and what others do, in the same store and through another client, while the NFS view serves it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import space
 from tests import nfs_client as nfs
 from tests.cli_support import execute
+from tests.integration.test_nfs_kernel import run
 from tests.nfs_client import Client
 from tests.nfs_support import View
 
@@ -61,3 +63,27 @@ def test_changes_of_clients_recall_nothing_twice(view: View) -> None:
         file.do(nfs.setattr_(mode=0o600))
         client.create("/g").close()
         assert client.events == []
+
+
+@pytest.mark.skipif(
+    os.environ.get("SPACE_GUEST") != "1", reason="boots a virtual machine: set SPACE_GUEST=1 (docs/nfs.md)"
+)
+def test_the_kernel_says_what_it_has_not_written_yet(view: View, tmp_path: Path) -> None:
+    """Under a write delegation Linux keeps what programs write; another client sees its size, and reads it all."""
+
+    def size() -> object:
+        with Client(view.address, minor=2) as other:
+            return other.stat("/f", "size")["size"]
+
+    def content() -> str:
+        with Client(view.address, minor=2) as other:
+            return other.open("/f", share=nfs.READ).read(0, 1000).decode()
+
+    job = """
+        mounted 4.2; echo hello >/n/f; exec 5<>/n/f
+        printf '%0100d' 7 >&5; echo dirty=$(ask size); echo content=$(ask content)
+        printf more >&5; exec 5>&-; echo after=$(ask size)
+        echo returned=$(awk '$1 == "DELEGRETURN:" {print $2}' /proc/self/mountstats); umount /n
+        """
+    found = run(view, job, tmp_path, size=size, content=content)
+    assert found == {"dirty": "100", "content": f"{7:0100}", "after": "104", "returned": "1"}
