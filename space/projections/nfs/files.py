@@ -46,8 +46,11 @@ COMPONENT_BYTES_MAX: Final = 4096
 PATH_BYTES_MAX: Final = 4096
 XATTR_NAMESPACE: Final = b"user."
 XATTR_BYTES_MAX: Final = 65_536
-LIST_ENTRIES: Final = 64
-"""Entries of a directory looked up at once; a page of the usual clients holds some hundreds."""
+LIST_ENTRIES: Final = 512
+"""Most entries of a directory looked up at once."""
+
+LIST_ENTRY_BYTES: Final = 160
+"""A usual entry in a page, with its attributes: how many are worth looking up."""
 
 _VERIFIER: Final = bytes(VERIFIER_BYTES)
 _COOKIES_RESERVED: Final = (1, 2)  # RFC 8881 §18.23.3
@@ -567,10 +570,12 @@ async def _readdir(ctx: Compound, args: Reader, out: Writer) -> int:
         raise NfsError(NfsStatus.BAD_COOKIE)
     if cookie and verifier != _VERIFIER:
         raise NfsError(NfsStatus.NOT_SAME)
-    page = _Page(ctx, out, min(limit, ctx.room(out)))
+    limit = min(limit, ctx.room(out))
+    at_once = min(limit // LIST_ENTRY_BYTES + 1, LIST_ENTRIES)
+    page = _Page(ctx, out, limit)
     complete = False
     while not complete:
-        entries = await node.export.files.listing(node.id, after=cookie, limit=LIST_ENTRIES)
+        entries = await node.export.files.listing(node.id, after=cookie, limit=at_once)
         if not all(page.add(node, each, bitmap) for each in entries.listed):
             break
         complete = entries.complete
