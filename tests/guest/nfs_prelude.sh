@@ -18,9 +18,10 @@ ask() {
   cat /mnt/host/answer
 }
 
-# under COMMAND...: runs it while the server is killed twice; it must not notice
+# under COMMAND...: runs it while the server is killed twice; it must not notice. It goes on as long as there is /tmp/under
 under() {
-  "$@" >/tmp/load 2>&1 & local load=$! i
-  for i in 1 2; do sleep 3; kill -0 $load; ask again; done
-  wait $load || { cat /tmp/load; exit 1; }
+  touch /tmp/under; "$@" >/tmp/load 2>&1 & local load=$! i
+  for i in 1 2; do sleep 3; ask again; done
+  sleep 3; kill -0 $load || { cat /tmp/load; exit 1; }
+  rm /tmp/under; wait $load || { cat /tmp/load; exit 1; }
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -520,3 +521,34 @@ def test_the_end_is_clean(serve: Serve) -> None:
         client.compound(nfs.putrootfh())
         assert view.descriptors() <= before + 2  # a connection that ended may still be on its way out
         view.stop()
+
+
+@pytest.mark.requires("py:nfs_rs")
+def test_another_client(serve: Serve) -> None:
+    """nfs-rs, a client of somebody else's, makes, writes, reads, lists, renames and removes as it expects to."""
+    nfs_rs = importlib.import_module("nfs_rs")
+    view = serve()
+    with nfs_rs.Client.connect(
+        f"nfs://127.0.0.1/?nfsport={view.port}", versions=["4.1"], noresvport=True
+    ) as client:
+        content = os.urandom(3 * MIB + 5)
+        client.mkdir("d")
+        with client.open("d/f", "wb") as file:
+            assert sum(
+                file.write_at(content[at : at + MIB], at) for at in range(0, len(content), MIB)
+            ) == len(content)
+        assert client.stat("d/f").size == len(content)
+        client.rename("d/f", "d/g")
+        client.link("d/g", "d/h")
+        client.symlink("g", "d/s")
+        client.chmod("d/g", 0o600)
+        with client.open("d/h", "rb") as file:
+            assert b"".join(file.read_at(at, MIB) for at in range(0, len(content), MIB)) == content
+        assert (client.stat("d/h").mode & 0o777, client.readlink("d/s")) == (0o600, "g")
+        client.truncate("d/g", 10)
+        assert client.stat("d/h").size == 10
+        assert sorted(client.listdir("d")) == ["g", "h", "s"]
+        for name in ("d/g", "d/h", "d/s"):
+            client.remove(name)
+        client.rmdir("d")
+        assert not client.exists("d")
