@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from space._errors import UnavailableError, UsageError
+from space._errors import RefusedError, UnavailableError, UsageError
 from space._node.caller import Caller, Document
 from space.cli_session import Session, emit, note, open_or_ask, to_json
 
@@ -80,6 +81,8 @@ def csi(
 
     if mode not in MODES:
         raise UsageError(f"no mode {mode!r}", hint=f"there is: {', '.join(MODES)}")
+    if mode != "controller" and os.geteuid() != 0:
+        raise RefusedError("volumes are mounted, which needs root", hint="only --mode controller does not")
     data = session.data.absolute()
     home = (state or data / STATE).absolute()
     if mode == "store":

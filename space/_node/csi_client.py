@@ -12,8 +12,8 @@ import attrs
 from space._node.caller import Document
 from space.projections.csi.model import Group, Node, Published, Snapshot, Usage, Volume, Wanted
 
-CALLS_MAX: Final = 32
-"""Calls asked at once, a thread each: half of what the owner answers at once."""
+CALLS_MAX: Final = 24
+"""Calls asked at once, a thread each: the owner answers 64, of a controller, a node and whoever else asks."""
 
 Ask = Callable[[str, Document], Any]
 

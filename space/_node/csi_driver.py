@@ -33,6 +33,9 @@ from space.projections.csi.server import Counts, serving
 MODES: Final = ("all", "controller", "node", "store")
 WATCH_SECONDS: Final = 0.5
 START_SECONDS: Final = 60.0
+AGAIN_SECONDS: Final = 2.0
+"""Between two starts of an owner: one that cannot start says why in its log, and not twice a second."""
+
 REQUEST_BYTES_MAX: Final = 8192  # a scraper's request
 
 log: Final = logging.getLogger("space.csi")
@@ -70,6 +73,7 @@ class Driver:
         self._counts = Counts()
         self._owner = ""
         self._mount = ""
+        self._start_after = 0.0
         self._child: subprocess.Popen[bytes] | None = None
         self._repaired = asyncio.Event()
         self._host: LinuxHost | None = None
@@ -92,7 +96,7 @@ class Driver:
             await self._first(watching)
             async with self._metrics(), serving(self._config.endpoint, self._services(), self._counts):
                 ready({"endpoint": self._config.endpoint, "mode": self._config.mode})
-                await over.wait()
+                await self._until(over, watching)
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
@@ -102,6 +106,14 @@ class Driver:
         self._volumes.close()
         if self._host is not None:
             self._host.close()
+
+    async def _until(self, over: asyncio.Event, watching: asyncio.Task[None]) -> None:
+        """Waits until it is over, or nobody watches the owner any more."""
+        waiting = asyncio.create_task(over.wait())
+        await asyncio.wait({waiting, watching}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if watching.done():
+            watching.result()
 
     async def _first(self, watching: asyncio.Task[None]) -> None:
         """Waits for the owner, where this driver starts it: a call that comes before would only fail."""
@@ -179,7 +191,10 @@ class Driver:
     def _start(self) -> None:
         if self._spawn is None or (self._child is not None and self._child.poll() is None):
             return
-        self._child = self._spawn()
+        now = asyncio.get_running_loop().time()
+        if now >= self._start_after:
+            self._start_after = now + AGAIN_SECONDS
+            self._child = self._spawn()
 
     # --- metrics ---------------------------------------------------------------------------------
 

@@ -135,5 +135,5 @@ def _end(note: Document) -> None:
 def _clear(note: Document) -> None:
     from space.projections.fuse import mount
 
-    if note["view"] == "fuse" and mount.is_dead(note["target"]):
+    if note["view"] in {"fuse", "csi"} and mount.is_dead(note["target"]):
         mount.unmount(note["target"])

@@ -16,7 +16,10 @@ from typing import IO
 import grpc
 import pytest
 
+from space._node.store import Store
+from space.control import ControlServer
 from space.projections.csi.pb import csi_pb2 as pb
+from tests.cli_support import finish, start
 from tests.csi_support import MIB, NEEDS_KERNEL, Client, Machine, code_of, device, machine, tree, wait_for
 
 pytestmark = NEEDS_KERNEL
@@ -451,3 +454,12 @@ def listening(pid: int) -> int:
         if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
             return int(fields[1].partition(":")[2], 16)
     return 0
+
+
+def test_an_owner_that_shows_no_volumes_is_named(tmp_path: Path) -> None:
+    """Where another process has the store open and shows no volumes, the driver ends and says what to do."""
+    with Store(tmp_path / "data") as store, ControlServer(store):
+        for options in (["--mode", "all"], ["--mode", "controller"]):
+            done = finish(start(tmp_path / "data", "csi", "--endpoint", tmp_path / "csi.sock", *options))
+            assert done.status == 7
+            assert "space csi --mode store" in done.err
