@@ -47,6 +47,9 @@ class RangeLocks(Generic[Owner]):
 
     def __init__(self) -> None:
         self._held: dict[Owner, list[Range]] = {}
+        self._writers: dict[
+            Owner, list[Range]
+        ] = {}  # those of them that had one for writing: all readers need ask
 
     def __bool__(self) -> bool:
         return bool(self._held)
@@ -57,7 +60,7 @@ class RangeLocks(Generic[Owner]):
 
     def conflict(self, owner: Owner, wanted: Range) -> tuple[Owner, Range] | None:
         """A lock of somebody else that is in the way of ``wanted``."""
-        for other, ranges in self._held.items():
+        for other, ranges in (self._held if wanted.write else self._writers).items():
             if other == owner:
                 continue
             for index in range(_first_after(ranges, wanted.start), len(ranges)):
@@ -86,6 +89,7 @@ class RangeLocks(Generic[Owner]):
     def release(self, owner: Owner) -> None:
         """Takes all locks of an owner away."""
         self._held.pop(owner, None)
+        self._writers.pop(owner, None)
 
     def _replace(self, owner: Owner, start: int, end: int, middle: list[Range]) -> None:
         """Puts ``middle`` (nothing, or one range) where an owner's locks between two offsets were."""
@@ -110,10 +114,12 @@ class RangeLocks(Generic[Owner]):
         if len(ranges) - (last - first) + len(joined) > RANGES_MAX:
             raise TooManyRangesError
         ranges[first:last] = joined
-        if ranges:
-            self._held[owner] = ranges
-        else:
-            self._held.pop(owner, None)
+        if not ranges:
+            self.release(owner)
+            return
+        self._held[owner] = ranges
+        if any(each.write for each in middle):
+            self._writers[owner] = ranges
 
 
 def _first_after(ranges: list[Range], offset: int) -> int:

@@ -65,9 +65,10 @@ class Open(Held):
     locks: dict[bytes, Lock] = attrs.field(factory=dict)
 
     def set(self, modes: frozenset[Mode]) -> None:
-        """How it is open from now on."""
-        self.modes = modes
-        self.mode = opens.union(modes)
+        """How it is open from now on; in no way at all once it is closed."""
+        before = self.mode
+        self.modes, self.mode = modes, opens.union(modes)
+        self.file.denials += bool(self.mode.deny) - bool(before.deny)
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -80,10 +81,11 @@ class Lock(Held):
 
 @attrs.define(eq=False)
 class File:
-    """What is held on one file."""
+    """What is held on one file; ``denials`` counts the opens that deny others something."""
 
     node: Node
     opens: dict[tuple[Client, bytes], Open] = attrs.field(factory=dict)
+    denials: int = 0
     delegations: dict[Client, Delegation] = attrs.field(factory=dict)
     lock_owners: dict[LockOwner, Lock] = attrs.field(factory=dict)
     locks: RangeLocks[LockOwner] = attrs.field(factory=RangeLocks)
@@ -216,7 +218,9 @@ class State:
             return
         wanted = Mode(Share.WRITE if write else Share.READ, Share.NONE)
         if not bypass:
-            self._yield_share(file, ctx.now, lambda each: each.mode.conflicts(wanted), NfsStatus.LOCKED)
+            self._yield_share(
+                file, ctx.now, wanted, lambda each: each.mode.conflicts(wanted), NfsStatus.LOCKED
+            )
         self._recall_conflicting(file, client_of(ctx), ctx.now, write=write)
 
     def before_change(self, ctx: Compound, node: Node) -> None:
@@ -348,6 +352,7 @@ class State:
         self._yield_share(
             file,
             now,
+            mode,
             lambda each: (each.client, each.owner) != mine and each.mode.conflicts(mode),
             NfsStatus.SHARE_DENIED,
         )
@@ -383,19 +388,22 @@ class State:
         for lock in list(held.locks.values()):
             held.file.locks.release((held.client, lock.owner))
             self._forget_lock(lock)
+        held.set(frozenset())
         del held.file.opens[held.client, held.owner]
         self._take(held)
         self._wake(held.file)
         self._leave(held.file)
 
     def _yield_share(
-        self, file: File, now: float, conflicts: Callable[[Open], bool], status: NfsStatus
+        self, file: File, now: float, wanted: Mode, conflicts: Callable[[Open], bool], status: NfsStatus
     ) -> None:
         """Ends courtesy clients whose opens are in the way.
 
         Raises:
             NfsError: with ``status``, if somebody's is in the way whose lease runs.
         """
+        if not wanted.deny and not file.denials:
+            return  # as with every client but Windows': there may be thousands of opens to ask
         blocking = [each for each in file.opens.values() if conflicts(each)]
         if any(not gone(each.client, now) for each in blocking):
             raise NfsError(status)
