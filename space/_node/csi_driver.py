@@ -78,9 +78,7 @@ class Driver:
         self._repaired = asyncio.Event()
         self._host: LinuxHost | None = None
         if config.mode != "controller":
-            self._host = LinuxHost(
-                config.state / "notes", lambda: self._mount, forbidden=(config.data, config.state)
-            )
+            self._host = LinuxHost(config.state / "notes", self._shown, forbidden=(config.data, config.state))
 
     async def run(self, ready: Callable[[Document], None]) -> None:
         """Serves until SIGTERM or SIGINT; ``ready`` is called once calls are answered.
@@ -101,6 +99,16 @@ class Driver:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
             await asyncio.to_thread(self._close)
+
+    def _shown(self) -> str:
+        """Where all volumes are mounted.
+
+        Raises:
+            UnavailableError: the owner has not been asked yet.
+        """
+        if not self._mount:
+            raise UnavailableError("the owner of the store has not answered yet", hint="try again")
+        return self._mount
 
     def _close(self) -> None:
         self._volumes.close()

@@ -42,6 +42,7 @@ from space._errors import (
     SpaceError,
     Status,
     StorageError,
+    UnavailableError,
     UsageError,
 )
 from space._node import csi_mounts as kernel
@@ -467,7 +468,8 @@ def _clear_errors(point: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{point}: {error.strerror or error}") from None
+        kind = UnavailableError if error.errno in kernel.DEAD else StorageError
+        raise kind(f"{point}: {error.strerror or error}") from None
 
 
 def _make_file(path: str) -> None:
