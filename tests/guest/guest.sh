@@ -16,7 +16,7 @@
 # kernel console of the last run is $GUEST_CACHE/console.log.
 # Needs root, a Debian host with apt, perl, mkfs.ext4 and xz; installs nothing there.
 set -euo pipefail
-CACHE=${GUEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/space-guest} ROOT=$CACHE/root
+CACHE=${GUEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/space-test-guest} ROOT=$CACHE/root
 KERNEL=debian SHARE='' CPUS=2 MEM=2048 LIMIT=600; [ ! -e "$CACHE/linux-uml" ] || KERNEL=uml
 PACKAGES=busybox-static,kmod,iproute2,procps,e2fsprogs,xfsprogs,nvme-cli,nfs-common
 PACKAGES=$PACKAGES,nfs-kernel-server,fio,python3,netbase,ca-certificates,qemu-system-x86
