@@ -48,14 +48,16 @@ def _kill() -> None:
             os.kill(found["pid"], signal.SIGKILL)
 
 
-def _counted(work: Callable[..., Any]) -> Callable[..., Any]:
+def _counted(work: Callable[..., Any], *, ends: bool) -> Callable[..., Any]:
+    """``work`` with a step before it, and one after it where that may be the last thing a call does."""
+
     @functools.wraps(work)
     def run(*arguments: Any, **more: Any) -> Any:
         _step()
-        try:
-            return work(*arguments, **more)
-        finally:
+        found = work(*arguments, **more)
+        if ends:
             _step()
+        return found
 
     return run
 
@@ -68,7 +70,7 @@ def watch() -> None:
         (csi_host.Notes, ("keep", "drop")),
     ):
         for name in names:
-            setattr(owner, name, _counted(getattr(owner, name)))
+            setattr(owner, name, _counted(getattr(owner, name), ends=owner is csi_host.Notes))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ class Bank:
     """
 
     def __init__(self, files: list[Path]) -> None:
-        # through the page cache of a device, to the store: what is not there yet, no snapshot can have
-        self._files = [os.open(each, os.O_RDWR | os.O_CREAT | os.O_DSYNC, 0o600) for each in files]
+        # A device has a page cache above the store, and no snapshot has what is only there; a file has none.
+        flags = os.O_RDWR | (os.O_DSYNC if files[0].is_block_device() else os.O_CREAT)
+        self._files = [os.open(each, flags, 0o600) for each in files]
         for file in self._files:
             os.pwrite(file, OPENING.to_bytes(PLACE, "big") + bytes(JOURNAL_BYTES - PLACE), 0)
         self.transfers = 0
