@@ -186,6 +186,7 @@ _REJECTED: Final = {
     Status.TOO_MANY_LINKS: ConflictError,
     Status.READ_ONLY: RefusedError,
     Status.NOT_PERMITTED: RefusedError,
+    Status.UNAVAILABLE: UnavailableError,
 }
 
 

@@ -1,8 +1,9 @@
 """Requests as plain data, so that a node that does not lead can hand them to the one that does.
 
-A request is ``[actor, client, sequence, name, fields]`` with the fields of the command in order of its class;
-stored bytes of frames travel beside the document as attachments and are named by number.  The last field of those
-that change bytes, ``reserved``, is left out where it is None: nodes that do not know it yet expect that.  The bytes
+A request is ``[actor, client, sequence, name, fields]`` with the fields of the command in order of its class, and
+``[counter, value]`` behind them where it has a guard; stored bytes of frames travel beside the document as attachments
+and are named by number.  The last field of those that change bytes, ``reserved``, is left out where it is None: nodes
+that do not know it yet expect that, as they do not know guards and refuse a request with one.  The bytes
 come from an authenticated member of the same cluster; they are checked all the same, so that a newer or broken one
 gets an error and not a state nobody can explain.
 """
@@ -49,7 +50,10 @@ def _encode(request: Request, attachments: list[Buffer]) -> list[Any]:
         fields = [_plain(getattr(command, name)) for name in _NAMES[type(command)]]
     if type(command) in _RESERVED and fields[-1] is None:
         fields.pop()
-    return [request.actor, request.client, request.sequence, type(command).__name__, fields]
+    row = [request.actor, request.client, request.sequence, type(command).__name__, fields]
+    if request.guard is not None:
+        row.append([request.guard.name, request.guard.value])
+    return row
 
 
 def _plain(value: Any) -> Any:
@@ -81,7 +85,8 @@ def decode_requests(document: Any, attachments: Sequence[Buffer]) -> list[Reques
 
 
 def _decode(row: Any, attachments: Sequence[Buffer]) -> Request:
-    actor, client, sequence, name, fields = row
+    actor, client, sequence, name, fields, *rest = row
+    guard = _guard(*rest) if rest else None
     if type(actor) is not str or type(client) is not bytes or type(sequence) is not int:
         raise TypeError("actor, client or sequence")
     made = _CLASSES[name]
@@ -91,9 +96,16 @@ def _decode(row: Any, attachments: Sequence[Buffer]) -> Request:
     if type(fields) is not list or len(fields) != len(readers):
         raise ValueError(f"fields of {name}")
     if made is cmd.WriteExtent:
-        return Request(_write(fields, attachments), actor, client, sequence)
+        return Request(_write(fields, attachments), actor, client, sequence, guard)
     values = [read(value) for read, value in zip(readers, fields, strict=True)]
-    return Request(made(*values), actor, client, sequence)
+    return Request(made(*values), actor, client, sequence, guard)
+
+
+def _guard(row: Any) -> cmd.Guard:
+    name, value = row
+    if type(name) is not bytes or type(value) is not int:
+        raise TypeError("guard")
+    return cmd.Guard(name, value)
 
 
 def _write(fields: list[Any], attachments: Sequence[Buffer]) -> cmd.WriteExtent:

@@ -401,6 +401,18 @@ Command = (
 
 
 @fast_frozen
+class Guard:
+    """A condition on a request: the counter ``name`` of the state is still at ``value``.
+
+    Whoever may ask for something only as long as nobody has taken over carries the number under which it may: a
+    request of before that is decided after it is refused (status UNAVAILABLE), however long it was on its way.
+    """
+
+    name: bytes
+    value: int
+
+
+@fast_frozen
 class Request:
     """A command with who asks for it.
 
@@ -412,6 +424,7 @@ class Request:
     actor: str = ""
     client: bytes = b""
     sequence: int = 0
+    guard: Guard | None = None
 
 
 class Submit(Protocol):

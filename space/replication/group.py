@@ -87,7 +87,7 @@ class _Lanes:
                 lane.open[lane.next] = None
                 taken.append((lane, lane.next))
             room -= 1
-            signed.append(Request(request.command, request.actor, lane.client, lane.next))
+            signed.append(Request(request.command, request.actor, lane.client, lane.next, request.guard))
             lane.next += 1
         return signed, taken
 
@@ -134,7 +134,7 @@ class _Call:
 
 
 class Group:
-    """See the module's text.  Everything but :meth:`execute`, :meth:`start` and :meth:`barrier` runs in the loop."""
+    """See the module's text.  Everything but :meth:`execute`, :meth:`start` and the barriers runs in the loop."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class Group:
         self._lanes = _Lanes(random_bytes)
         self._forwards: deque[_Call] = deque()
         self._calls: dict[_Call, None] = {}
-        """Everything without an outcome, as it came, which is by deadline."""
+        """Everything without an outcome, as it came."""
         self._homeless: dict[_Call, None] = {}
         self._flushing = False
         self._asking: dict[asyncio.Future[tuple[Any, list[Buffer]]], int] = {}  # and whom
@@ -186,9 +186,13 @@ class Group:
         Raises:
             UnavailableError: no quorum answers.
         """
+        self._node.wait(self.start_barrier(seconds=seconds))
+
+    def start_barrier(self, *, seconds: float = CALL_SECONDS) -> Future[None]:
+        """As :meth:`barrier`, for callers that have more to do than to wait."""
         future: Future[None] = Future()
         self._node.call_soon(self.begin_barrier, future, seconds)
-        self._node.wait(future)
+        return future
 
     # --- commands --------------------------------------------------------------------------------------
 
@@ -281,7 +285,7 @@ class Group:
     def expire(self) -> None:
         """Gives up what has waited for its time, wherever it is: for a leader, or for a quorum."""
         now = self._node.now()
-        while self._calls and (call := next(iter(self._calls))).deadline <= now:
+        for call in [each for each in self._calls if each.deadline <= now]:
             self._give_up(call)
 
     def wake(self) -> None:

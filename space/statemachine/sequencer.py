@@ -120,6 +120,10 @@ def _one(batch: Prepared, request: Request, payload: PayloadPlacer) -> Receipt |
         return problem
     if request.client and (answered := replies.find(overlay, request.client, request.sequence)) is not None:
         return _answer(*answered)
+    guard = request.guard
+    if guard is not None and overlay.counter(guard.name) != guard.value:
+        taken = rejection(Status.UNAVAILABLE, "somebody else has taken over meanwhile")
+        return _refuse(batch, request, taken)
     events = decide(overlay, request.command, payload)
     if isinstance(events, Rejected):
         return _refuse(batch, request, rejection(events.status, events.message))

@@ -102,3 +102,16 @@ def test_a_field_of_another_type_is_refused_or_of_its_type(
     for field in attrs.fields(type(made.command)):
         kind = type(getattr(made.command, field.name)).__name__
         assert kind in {"int", "bytes", "bool", "NoneType", "str", "list", "Kind", "NewKey"}
+
+
+@pytest.mark.parametrize("command", [cmd.Resize(A, 5), SAMPLES[7]])
+def test_a_guard_goes_with_its_request(command: cmd.Command) -> None:
+    """The condition arrives with the command; without one the row is as nodes that know none expect it."""
+    guarded, plain = Request(command, "a", b"c", 1, cmd.Guard(b"counter", 7)), Request(command, "a", b"c", 1)
+    document, attachments = encode_requests([guarded, plain])
+    assert [len(row) for row in document] == [6, 5]
+    found = decode_requests(msgpack.unpackb(msgpack.packb(document)), attachments)
+    assert [each.guard for each in found] == [cmd.Guard(b"counter", 7), None]
+    for wrong in (None, [], [b"c"], ["c", 1], [b"c", "1"], [b"c", True], [b"c", 1, 2]):
+        with pytest.raises(UsageError):
+            decode_requests([[*document[1], wrong]], attachments)

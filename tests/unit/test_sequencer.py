@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from space._errors import ConflictError, Status
+from space._errors import ConflictError, Status, UnavailableError
 from space.events.codec import encode_batch
 from space.events.commands import (
     REPLIES_KEPT_PER_CLIENT,
     CreateCapsule,
+    Guard,
     InitialiseStore,
     Receipt,
     Request,
     SetAttributes,
+    StartNfsServer,
     Unlink,
 )
 from space.events.ids import ROOT
 from space.events.types import CapsuleCreated, CommandRefused, NameLinked, NameUnlinked
 from space.statemachine import replies, sequencer
+from space.statemachine.apply import nfs_epoch_counter
 from space.statemachine.sequencer import Prepared, prepare
 from space.statemachine.tables import REPLY
 from tests.state_support import MemoryWriter
@@ -146,3 +149,24 @@ def test_a_command_that_changes_nothing_is_remembered_too(state: MemoryWriter) -
     nothing = Request(SetAttributes(bytes(ROOT)), client=CLIENT, sequence=7)
     assert decided(state, [nothing]).outcomes == [Receipt(2)]
     assert decided(state, [nothing], position=3).outcomes == [Receipt(2, repeated=True)]
+
+
+def test_a_guarded_command_is_refused_after_its_counter_has_moved(state: MemoryWriter) -> None:
+    """In one batch or in two, what is decided behind a take-over is refused, and so is every retry of it."""
+    counter = nfs_epoch_counter("s")
+
+    def guarded(number: int, epoch: int, sequence: int = 0) -> Request:
+        name = b"%d" % number
+        command = CreateCapsule(capsule(number), parent=ROOT, name=name)
+        return Request(command, "test", CLIENT if sequence else b"", sequence, Guard(counter, epoch))
+
+    start = Request(StartNfsServer("s"), guard=Guard(counter, 0))
+    first = decided(state, [guarded(2, 0), start, guarded(3, 0), guarded(4, 1), start])
+    kinds = [type(outcome) for outcome in first.outcomes]
+    assert kinds == [Receipt, Receipt, UnavailableError, Receipt, UnavailableError]
+    late = guarded(5, 0, sequence=1)
+    for position in (3, 4):
+        (outcome,) = decided(state, [late], position).outcomes
+        assert isinstance(outcome, UnavailableError)
+        assert outcome.status is Status.UNAVAILABLE
+    assert isinstance(decided(state, [guarded(6, 1)], 5).outcomes[0], Receipt)
