@@ -330,7 +330,7 @@ class LocalFileSystem:
         )
         command = create if change == NOTHING else cmd.Together((create, self._change(drawn, change)))
         try:
-            self._execute(command, caller)
+            await self._execute(command, caller)
         except ConflictError as error:
             if not verifier or error.status is not Status.EXISTS:
                 raise
@@ -342,12 +342,12 @@ class LocalFileSystem:
 
     async def link(self, node: CapsuleId, directory: CapsuleId, name: bytes, caller: Caller) -> Attributes:
         self._writable(directory)
-        self._execute(cmd.Link(node, directory, name), caller)
+        await self._execute(cmd.Link(node, directory, name), caller)
         return self.attributes(node)
 
     async def remove(self, directory: CapsuleId, name: bytes, caller: Caller, *, is_directory: bool) -> None:
         self._writable(directory)
-        self._execute(cmd.Unlink(directory, name, is_directory), caller)
+        await self._execute(cmd.Unlink(directory, name, is_directory), caller)
 
     async def rename(
         self,
@@ -362,7 +362,7 @@ class LocalFileSystem:
     ) -> None:
         self._writable(directory)
         self._writable(new_directory)
-        self._execute(cmd.Rename(directory, name, new_directory, new_name, replace, exchange), caller)
+        await self._execute(cmd.Rename(directory, name, new_directory, new_name, replace, exchange), caller)
 
     # --- bytes and attributes --------------------------------------------------------------------
 
@@ -374,14 +374,14 @@ class LocalFileSystem:
         if len(data) >= DIRECT_BYTES:
             self._settle(node)
             self._raise_late(node)
-            self._check_file(store.stat(node), offset + len(data), caller)
+            await self._check_file(store.stat(node), offset + len(data), caller)
             store.write(node, offset, data, durability=Durability.BUFFERED, actor=caller.actor)
             return
         run = self._runs.get(node)
         if run is None or run.actor != caller.actor or offset + len(data) > run.limit:
             self._settle(node)
             found = store.stat(node)
-            self._check_file(found, offset + len(data), caller)
+            await self._check_file(found, offset + len(data), caller)
             run = self._runs[node] = _Run(caller.actor, found.size if found.block_size else SIZE_MAX)
         run.add(offset, data)
         if run.is_full():
@@ -390,7 +390,7 @@ class LocalFileSystem:
             self._settle(next(iter(self._runs)))
         self._raise_late(node)
 
-    def _check_file(self, found: Stat, end: int, caller: Caller) -> None:
+    async def _check_file(self, found: Stat, end: int, caller: Caller) -> None:
         """Says now what settling would find out too late, and drops set-id bits."""
         if found.kind != Kind.FILE:
             status = Status.IS_DIRECTORY if found.kind == Kind.DIRECTORY else Status.INVALID
@@ -400,7 +400,7 @@ class LocalFileSystem:
                 f"beyond the end of a block capsule of {found.size} bytes", status=Status.NO_SPACE
             )
         if caller.uid and (mode := _without_set_id(found)) != found.mode:
-            self._execute(cmd.SetAttributes(found.id, mode=mode), caller)
+            await self._execute(cmd.SetAttributes(found.id, mode=mode), caller)
 
     async def set_attributes(self, node: CapsuleId, change: AttributeChange, caller: Caller) -> Attributes:
         store = self._writable(node)
@@ -410,7 +410,7 @@ class LocalFileSystem:
             if found.kind != Kind.DIRECTORY and mode is None:
                 cleared = _without_set_id(found)
                 mode = cleared if cleared != found.mode else None
-        self._execute(self._change(node, attrs.evolve(change, mode=mode)), caller)
+        await self._execute(self._change(node, attrs.evolve(change, mode=mode)), caller)
         return self.attributes(node)
 
     def _change(self, node: CapsuleId, change: AttributeChange) -> cmd.SetAttributes:
@@ -430,32 +430,32 @@ class LocalFileSystem:
         replace: bool = False,
     ) -> None:
         self._writable(node)
-        self._execute(cmd.SetXattr(node, name, value, create, replace), caller)
+        await self._execute(cmd.SetXattr(node, name, value, create, replace), caller)
 
     async def remove_xattr(self, node: CapsuleId, name: bytes, caller: Caller) -> None:
         self._writable(node)
-        self._execute(cmd.RemoveXattr(node, name), caller)
+        await self._execute(cmd.RemoveXattr(node, name), caller)
 
     async def allocate(self, node: CapsuleId, offset: int, length: int, caller: Caller) -> None:
         store, end = self._writable(node), offset + length
         self._settle(node)
         found = store.stat(node)
-        self._check_file(found, end, caller)
+        await self._check_file(found, end, caller)
         room = self.space()
         if end - found.allocated > room.block_bytes * room.blocks_available:
             raise UsageError(f"no room for {length} bytes", status=Status.NO_SPACE)
         if end > found.size:
-            self._execute(cmd.Resize(node, end), caller)
+            await self._execute(cmd.Resize(node, end), caller)
 
     async def deallocate(self, node: CapsuleId, offset: int, length: int, caller: Caller) -> None:
-        self._check_file(self._writable(node).stat(node), 0, caller)
-        self._execute(cmd.Deallocate(node, offset, length), caller)
+        await self._check_file(self._writable(node).stat(node), 0, caller)
+        await self._execute(cmd.Deallocate(node, offset, length), caller)
 
     async def copy(
         self, source: CapsuleId, source_offset: int, node: CapsuleId, offset: int, length: int, caller: Caller
     ) -> None:
-        self._check_file(self._writable(node).stat(node), offset + length, caller)
-        self._execute_all(
+        await self._check_file(self._writable(node).stat(node), offset + length, caller)
+        await self._execute_all(
             [
                 cmd.CopyRange(node, offset + at, source, source_offset + at, min(COPY_BYTES_MAX, length - at))
                 for at in range(0, length, COPY_BYTES_MAX)
@@ -481,12 +481,12 @@ class LocalFileSystem:
             raise RefusedError("a view of one capsule holds only that", status=Status.NOT_PERMITTED)
         return self._store
 
-    def _execute(self, command: Command, caller: Caller) -> None:
+    async def _execute(self, command: Command, caller: Caller) -> None:
         self._settle_all()
         assert self._store
         self._store.execute(command, durability=Durability.BUFFERED, actor=caller.actor)
 
-    def _execute_all(self, commands: list[Command], caller: Caller) -> None:
+    async def _execute_all(self, commands: list[Command], caller: Caller) -> None:
         """Carries out commands in one batch."""
         self._settle_all()
         assert self._store
