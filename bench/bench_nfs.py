@@ -122,14 +122,31 @@ def _one_at_a_time(sizes: Sizes) -> list[tuple[str, str, Callable[[Server], floa
         ("1 MiB sequential read", "MiB/s", with_client(read)),
         ("4 KiB random read", "IO/s", with_client(read_blocks)),
         ("4 KiB random write", "IO/s", with_client(write_blocks)),
-        ("create", "files/s", with_client(lambda client: _each(names, lambda name: client.open(name, "wb").close()))),
-        ("stat", "files/s", with_client(lambda client: _each(names, client.stat))),
-        ("unlink", "files/s", with_client(lambda client: _each(names, client.remove))),
+        ("create", "files/s", _with(
+            names, False, with_client(lambda client: _each(names, lambda name: client.open(name, "wb").close())))),
+        ("stat", "files/s", _with(names, True, with_client(lambda client: _each(names, client.stat)))),
+        ("unlink", "files/s", _with(names, True, with_client(lambda client: _each(names, client.remove)))),
     ]  # fmt: skip
 
 
 def _each(names: Sequence[str], work: Callable[[str], object]) -> float:
     return _rate(len(names), lambda: [work(name) for name in names])
+
+
+def _with(names: Sequence[str], there: bool, measure: Callable[[Server], float]) -> Callable[[Server], float]:
+    """A measurement before which files are made, or are not there any more."""
+
+    def prepared(server: Server) -> float:
+        with nfs.Client((HOST, server.port)) as client:
+            home = nfs.putfh(client.handle(server.path))
+            for name in names:
+                if there:
+                    client.create(f"{server.path}/{name}", how=nfs.UNCHECKED).close()
+                else:
+                    client.attempt(home, nfs.remove(name.encode()))
+        return measure(server)
+
+    return prepared
 
 
 def _rate(count: int, work: Callable[[], object]) -> float:
@@ -156,7 +173,8 @@ def _pipelined(sizes: Sizes, deep: int) -> list[tuple[str, str, Callable[[Server
     wide = min(deep, _WIDE)
     piece = random.Random(3).randbytes(MIB)
     block = piece[:BLOCK]
-    names = [f"deep{number}".encode() for number in range(sizes.files)]
+    files = [f"deep{number}" for number in range(sizes.files)]
+    names = [each.encode() for each in files]
 
     def opened(client: nfs.Client, server: Server) -> nfs.File:
         return client.create(f"{server.path}/deep", how=nfs.UNCHECKED)
@@ -215,9 +233,9 @@ def _pipelined(sizes: Sizes, deep: int) -> list[tuple[str, str, Callable[[Server
          on_file(sizes.blocks, deep, lambda file, n: nfs.write(file.stateid, places[n], block), stable=True)),
         ("4 KiB random write, FILE_SYNC", "IO/s",
          on_file(sizes.files, deep, lambda file, n: nfs.write(file.stateid, places[n], block, nfs.FILE_SYNC))),
-        ("create", "files/s", in_directory(create)),
-        ("stat", "files/s", in_directory(stat)),
-        ("unlink", "files/s", in_directory(lambda _, name: [nfs.remove(name)])),
+        ("create", "files/s", _with(files, False, in_directory(create))),
+        ("stat", "files/s", _with(files, True, in_directory(stat))),
+        ("unlink", "files/s", _with(files, True, in_directory(lambda _, name: [nfs.remove(name)]))),
     ]  # fmt: skip
 
 

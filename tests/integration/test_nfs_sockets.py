@@ -211,6 +211,18 @@ def test_sparse_files_copies_and_clones(serve: Serve) -> None:
             assert file.read(0, 7) == bytes(7)
 
 
+def test_small_holes_are_not_told(serve: Serve) -> None:
+    """READ_PLUS gives a hole smaller than a block as zeros: Linux cannot take an answer with such a hole apart."""
+    view = serve()
+    with Client(view.address, minor=2) as client:
+        file = client.create("f")
+        for at, length in ((0, 3073), (3105, 13279), (40_001, 5)):
+            file.write(at, b"x" * length)
+        _, segments = file.do(nfs.read_plus(file.stateid, 0, 65536))
+        assert [(each.offset, each.length) for each in segments if each.data is None] == [(16384, 20480)]
+        assert segments[0].data == b"x" * 3073 + bytes(32) + b"x" * 13279
+
+
 def test_a_copy_may_go_on_after_its_answer(serve: Serve) -> None:
     """A COPY that need not be synchronous ends, and is said to: in its answer, or by CB_OFFLOAD."""
     view = serve()

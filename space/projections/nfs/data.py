@@ -39,6 +39,10 @@ FILE_SYNC: Final = 2
 SEGMENTS_MAX: Final = 64
 """Most pieces of one READ_PLUS: each costs a look at the map."""
 
+HOLE_BYTES: Final = 4096
+"""READ_PLUS tells no smaller hole: Linux takes pieces apart in place, from the last one on, and fails with EIO where a
+hole is smaller than the heads of the pieces around it."""
+
 COPY_BYTES: Final = 1 << 20
 """Bytes that are moved at once where they cannot be shared."""
 
@@ -136,16 +140,28 @@ def _segments(node: Node, found: Attributes, offset: int, end: int) -> Iterator[
         if offset < end:
             yield offset, end, True
         return
+    at = offset
+    for start, stop in _holes(node, offset, end):
+        if start > at:
+            yield at, start, True
+        yield start, stop, False
+        at = stop
+    if at < end:
+        yield at, end, True
+
+
+def _holes(node: Node, offset: int, end: int) -> Iterator[tuple[int, int]]:
+    """The holes of a range that are worth telling, from block to block but for the ends of the range."""
     files, at = node.export.files, offset
     while at < end:
-        start = files.seek(node.id, at, data=True)
-        start = end if start is None else min(start, end)
-        if start > at:
-            yield at, start, False
-        if start == end:
+        start = files.seek(node.id, at, data=False)
+        if start is None or start >= end:
             return
-        at = min(files.seek(node.id, start, data=False) or end, end)
-        yield start, at, True
+        at = files.seek(node.id, start, data=True) or end
+        first = start if start == offset else -(-start // HOLE_BYTES) * HOLE_BYTES
+        last = end if at >= end else at // HOLE_BYTES * HOLE_BYTES
+        if last - first >= HOLE_BYTES or first < last == end:
+            yield first, last
 
 
 def _seek(ctx: Compound, args: Reader, out: Writer) -> int:
