@@ -23,11 +23,12 @@ VERSIONS: Final = ("1.34", "1.37")
 CUSTOM: Final = {
     "VolumeSnapshot": ("snapshot.storage.k8s.io/v1", "spec"),
     "VolumeSnapshotClass": ("snapshot.storage.k8s.io/v1", "driver"),
-    "VolumeGroupSnapshotClass": ("groupsnapshot.storage.k8s.io/v1beta2", "driver"),
+    "VolumeGroupSnapshotClass": ("groupsnapshot.storage.k8s.io/v1", "driver"),
 }
 """Kinds of external-snapshotter, for which there is no schema: version, and a field each has."""
 
-FILES: Final = sorted({*DEPLOYMENT.glob("base/*.yaml"), *DEPLOYMENT.glob("examples/*.yaml")})
+PATCH: Final = DEPLOYMENT / "groups" / "snapshotter.yaml"
+FILES: Final = sorted({*DEPLOYMENT.glob("*/*.yaml")} - {PATCH})
 
 
 def documents(file: Path) -> list[dict[str, Any]]:
@@ -76,11 +77,26 @@ def test_a_field_that_is_none_is_found() -> None:
 
 
 def test_everything_in_the_base_is_applied() -> None:
-    """The kustomization lists each file there is, and no other."""
-    (found,) = documents(DEPLOYMENT / "base" / "kustomization.yaml")
-    assert sorted(found["resources"]) == sorted(
-        file.name for file in (DEPLOYMENT / "base").glob("*.yaml") if file.name != "kustomization.yaml"
-    )
+    """Each kustomization lists each file there is beside it, and no other."""
+    for folder in ("base", "groups"):
+        (found,) = documents(DEPLOYMENT / folder / "kustomization.yaml")
+        listed = {*found["resources"], *(each["path"] for each in found.get("patches", ()))} - {"../base"}
+        there = {file.name for file in (DEPLOYMENT / folder).glob("*.yaml")} - {"kustomization.yaml"}
+        assert listed == there
+
+
+def test_the_patch_for_groups_changes_what_is_there() -> None:
+    """The patch names a workload and a container of the base, and only adds to what that container is told."""
+    (patch,) = documents(PATCH)
+    (workload,) = [
+        each for each in of_kind(patch["kind"]) if each["metadata"]["name"] == patch["metadata"]["name"]
+    ]
+    (changed,) = patch["spec"]["template"]["spec"]["containers"]
+    containers = workload["spec"]["template"]["spec"]["containers"]
+    (before,) = [each for each in containers if each["name"] == changed["name"]]
+    assert set(before["args"]) < set(changed["args"])
+    (base,) = documents(DEPLOYMENT / "base" / "kustomization.yaml")
+    assert patch["metadata"]["namespace"] == base["namespace"]
 
 
 def test_every_name_of_the_driver_is_the_drivers() -> None:
