@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -18,6 +15,8 @@ from space._node.caller import Caller, Document
 from space.cli_session import Session, emit, note, open_or_ask, to_json
 
 if TYPE_CHECKING:
+    import subprocess
+
     from space._node.csi_client import Ask
     from space._node.csi_owner import VolumeTarget
     from space._node.store import Store
@@ -119,6 +118,9 @@ def check_available() -> None:
 
 
 def _node_name(given: str | None) -> str:
+    import re
+    import socket
+
     name = given or socket.gethostname()
     if len(name) > NODE_CHARACTERS_MAX or not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", name):
         raise UsageError(f"not the name of a node: {name!r:.200}", hint="--node-id NAME")
@@ -214,6 +216,8 @@ def _asker(data: Path) -> Ask:
 
 def _spawn(data: Path, home: Path) -> subprocess.Popen[bytes]:
     """An owner in a session of its own: no signal meant for the driver reaches it."""
+    import subprocess
+
     program = "import sys; from space.cli import main; sys.exit(main())"
     command = [
         sys.executable,
