@@ -18,6 +18,7 @@ PROJECT: Final[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_te
 SPACE: Final = ROOT / "space"
 EXTRAS: Final = {
     "fuse": (SPACE / "projections" / "fuse",),
+    "csi": (SPACE / "projections" / "csi", *(SPACE / "_node").glob("csi_*.py")),
     "nvme": (SPACE / "_node" / "nvme_view.py",),
     "cluster": (
         SPACE / "replication",
@@ -28,10 +29,11 @@ pytest_plugins = ["pytester"]
 
 IMPORT_ALL = """
 import pkgutil, sys
-sys.modules.update(dict.fromkeys(["pyfuse3", "trio", "space_raft_engine", "aiohttp", "uvloop"]))
+sys.modules.update(dict.fromkeys(["pyfuse3", "trio", "space_raft_engine", "aiohttp", "uvloop", "grpc", "google"]))
 import space
 for module in pkgutil.walk_packages(space.__path__, "space."):
-    if not module.name.startswith(("space.projections.fuse", "space._node.http")):
+    late = ("space.projections.fuse", "space._node.http", "space.projections.csi.", "space._node.csi_")
+    if not module.name.startswith(late):
         __import__(module.name)
 """
 
@@ -85,7 +87,7 @@ def test_every_dependency_has_its_reason() -> None:
 
 
 def test_one_node_imports_without_extras() -> None:
-    """Every module but the mount and the HTTP server imports without what the extras bring."""
+    """Every module but the mount, the HTTP server and the CSI driver imports without what the extras bring."""
     subprocess.run([sys.executable, "-c", IMPORT_ALL], check=True, cwd=ROOT)
 
 
