@@ -151,8 +151,12 @@ def _device(take: Unpacker) -> tuple[int, int]:
     return take.u32(), take.u32()
 
 
-def _mode(take: Unpacker) -> int:
-    return take.u32()
+def _acl(take: Unpacker) -> list[tuple[int, int, int, bytes]]:
+    return take.array(lambda: (take.u32(), take.u32(), take.u32(), take.opaque()))
+
+
+def _open_arguments(take: Unpacker) -> list[list[int]]:
+    return [take.bitmap() for _ in range(5)]  # RFC 9754, section 4
 
 
 ATTRIBUTES: Final[Mapping[str, tuple[int, Callable[[Unpacker], Any]]]] = {
@@ -160,12 +164,14 @@ ATTRIBUTES: Final[Mapping[str, tuple[int, Callable[[Unpacker], Any]]]] = {
     "change": (3, Unpacker.u64), "size": (4, Unpacker.u64), "link_support": (5, Unpacker.boolean),
     "symlink_support": (6, Unpacker.boolean), "named_attr": (7, Unpacker.boolean), "fsid": (8, _two),
     "unique_handles": (9, Unpacker.boolean), "lease": (10, Unpacker.u32), "rdattr_error": (11, Unpacker.u32),
+    "acl": (12, _acl), "aclsupport": (13, Unpacker.u32), "btime": (50, _time), "charset": (76, Unpacker.u32),
+    "open_arguments": (86, _open_arguments),
     "cansettime": (15, Unpacker.boolean), "case_insensitive": (16, Unpacker.boolean),
     "case_preserving": (17, Unpacker.boolean), "chown_restricted": (18, Unpacker.boolean),
     "handle": (19, Unpacker.opaque), "fileid": (20, Unpacker.u64), "files_avail": (21, Unpacker.u64),
     "files_free": (22, Unpacker.u64), "files_total": (23, Unpacker.u64), "homogeneous": (26, Unpacker.boolean),
     "maxfilesize": (27, Unpacker.u64), "maxlink": (28, Unpacker.u32), "maxname": (29, Unpacker.u32),
-    "maxread": (30, Unpacker.u64), "maxwrite": (31, Unpacker.u64), "mode": (33, _mode),
+    "maxread": (30, Unpacker.u64), "maxwrite": (31, Unpacker.u64), "mode": (33, Unpacker.u32),
     "no_trunc": (34, Unpacker.boolean), "nlink": (35, Unpacker.u32), "owner": (36, Unpacker.opaque),
     "group": (37, Unpacker.opaque), "rawdev": (41, _device), "space_avail": (42, Unpacker.u64),
     "space_free": (43, Unpacker.u64), "space_total": (44, Unpacker.u64), "space_used": (45, Unpacker.u64),
