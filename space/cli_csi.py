@@ -53,6 +53,9 @@ State = Annotated[
     typer.Option("--state", metavar="DIR", help="Notes and the mount of all volumes; else DIR/csi."),
 ]
 Metrics = Annotated[str, typer.Option("--metrics", metavar="HOST:PORT", help="Answer /metrics there.")]
+GcHours = Annotated[
+    float, typer.Option("--gc-hours", metavar="N", min=0, help="Give space back every N hours; 0 is never.")
+]
 NoSpawn = Annotated[bool, typer.Option("--no-spawn", help="Wait for an owner of the store; never start one.")]
 
 
@@ -66,6 +69,7 @@ def csi(
     state: State = None,
     metrics: Metrics = "",
     no_spawn: NoSpawn = False,
+    gc_hours: GcHours = 0,
 ) -> None:
     """Serve volumes to a container orchestrator (CSI 1.12) until interrupted.
 
@@ -85,7 +89,7 @@ def csi(
     data = session.data.absolute()
     home = (state or data / STATE).absolute()
     if mode == "store":
-        _serve_store(data, home)
+        _serve_store(data, home, gc_hours)
         return
     _serve_driver(
         data,
@@ -97,6 +101,7 @@ def csi(
         limit=max_volumes,
         metrics=metrics,
         spawn=mode != "controller" and not no_spawn,
+        gc_hours=gc_hours,
     )
 
 
@@ -127,8 +132,10 @@ def _node_name(given: str | None) -> str:
     return name
 
 
-def _serve_store(data: Path, home: Path) -> None:
+def _serve_store(data: Path, home: Path, gc_hours: float) -> None:
     """Owns the store and shows its volumes, until it is told to end."""
+    import logging
+
     from space._node import csi_owner
     from space.control import ControlServer
 
@@ -141,6 +148,7 @@ def _serve_store(data: Path, home: Path) -> None:
     def control(target: VolumeTarget) -> ControlServer:
         return ControlServer(target)
 
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     csi_owner.serve(
         data,
@@ -148,6 +156,7 @@ def _serve_store(data: Path, home: Path) -> None:
         lambda stack: stack.enter_context(_owned(data)),
         control,
         ready,
+        collect_seconds=gc_hours * 3600,
     )
 
 
@@ -178,6 +187,7 @@ def _serve_driver(
     limit: int,
     metrics: str,
     spawn: bool,
+    gc_hours: float,
 ) -> None:
     import asyncio
     import logging
@@ -196,7 +206,9 @@ def _serve_driver(
         note(f"CSI on {found['endpoint']}")
 
     async def run() -> None:
-        await Driver(config, _asker(data), (lambda: _spawn(data, home)) if spawn else None).run(ready)
+        await Driver(config, _asker(data), (lambda: _spawn(data, home, gc_hours)) if spawn else None).run(
+            ready
+        )
 
     asyncio.run(run())
 
@@ -214,7 +226,7 @@ def _asker(data: Path) -> Ask:
     return ask
 
 
-def _spawn(data: Path, home: Path) -> subprocess.Popen[bytes]:
+def _spawn(data: Path, home: Path, gc_hours: float) -> subprocess.Popen[bytes]:
     """An owner in a session of its own: no signal meant for the driver reaches it."""
     import subprocess
 
@@ -230,6 +242,8 @@ def _spawn(data: Path, home: Path) -> subprocess.Popen[bytes]:
         "store",
         "--state",
         str(home),
+        "--gc-hours",
+        str(gc_hours),
     ]
     with open(home / "store.log", "ab") as log:
         return subprocess.Popen(

@@ -7,15 +7,17 @@ store answers, it answers the calls of :class:`VolumeCalls`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import attrs
 
-from space._errors import UsageError
+from space._errors import SpaceError, UsageError
 from space._node import views
 from space._node.caller import Caller, Document, Terms
 from space._node.calls import StoreTarget
@@ -23,10 +25,14 @@ from space._node.csi_files import VolumeFiles
 from space._node.csi_volumes import TOP, VOLUMES, VolumeTree
 from space._node.store import Store
 from space.projections.csi.model import Published, Wanted
+from space.projections.feed import Progress
 
 VIEW: Final = "csi"
 SOURCE: Final = "space:/csi/volumes"
 """How the mount of all volumes is named in mountinfo."""
+
+
+log: Final = logging.getLogger("space.csi")
 
 
 class VolumeCalls:
@@ -155,12 +161,53 @@ class VolumeTarget:
         return self._store.call(method, arguments, caller, terms)
 
 
+class _OverError(Exception):
+    """A collection is given up, because the owner ends."""
+
+
+@contextlib.contextmanager
+def collecting(store: Store, seconds: float) -> Iterator[None]:
+    """Gives back what deleted volumes and snapshots held, every so often while it is entered; 0 is never.
+
+    Nobody writes while that goes on, which is as long as it takes to read the metadata of the log.
+    """
+    over = threading.Event()
+
+    def told(_: Progress) -> None:
+        if over.is_set():
+            raise _OverError
+
+    def work() -> None:
+        while not over.wait(seconds):
+            try:
+                report = store.gc(on_progress=told)
+                log.info(
+                    "gave back %d bytes; %d capsules purged", report.bytes_given_back, report.capsules_purged
+                )
+            except SpaceError as error:
+                log.warning("nothing was given back: %s", error)
+            except _OverError:
+                return
+
+    thread = threading.Thread(target=work, name="space-csi-gc")
+    if seconds:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if seconds:
+            thread.join()
+
+
 def serve(
     data: Path,
     target: str,
     store_of: Callable[[contextlib.ExitStack], Store],
     control: Callable[[VolumeTarget], contextlib.AbstractContextManager[object]],
     ready: Callable[[Document], None],
+    *,
+    collect_seconds: float = 0,
 ) -> None:
     """Opens the store, shows its volumes at ``target``, and answers until it is told to end.
 
@@ -172,6 +219,7 @@ def serve(
     fuse.check_available()
     with contextlib.ExitStack() as stack:
         store = store_of(stack)
+        stack.enter_context(collecting(store, collect_seconds))
         path = os.path.realpath(target)
         home = VolumeTree(store).volumes_home
         files = VolumeFiles(store, home)
