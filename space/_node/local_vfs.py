@@ -372,16 +372,16 @@ class LocalFileSystem:
         if offset < 0 or offset + len(data) > SIZE_MAX:
             raise UsageError(f"offset {offset} is beyond the largest size", status=Status.TOO_LARGE)
         if len(data) >= DIRECT_BYTES:
-            self._settle(node)
-            self._raise_late(node)
             await self._check_file(store.stat(node), offset + len(data), caller)
+            self._settle(node)  # after the wait: others may have written meanwhile
+            self._raise_late(node)
             store.write(node, offset, data, durability=Durability.BUFFERED, actor=caller.actor)
             return
         run = self._runs.get(node)
         if run is None or run.actor != caller.actor or offset + len(data) > run.limit:
-            self._settle(node)
             found = store.stat(node)
             await self._check_file(found, offset + len(data), caller)
+            self._settle(node)  # after the wait, as above: a run that has begun is not to be lost
             run = self._runs[node] = _Run(caller.actor, found.size if found.block_size else SIZE_MAX)
         run.add(offset, data)
         if run.is_full():
