@@ -82,6 +82,7 @@ def _options(config: str | None, given: Document) -> ServeOptions:
 
     found = load(config) if config is not None else {}
     found |= {key: value for key, value in given.items() if value is not None}
+    views = found.get("views", ())
     return ServeOptions(
         listen=found.get("listen"),
         advertise=found.get("advertise"),
@@ -92,7 +93,8 @@ def _options(config: str | None, given: Document) -> ServeOptions:
         tls=Path(found["tls"]).expanduser() if found.get("tls") else None,
         insecure=bool(found.get("insecure")),
         mounts=tuple(_mount(text) for text in found.get("mount", ())),
-        nvme=tuple(view.options() for view in found.get("views", ())),
+        nvme=tuple(view.nvme() for view in views if view.kind == "nvme"),
+        nfs=tuple(view.nfs() for view in views if view.kind == "nfs"),
     )
 
 

@@ -329,13 +329,18 @@ def _serve_nvme_in_node(
     sys.stdout.flush()
     note(ready["discover"])
     note(ready["connect"])
+    _until_ended(node, "nvme", ready["target"])
+
+
+def _until_ended(node: Any, kind: str, target: str) -> None:
+    """Ends a view of a node with this command; the node may end it before."""
     over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: over.set())
     while not over.wait(NODE_POLL_SECONDS):
-        if node.owner().get("nvme") != ready["target"]:
+        if node.owner().get(kind) != target:
             return
-    node.unmount(target=ready["target"])
+    node.unmount(target=target)
 
 
 def _absolute_key(text: str) -> str:
@@ -369,8 +374,9 @@ def _serve_nfs(
     session: Session = context.obj
     if not sources:
         raise UsageError("say what to serve: --path PATH of a tree, or --id C, more of them")
-    if session.node:
-        raise UsageError("a view is served where the store is", hint="leave --node out, and say --data DIR")
+    if (owner := _owning_node(session, at)) is not None:
+        _serve_nfs_in_node(owner, sources, listen, read_only, offer)
+        return
     begun = time.monotonic()
     from space._node import nfs_view, nvme_view, views
 
@@ -398,6 +404,27 @@ def _serve_nfs(
             note(found["mount"])
 
         nfs_view.serve(reading, sources, listen=address, options=options, ready=ready)
+
+
+def _serve_nfs_in_node(
+    node: Any, sources: list[str], listen: str | None, read_only: bool, offer: _Offer
+) -> None:
+    """Has a running node serve; until this command is ended, or another node serves."""
+    from space._node import nfs_view
+
+    ready = node.serve_nfs(
+        sources=sources,
+        listen=listen or nfs_view.LISTEN_DEFAULT,
+        read_only=read_only,
+        squash=offer.squash,
+        clients=list(offer.clients),
+        lease=offer.lease,
+        grace=offer.grace,
+    )
+    emit(to_json(ready))
+    sys.stdout.flush()
+    note(ready["mount"])
+    _until_ended(node, "nfs", ready["target"])
 
 
 def _reading(stack: contextlib.ExitStack, data: Path, *, at: str | None, create: bool) -> Store | PastBeside:

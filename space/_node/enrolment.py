@@ -18,6 +18,7 @@ from space._errors import CorruptionError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from space._node.cluster import NodeConfig
+    from space._node.nfs_node import NfsOptions
     from space._node.nvme_node import NvmeOptions
 
 INVITATION: Final = "invitation.json"
@@ -39,6 +40,7 @@ class ServeOptions:
         insecure: no certificates; only on addresses of this machine.
         mounts: ``(target, path)`` to mount when it is ready.
         nvme: what to serve to NVMe hosts as soon as it can be; at most one, as a node has one subsystem.
+        nfs: what to serve to NFS clients when it is this node's turn; at most one, as a cluster is one server.
     """
 
     listen: str | None = None
@@ -51,6 +53,7 @@ class ServeOptions:
     insecure: bool = False
     mounts: tuple[tuple[str, str], ...] = ()
     nvme: tuple[NvmeOptions, ...] = ()
+    nfs: tuple[NfsOptions, ...] = ()
 
 
 def prepare(home: Path, options: ServeOptions) -> NodeConfig:

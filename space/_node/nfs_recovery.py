@@ -20,6 +20,20 @@ ACTOR = "nfs"
 _VERIFIER_BYTES = 8
 
 
+def epoch_of(store: Store, server: str) -> int:
+    """In which epoch a server is: how often it was started."""
+    with store._read() as txn:
+        (epoch,) = U64.unpack(txn.get(COUNTER, nfs_epoch_counter(server)) or bytes(U64.size))
+    return int(epoch)
+
+
+def recorded_clients(store: Store, server: str) -> dict[bytes, bytes]:
+    """Who may claim state of a server: the owner's verifier by owner."""
+    with store._read() as txn:
+        rows = [bytes(row) for _, row in txn.scan(NFS_CLIENT, nfs_server_key(server))]
+    return {row[_VERIFIER_BYTES:]: row[:_VERIFIER_BYTES] for row in rows}
+
+
 class StoreRecovery(Recovery):
     """The recovery journal of one server of a store."""
 
@@ -33,10 +47,7 @@ class StoreRecovery(Recovery):
         self._server = server
         self._queued: list[cmd.Command] = []
         store.execute(cmd.StartNfsServer(server), actor=ACTOR)
-        with store._read() as txn:
-            (epoch,) = U64.unpack(txn.get(COUNTER, nfs_epoch_counter(server)) or bytes(U64.size))
-            rows = [bytes(row) for _, row in txn.scan(NFS_CLIENT, nfs_server_key(server))]
-        super().__init__(epoch, {row[_VERIFIER_BYTES:]: row[:_VERIFIER_BYTES] for row in rows})
+        super().__init__(epoch_of(store, server), recorded_clients(store, server))
 
     @property
     def dirty(self) -> bool:
@@ -63,4 +74,6 @@ class StoreRecovery(Recovery):
         for outcome in await asyncio.to_thread(self._store.execute_all, requests):
             if isinstance(outcome, SpaceError):
                 raise outcome
-        del self._queued[: len(requests)]  # only now: until then nobody must think that there is nothing to wait for
+        del self._queued[
+            : len(requests)
+        ]  # only now: until then nobody must think that there is nothing to wait for

@@ -120,32 +120,44 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, over.set)
     found = _exports(reading, sources, options)
-    name = CapsuleId(_store_id(reading)).derive(b"nfs server" + _moment(reading).encode())
     if isinstance(reading, Store):
-        recovery: Recovery = await asyncio.to_thread(StoreRecovery, reading, f"space:{name}")
+        recovery: Recovery = await asyncio.to_thread(StoreRecovery, reading, server_name(reading))
     else:
         recovery = Recovery(secrets.randbits(32))
-    tasks, clock = Tasks(), Clock(loop.time)
-    service = Service(
-        Exports(found, key=_handle_key(reading), time_ns=time.time_ns()),
-        make_shell(tasks),
-        recovery,
-        name=f"space:{name}".encode(),
-        now=clock(),
-        config=options.config(),
-    )
-    server = Server(service, tasks, clock)
+    server = server_of(reading, found, recovery, options.config())
+    service = server.service
     async with contextlib.AsyncExitStack() as stack:
         for each in found:
             stack.push_async_callback(each.files.sync)
         stack.push_async_callback(server.close)
         if isinstance(reading, Store):
-            watch = Watch(service.state, now=clock)
+            watch = Watch(service.state, now=server.now)
             reading.watchers.append(watch)
             stack.callback(reading.watchers.remove, watch)
-        host, port = await _listening(server, listen)
-        ready(_document(host, port, found, sources, service))
+        host, port = await listening(server, listen)
+        ready(document_of(host, port, found, sources, service))
         await over.wait()
+
+
+def server_name(reading: Store | PastBeside) -> str:
+    """What a server calls itself: the same after every restart, and on every node of a cluster."""
+    return f"space:{CapsuleId(_store_id(reading)).derive(b'nfs server' + _moment(reading).encode())}"
+
+
+def server_of(
+    reading: Store | PastBeside, exports: Sequence[Export], recovery: Recovery, config: Config
+) -> Server:
+    """A server on the running loop; it does not listen yet."""
+    tasks, clock = Tasks(), Clock(asyncio.get_running_loop().time)
+    service = Service(
+        Exports(exports, key=_handle_key(reading), time_ns=time.time_ns()),
+        make_shell(tasks),
+        recovery,
+        name=server_name(reading).encode(),
+        now=clock(),
+        config=config,
+    )
+    return Server(service, tasks, clock)
 
 
 def _store_id(reading: Store | PastBeside) -> bytes:
@@ -163,11 +175,32 @@ def _handle_key(reading: Store | PastBeside) -> bytes:
 
 
 def _exports(reading: Store | PastBeside, sources: Sequence[str], options: Options) -> list[Export]:
-    exports: list[Export] = []
     files: LocalFileSystem | None = None
+
+    def opened(root: CapsuleId) -> LocalFileSystem:
+        nonlocal files
+        files = LocalFileSystem(reading, root, read_only=options.read_only, beside=files)
+        return files
+
+    return exports_of(reading, sources, options, opened)
+
+
+def exports_of(
+    reading: Store | PastBeside,
+    sources: Sequence[str],
+    options: Options,
+    opened: Callable[[CapsuleId], LocalFileSystem],
+) -> list[Export]:
+    """What ``sources`` (paths or ids) stand for, each with the file system that ``opened`` gives for its root.
+
+    Raises:
+        NotFoundError: there is no such capsule.
+        UsageError: it is neither a directory nor a file.
+    """
+    exports: list[Export] = []
     for source in sources:
         root = reading.resolve(source)
-        files = LocalFileSystem(reading, root, read_only=options.read_only, beside=files)
+        files = opened(root)
         exports.append(
             Export(
                 export_number(_store_id(reading), root, _moment(reading)),
@@ -186,7 +219,12 @@ def _place(source: str) -> tuple[bytes, ...]:
     return tuple(part.encode() for part in source.split("/") if part)
 
 
-async def _listening(server: Server, listen: tuple[str, int]) -> tuple[str, int]:
+async def listening(server: Server, listen: tuple[str, int]) -> tuple[str, int]:
+    """Has a server listen, and says at which host and port.
+
+    Raises:
+        UnavailableError: the address is in use, or not this machine's.
+    """
     host, port = listen
     try:
         return await server.start(Listener(host, port))
@@ -205,9 +243,10 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _document(
+def document_of(
     host: str, port: int, exports: Sequence[Export], sources: Sequence[str], service: Service
 ) -> Document:
+    """What is told of a server that listens."""
     shown = host
     with contextlib.suppress(ValueError):
         if ipaddress.ip_address(host).is_unspecified:

@@ -23,6 +23,8 @@ from space._errors import NotFoundError, NotLeaderError, UnavailableError, Usage
 from space._node.caller import Caller, Document, Terms
 from space._node.enrolment import INVITATION
 from space._node.mounts import Mounts
+from space._node.nfs_node import METHOD as NFS_METHOD
+from space._node.nfs_node import NfsOptions, NfsViews
 from space._node.nvme_node import METHOD as NVME_METHOD
 from space._node.nvme_node import NvmeOptions, NvmeViews
 from space._node.service import Service, methods
@@ -58,6 +60,7 @@ class NodeService:
             "cluster": str(uuid.UUID(bytes=node.config.cluster)),
             "shards": node.config.shards,
             "nvme": self._target.nvme.target(),
+            "nfs": self._target.nfs.target(),
         }
 
     def cluster_status(self) -> Document:
@@ -184,9 +187,30 @@ class NodeService:
         options = NvmeOptions(tuple(sources), parse_listen(listen), read_only, access)
         return self._target.nvme.serve(options)
 
+    def serve_nfs(
+        self,
+        *,
+        sources: list[str],
+        listen: str,
+        read_only: bool = False,
+        squash: str = "root",
+        clients: list[str] | None = None,
+        lease: int | None = None,
+        grace: int | None = None,
+    ) -> Document:
+        """Exports trees and capsules (paths or ids) to NFS clients in the node's own process."""
+        from space._node.nfs_view import parse_options
+        from space._node.nvme_view import parse_listen
+
+        offer = parse_options(
+            read_only=read_only, squash=squash, clients=clients or [], lease=lease, grace=grace
+        )
+        return self._target.nfs.serve(NfsOptions(tuple(sources), parse_listen(listen), offer))
+
     def unmount(self, *, target: str) -> Document:
         """Ends a view of the node (a mount, or what is served at an address) and waits until it is gone."""
-        return self._target.nvme.end(target) or self._target.mounts.end(target)
+        node = self._target
+        return node.nvme.end(target) or node.nfs.end(target) or node.mounts.end(target)
 
 
 def _sum(reports: list[Document], names: tuple[str, ...]) -> Document:
@@ -209,6 +233,7 @@ class NodeTarget:
         self.node = node
         self.mounts = mounts
         self.nvme = NvmeViews(node.home, node, self.reading_for)
+        self.nfs = NfsViews(node.home, node, self.reading_for)
         self.calls = 0
         node.node.on_call = self._for_a_peer
 
@@ -309,6 +334,8 @@ class NodeTarget:
     def _for_a_peer(self, shard: int, method: str) -> Any:
         if method == NVME_METHOD:
             return self.nvme.portals()
+        if method == NFS_METHOD:
+            return self.nfs.claim()
         if method not in ("gc", "gc dry"):
             raise UsageError(f"no such operation for a leader: {method!r:.40}", hint="is this node older?")
         return self._collect(shard, method)

@@ -16,19 +16,18 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from space._errors import ConflictError, SpaceError, UnavailableError, UsageError
+from space._errors import SpaceError, UnavailableError, UsageError
 from space._node import views
 from space._node.caller import Document
 from space._node.local_block import BlockWriter, namespace_number
+from space._node.node_views import NodeViews, Running, ask_others
 from space._node.nvme_tree import Source
 from space._node.nvme_view import Home, View, subsystem_name
 from space.events.ids import CapsuleId
@@ -40,7 +39,6 @@ from space.projections.nvme.target import (
     Port,
     Referral,
 )
-from space.replication.node import parse_address
 
 if TYPE_CHECKING:
     from space._node.cluster import ClusterNode
@@ -55,13 +53,9 @@ LEADERLESS_SECONDS: Final = 1.0
 PORTALS_SECONDS: Final = 2.0
 """How often the others are asked where they serve."""
 
-ASK_SECONDS: Final = 1.0
 CONFIRM_SECONDS: Final = 2.0
 """How long a view that begins waits for a leader, to know what is newest; then it shows what is here."""
 
-AGAIN_SECONDS: Final = 1.0
-READY_SECONDS: Final = 60.0
-END_SECONDS: Final = 60.0
 PORTS_MAX: Final = 16
 """Of one other node: what it says is not believed beyond that."""
 
@@ -263,159 +257,30 @@ class Portals:
 # --- the view --------------------------------------------------------------------------------------
 
 
-@attrs.define(eq=False)
-class _Running:
-    """A view in its thread."""
-
-    options: NvmeOptions
-    ready: Future[Document]
-    again: bool
-    over: threading.Event = attrs.field(factory=threading.Event)
-    thread: threading.Thread | None = None
-    wake: Callable[[], None] = attrs.field(default=lambda: None)
-    portals: list[list[Any]] = attrs.field(factory=list)
-    view: Document = attrs.field(factory=dict)
-
-    def end(self) -> None:
-        """Tells it to end."""
-        self.over.set()
-        self.wake()
-
-    def join(self, seconds: float) -> None:
-        """Waits for its thread."""
-        if self.thread is not None:
-            self.thread.join(seconds)
-
-    def is_alive(self) -> bool:
-        """Whether it has not ended."""
-        return self.thread is not None and self.thread.is_alive()
-
-
-class NvmeViews:
+class NvmeViews(NodeViews[NvmeOptions]):
     """The NVMe view of a node; there is one at a time, as all of it is one subsystem."""
 
+    protocol = "NVMe"
+    log = log
+
     def __init__(self, home: Path, node: ClusterNode, store_of: Callable[[str], Member]) -> None:
+        """The views of a node, with its directory and the shard each source is in."""
+        super().__init__()
         self._home = home
         self._node = node
         self._store_of = store_of
-        self._lock = threading.Lock()
-        self._running: _Running | None = None
-        self._closed = False
-
-    def serve(self, options: NvmeOptions) -> Document:
-        """Serves, and says where and what.
-
-        Raises:
-            ConflictError: this node serves already.
-            SpaceError: it cannot be served.
-        """
-        running = self._begin(options, again=False)
-        try:
-            return running.ready.result(READY_SECONDS)
-        except TimeoutError:
-            running.end()
-            raise UnavailableError("the view is not ready", hint="space cluster status") from None
-
-    def keep_serving(self, options: NvmeOptions) -> None:
-        """Serves as soon as it can: what is to be served may only come with the log, and a quorum with time."""
-        self._begin(options, again=True)
-
-    def _begin(self, options: NvmeOptions, *, again: bool) -> _Running:
-        running = _Running(options, Future(), again)
-        with self._lock:
-            if self._closed:
-                raise UnavailableError("this node is stopping")
-            if self._running is not None and self._running.is_alive():
-                at = self._running.view.get("target", "an address")
-                raise ConflictError(
-                    f"this node serves NVMe at {at} already", hint=f"space project stop {at}, then again"
-                )
-            self._running = running
-            running.thread = threading.Thread(
-                target=self._run, args=(running,), name="space-nvme", daemon=True
-            )
-            running.thread.start()
-        return running
-
-    def target(self) -> str | None:
-        """The address that is served at, if there is one."""
-        running = self._running
-        return running.view.get("target") if running is not None and running.is_alive() else None
+        self._portals: list[list[Any]] = []
 
     def portals(self) -> list[list[Any]]:
         """Where this node serves, for its peers: address, port and whether it is for discovery alone."""
         running = self._running
-        return list(running.portals) if running is not None and running.is_alive() else []
+        return list(self._portals) if running is not None and running.is_alive() else []
 
-    def end(self, target: str) -> Document | None:
-        """Ends the view at an address and waits until it is gone; None: there is none at that address.
-
-        Raises:
-            UnavailableError: it has not ended yet.
-        """
-        running = self._running
-        if running is None or not running.is_alive() or running.view.get("target") != target:
-            return None
-        running.end()
-        running.join(END_SECONDS)
-        if running.is_alive():
-            raise UnavailableError(f"the view at {target} has not ended yet")
-        return dict(running.view)
-
-    def retire(self, seconds: float) -> None:
-        """Takes no more, and lets what is under way end so long."""
-        with self._lock:
-            self._closed = True
-        if self._running is not None:
-            self._running.end()
-            self._running.join(seconds)
-
-    def close(self) -> None:
-        """Waits until the view has ended; the node has stopped, so that nothing under way waits for a leader."""
-        if self._running is not None:
-            self._running.join(END_SECONDS)
-
-    # --- its thread --------------------------------------------------------------------------------
-
-    def _run(self, running: _Running) -> None:
-        try:
-            import uvloop
-
-            factory: Callable[[], asyncio.AbstractEventLoop] | None = uvloop.new_event_loop
-        except ImportError:
-            factory = None
-        said = ""
-        while not running.over.is_set():
-            try:
-                with asyncio.Runner(loop_factory=factory) as runner:
-                    runner.run(self._serve(running))
-            except SpaceError as error:
-                if not running.again or running.ready.done():
-                    self._failed(running, error)
-                    return
-                if str(error) != said:
-                    log.warning("NVMe is not served yet: %s", error)
-                    said = str(error)
-                running.over.wait(AGAIN_SECONDS)
-            except Exception as error:
-                log.exception("the NVMe view broke")
-                self._failed(running, SpaceError(f"{type(error).__name__}: {error}"))
-                return
-        if not running.ready.done():
-            running.ready.set_exception(UnavailableError("this node is stopping"))
-
-    @staticmethod
-    def _failed(running: _Running, error: SpaceError) -> None:
-        if running.ready.done():
-            log.error("the NVMe view ended: %s", error)
-        else:
-            running.ready.set_exception(error)
-
-    async def _serve(self, running: _Running) -> None:
+    async def _serve(self, running: Running[NvmeOptions]) -> None:
         begun = time.monotonic()
-        loop, over = asyncio.get_running_loop(), asyncio.Event()
-        running.wake = lambda: _call(loop, over.set)
-        if running.over.is_set():
+        over = running.told_to_end()
+        self._portals = []
+        if over.is_set():
             return
         options = running.options
         async with contextlib.AsyncExitStack() as stack:
@@ -431,7 +296,7 @@ class NvmeViews:
             leadership = Leadership(self._node.stores)
             _tell_leaders(view, leadership)
             await view.listen(options.listen, first_port=first_port(self._node.config.node))
-            running.portals = [[each.address, each.service, each.discovery_only] for each in view.ports]
+            self._portals = [[each.address, each.service, each.discovery_only] for each in view.ports]
             running.view = self._view(view, options)
             stack.enter_context(views.registered(self._home, running.view))
             for work in (_follow_leaders(view, leadership), self._follow_portals(view)):
@@ -468,37 +333,13 @@ class NvmeViews:
         portals = Portals()
         while True:
             try:
-                members, answers = await asyncio.to_thread(self._ask)
+                members, answers = await asyncio.to_thread(ask_others, self._node, METHOD)
             except SpaceError as error:
                 log.debug("where others serve: %s", error)
             else:
                 portals.learn(members, answers)
                 view.target.set_others(*portals.told())
             await asyncio.sleep(PORTALS_SECONDS)
-
-    def _ask(self) -> tuple[dict[int, str], dict[int, Any]]:
-        """The other members with their hosts, and what those say that answer."""
-        members = {
-            node: parse_address(address)[0]
-            for node, (_, address) in self._node.store.members().items()
-            if address and node != self._node.config.node
-        }
-
-        async def ask(node: Any) -> dict[int, Any]:
-            async def one(peer: int) -> tuple[int, Any]:
-                answer, _ = await node.transport.request(peer, "call", [0, METHOD], timeout=ASK_SECONDS)
-                return peer, answer
-
-            found = await asyncio.gather(*(one(peer) for peer in members), return_exceptions=True)
-            return dict(each for each in found if not isinstance(each, BaseException))
-
-        answers: dict[int, Any] = self._node.call(ask, seconds=2 * ASK_SECONDS)
-        return members, answers
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
-    with contextlib.suppress(RuntimeError):  # it has ended
-        loop.call_soon_threadsafe(function)
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

@@ -128,6 +128,8 @@ class Running:
                 self._mounts.mount(node.reading_for, path, target, read_only=False)
             for view in options.nvme:
                 node.nvme.keep_serving(view)
+            for offered in options.nfs:
+                node.nfs.keep_serving(offered)
         except BaseException:
             self.stop()
             raise
@@ -161,10 +163,12 @@ class Running:
             self._http.retire(RETIRE_SECONDS)
         if self._target is not None:
             self._target.nvme.retire(RETIRE_SECONDS)
+            self._target.nfs.retire(RETIRE_SECONDS)
         self._mounts.close()
         self.node.stop()
         if self._target is not None:
             self._target.nvme.close()
+            self._target.nfs.close()
         if self._http is not None:
             self._http.close()
         if self._listener is not None:
@@ -190,9 +194,10 @@ class RunningAlone:
                 raise UnavailableError(f"{flag} needs the consensus engine", hint=ENGINE_HINT)
         if options.mounts:
             raise UnavailableError("--mount of a node needs the consensus engine", hint="space project mount")
-        if options.nvme:
+        if options.nvme or options.nfs:
+            kind = "nvme" if options.nvme else "nfs"
             raise UnavailableError(
-                "views of a node need the consensus engine", hint="space project --view nvme"
+                "views of a node need the consensus engine", hint=f"space project --view {kind}"
             )
         self._http: HttpServer | None = None
         self._store: Store = Store(home)

@@ -11,6 +11,7 @@ from space._errors import NotFoundError, UsageError
 from space._node.caller import Document
 
 if TYPE_CHECKING:
+    from space._node.nfs_node import NfsOptions
     from space._node.nvme_node import NvmeOptions
 
 CONFIG_BYTES_MAX: Final = 64 * 1024
@@ -21,16 +22,12 @@ MOUNTS_MAX: Final = 64
 
 @attrs.frozen
 class View:
-    """An NVMe view that a node serves: ``sources`` are ids and paths, the rest as ``space project`` has it."""
+    """An NVMe or NFS view that a node serves, with its keys, as ``space project`` has its options."""
 
-    sources: tuple[str, ...]
-    listen: str
-    read_only: bool = False
-    hosts: tuple[str, ...] = ()
-    host_keys: tuple[str, ...] = ()
-    controller_key: str | None = None
+    kind: str
+    keys: Document
 
-    def options(self) -> NvmeOptions:
+    def nvme(self) -> NvmeOptions:
         """As the node takes it.
 
         Raises:
@@ -40,8 +37,30 @@ class View:
         from space._node.nvme_node import NvmeOptions
         from space._node.nvme_view import parse_listen
 
-        access = parse_access(self.hosts, self.host_keys, self.controller_key)
-        return NvmeOptions(self.sources, parse_listen(self.listen), self.read_only, access)
+        keys = self.keys
+        access = parse_access(keys.get("hosts", ()), keys.get("host-keys", ()), keys.get("controller-key"))
+        listen = parse_listen(keys["listen"])
+        return NvmeOptions(tuple(keys["sources"]), listen, keys.get("read-only", False), access)
+
+    def nfs(self) -> NfsOptions:
+        """As the node takes it.
+
+        Raises:
+            UsageError: an address, a network, or a length of time is wrong.
+        """
+        from space._node.nfs_node import NfsOptions
+        from space._node.nfs_view import parse_options
+        from space._node.nvme_view import parse_listen
+
+        keys = self.keys
+        offer = parse_options(
+            read_only=keys.get("read-only", False),
+            squash=keys.get("squash", "root"),
+            clients=keys.get("clients", ()),
+            lease=keys.get("lease"),
+            grace=keys.get("grace"),
+        )
+        return NfsOptions(tuple(keys["sources"]), parse_listen(keys["listen"]), offer)
 
 
 KEYS: Final[dict[str, type]] = {
@@ -56,14 +75,10 @@ KEYS: Final[dict[str, type]] = {
     "mount": list,
     "views": View,
 }
-VIEW_KEYS: Final[dict[str, type]] = {
-    "view": str,
-    "sources": list,
-    "listen": str,
-    "read-only": bool,
-    "hosts": list,
-    "host-keys": list,
-    "controller-key": str,
+_ANY_VIEW: Final[dict[str, type]] = {"view": str, "sources": list, "listen": str, "read-only": bool}
+VIEW_KEYS: Final[dict[str, dict[str, type]]] = {
+    "nvme": {**_ANY_VIEW, "hosts": list, "host-keys": list, "controller-key": str},
+    "nfs": {**_ANY_VIEW, "squash": str, "clients": list, "lease": int, "grace": int},
 }
 _NAMES: Final = {
     str: "a text",
@@ -134,23 +149,26 @@ def _mapping(root: Any, keys: dict[str, type], source: str) -> Document:
 
 
 def _view(node: Any, source: str) -> View:
-    found = _mapping(node, VIEW_KEYS, source)
     where = f"{source}:{node.start_mark.line + 1}"
-    if found.get("view") != "nvme":
+    kind = _kind(node, source)
+    if kind not in VIEW_KEYS:
         raise UsageError(
-            f"{where}: a view is nvme, not {found.get('view')!r:.60}", hint="mounts have the key mount"
+            f"{where}: a view is {' or '.join(VIEW_KEYS)}, not {kind!r:.60}", hint="mounts have the key mount"
         )
+    found = _mapping(node, VIEW_KEYS[kind], source)
     for key in ("sources", "listen"):
         if not found.get(key):
-            raise UsageError(f"{where}: an nvme view needs {key}")
-    return View(
-        sources=tuple(found["sources"]),
-        listen=found["listen"],
-        read_only=found.get("read-only", False),
-        hosts=tuple(found.get("hosts", ())),
-        host_keys=tuple(found.get("host-keys", ())),
-        controller_key=found.get("controller-key"),
-    )
+            raise UsageError(f"{where}: an {kind} view needs {key}")
+    return View(kind, found)
+
+
+def _kind(node: Any, source: str) -> str | None:
+    """Which view it is, which says what other keys there are."""
+    import yaml
+
+    if not isinstance(node, yaml.MappingNode):
+        raise UsageError(f"{source}:{node.start_mark.line + 1}: not a list of keys and values")
+    return next((value.value for key, value in node.value if key.value == "view"), None)
 
 
 def _items(node: Any, where: str, wanted: type) -> list[Any]:

@@ -422,7 +422,9 @@ def test_a_configuration_has_the_options_as_keys(tmp_path: Path) -> None:
         ("? [a]\n: b\n", 1, "unknown key"),
         ("views: nvme\n", 1, "a list of views"),
         ("views:\n- nvme\n", 2, "keys and values"),
-        ("views:\n- view: nfs\n", 2, "a view is nvme"),
+        ("views:\n- view: csi\n", 2, "a view is nvme or nfs"),
+        ("views:\n- view: nfs\n  sources: [/a]\n  hosts: []\n", 4, "unknown key 'hosts'"),
+        ("views:\n- view: nfs\n  listen: a:1\n", 2, "an nfs view needs sources"),
         ("views:\n- view: nvme\n  sources: [/a]\n", 2, "needs listen"),
         ("views:\n- view: nvme\n  listen: a:1\n  sources: []\n", 2, "needs sources"),
         ("views:\n- view: nvme\n  port: 1\n", 3, "unknown key 'port'"),
@@ -442,12 +444,27 @@ def test_a_view_in_a_configuration() -> None:
     text = "views:\n- view: nvme\n  sources: [/d, /e]\n  listen: 127.0.0.1:4421\n  read-only: true\n"
     text += "  hosts: [nqn.2024-01.a:b]\n"
     (view,) = serve_config.parse(text, "f.yaml")["views"]
-    options = view.options()
+    options = view.nvme()
     assert (options.sources, options.listen, options.read_only) == (("/d", "/e"), ("127.0.0.1", 4421), True)
     assert options.access.hosts == {"nqn.2024-01.a:b"}
     (wrong,) = serve_config.parse(text.replace("127.0.0.1:", ""), "f.yaml")["views"]
     with pytest.raises(UsageError, match="not an address"):
-        wrong.options()
+        wrong.nvme()
+
+
+def test_an_nfs_view_in_a_configuration() -> None:
+    """What is exported, where and how, as the node takes it; what cannot be is refused."""
+    text = "views:\n- view: nfs\n  sources: [/a]\n  listen: 127.0.0.1:2049\n  squash: none\n  lease: 10\n"
+    text += "  clients: [10.0.0.0/8:ro]\n"
+    (view,) = serve_config.parse(text, "f.yaml")["views"]
+    options = view.nfs()
+    assert (view.kind, options.sources, options.listen) == ("nfs", ("/a",), ("127.0.0.1", 2049))
+    assert (options.offer.squash.value, options.offer.config().grace_seconds) == ("none", 10)
+    assert options.offer.rules[0].read_only
+    for old, new in (("none", "some"), ("10\n", "1\n"), ("10.0.0.0", "10.0.0"), ("127.0.0.1:", "")):
+        (wrong,) = serve_config.parse(text.replace(old, new, 1), "f.yaml")["views"]
+        with pytest.raises(UsageError):
+            wrong.nfs()
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:

@@ -141,6 +141,9 @@ OUTSIDE: Final = frozenset(
 )
 """Operations that need no session, but then a COMPOUND of their own (RFC 8881 §2.10.5)."""
 
+GRANTING: Final = frozenset({Op.OPEN, Op.LOCK, Op.WANT_DELEGATION})
+"""What they give is in this server's memory alone: it must be the server when it says so."""
+
 _PLACED: Final = frozenset({Op.SEQUENCE, Op.BIND_CONN_TO_SESSION})
 """Operations that must not come later in a COMPOUND."""
 
@@ -192,6 +195,7 @@ async def _operations(ctx: Compound, args: Reader, out: Writer) -> int:
     operations, last = ctx.service.operations, OP_MAX[ctx.minor]
     place = None  # of the last result: its status, what follows that, and how many there are
     promise = None  # the first result that promises something stable
+    shared = unseen = ctx.service.recovery.shared
     status: int = NfsStatus.OK
     for index in range(ctx.operations):
         ctx.index = index
@@ -212,6 +216,9 @@ async def _operations(ctx: Compound, args: Reader, out: Writer) -> int:
             )
             if not status and number in CHANGING and ctx.room(out) < CHANGE_BYTES:
                 status = _too_big(ctx)
+            if not status and unseen and number != Op.SEQUENCE:  # which renews the lease of who waits for us
+                await ctx.service.recovery.look()
+                unseen = False
             if not status:
                 assert operation is not None
                 result = operation(ctx, args, out)
@@ -236,6 +243,8 @@ async def _operations(ctx: Compound, args: Reader, out: Writer) -> int:
             out.truncate(after)
         out.fill(status_at, status)
         ctx.index = index + 1
+        if shared and number in GRANTING and not status:
+            ctx.unsynced.add(ctx.service.recovery)
         if promise is None and ctx.unsynced:
             promise = place
         if status:

@@ -47,7 +47,13 @@ class Recovery:
 
     ``record`` and ``forget`` take effect at once and are durable after ``sync``; an answer that depends on one waits
     for it.  ``previous`` is what an earlier epoch left: the owner's verifier by owner.
+
+    With ``shared`` another server may begin the next epoch while this one runs, and what this one knows is worth
+    nothing then: it has to ``look`` before it answers anything, and to ``sync`` after it has given something to a
+    client and before it says so.
     """
+
+    shared: bool = False
 
     def __init__(self, epoch: int, previous: Mapping[bytes, bytes] | None = None) -> None:
         self.epoch = epoch
@@ -64,8 +70,15 @@ class Recovery:
     def forget(self, owner: bytes) -> None:
         """What a client held is gone: it must not claim it again."""
 
+    async def look(self) -> None:
+        """Returns if this is the server, and what it reads is what there is.
+
+        Raises:
+            SpaceError: that cannot be said now, or another one is.
+        """
+
     async def sync(self) -> None:
-        """Makes all of it durable."""
+        """Makes all of it durable; with ``shared``, this was the server at a time after the call."""
 
 
 @attrs.frozen
