@@ -101,6 +101,7 @@ def test_clones_are_independent(here: Machine) -> None:
     assert not (target / "own").exists()
 
 
+@pytest.mark.requires("mkfs.ext4", "e2fsck")
 def test_a_block_volume_is_a_device_with_the_same_bytes_after_restore(here: Machine) -> None:
     """A file system made on a block volume is whole in a volume made of a snapshot of it."""
     volume = here.create("block-source", 32 * MIB, device())
