@@ -132,9 +132,10 @@ uml() {
   perl -MSocket -e 'my ($limit, $n, @u) = @ARGV; my @q = splice @u, 0, $n; my $late = 0; $^F = 99;
     socketpair(my $a, my $b, AF_UNIX, SOCK_DGRAM, 0) or die;
     my $q = fork // die;
-    $q or exec @q, qw(-machine none -netdev hubport,id=x,hubid=0,netdev=n -netdev),
+    sub bound { syscall 157, 1, 9 }  # prctl(PR_SET_PDEATHSIG): it ends with this one, also where this one is killed
+    $q or bound() or exec @q, qw(-machine none -netdev hubport,id=x,hubid=0,netdev=n -netdev),
       "dgram,id=d,local.type=fd,local.str=" . fileno($b), qw(-netdev hubport,id=y,hubid=0,netdev=d);
-    my $u = fork // die; $u or exec @u, "vec0:transport=fd,fd=" . fileno($a);
+    my $u = fork // die; $u or bound() or exec @u, "vec0:transport=fd,fd=" . fileno($a);
     $SIG{ALRM} = $SIG{INT} = $SIG{TERM} = sub { $late = 124; kill 15, $u }; alarm $limit;
     1 until waitpid($u, 0) == $u; kill 15, $q; waitpid $q, 0; exit $late' \
     "$LIMIT" ${#q[@]} "${q[@]}" "${u[@]}" </dev/null >"$run/console" 2>&1
