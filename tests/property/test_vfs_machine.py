@@ -370,9 +370,9 @@ class FileSystemMachine(RuleBasedStateMachine):
         assert listed == [(name, child.id) for name, child in sorted(node.entries.items())]
         for name, child in listed:
             assert self.files.lookup(node.id, name).id == child
-        page = self.loop.run_until_complete(self.files.listing(node.id, after=0, limit=1 << 20))
-        assert page.complete
-        assert sorted((each.name, each.attributes.id) for each in page.listed) == listed
+        whole = self.loop.run_until_complete(self.files.listing(node.id, after=0, limit=1 << 20))
+        assert whole.complete
+        assert sorted((each.name, each.attributes.id) for each in whole.listed) == listed
 
     @precondition(lambda self: not self.held)
     @rule(rebuild=st.booleans())
