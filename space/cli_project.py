@@ -80,7 +80,7 @@ def project(
         str | None, typer.Option("--view", metavar="NAME", help="What to serve: fuse, nvme, nfs, csi.")
     ] = None,
     id: Annotated[list[str] | None, typer.Option("--id", metavar="C", help="A capsule.")] = None,  # noqa: A002
-    path: PathOption = None,
+    path: Annotated[list[str] | None, typer.Option("--path", metavar="PATH", help="A tree or file.")] = None,
     target: Target = None,
     listen: Listen = None,
     host: Hosts = None,
@@ -106,7 +106,7 @@ def project(
         raise UsageError(f"no view {view!r}", hint=f"there is: {', '.join(VIEWS)}")
     nvme_only = {"--host": host, "--host-key": host_key, "--controller-key": controller_key}
     nfs_only = {"--squash": squash, "--client": client, "--lease": lease, "--grace": grace}
-    sources = [*(id or ()), *([path] if path is not None else ())]
+    sources = [*(id or ()), *(path or ())]
     if view == "nvme":
         _refuse(view, {"--target": target, "--background": background, **nfs_only})
         hosts = _Hosts(host or (), host_key or (), controller_key)
@@ -124,11 +124,11 @@ def project(
         _refuse(view, {**chosen, "--read-only": read_only, "--background": background})
         csi(context)  # with options: space csi
         return
-    if id is not None and len(id) > 1:
+    if max(len(id or ()), len(path or ())) > 1:
         raise UsageError(
             "a fuse view shows one capsule or tree", hint="give one --id, or --path of a directory"
         )
-    mount(context, id[0] if id else None, path, target, read_only, background, at)
+    mount(context, id[0] if id else None, path[0] if path else None, target, read_only, background, at)
 
 
 def _refuse(view: str, options: dict[str, object]) -> None:

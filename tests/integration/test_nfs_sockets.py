@@ -484,8 +484,7 @@ def test_several_exports_are_below_one_root(serve: Serve, data: Path) -> None:
         store.put(b"inside", name="/a/b/f")
         store.put(b"single", name="/single")
         store.put(b"hidden", name="/hidden")
-        ids = [str(store.resolve(each)) for each in ("/a/b", "/single")]
-    view = serve("--id", ids[0], "--id", ids[1], "--squash", "none")
+    view = serve("--path", "/a/b", "--path", "/single", "--squash", "none")
     found: dict[str, str] = {}
 
     def look(path: str) -> None:

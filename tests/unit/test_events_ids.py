@@ -24,7 +24,16 @@ def test_fresh_ids_are_version_7_and_sort_by_time() -> None:
 def test_placement_is_the_same_everywhere_and_uses_every_shard() -> None:
     """The shard of an id depends on the id and the count alone, and ids spread over all shards."""
     assert CapsuleId(bytes(16)).shard_keys(1) == 0
-    assert [CapsuleId(bytes(15) + bytes([last])).shard_keys(8) for last in range(8)] == [2, 7, 2, 5, 5, 4, 2, 5]
+    assert [CapsuleId(bytes(15) + bytes([last])).shard_keys(8) for last in range(8)] == [
+        2,
+        7,
+        2,
+        5,
+        5,
+        4,
+        2,
+        5,
+    ]
     assert {CapsuleId(bytes(14) + number.to_bytes(2, "big")).shard_keys(8) for number in range(500)} == set(
         range(8)
     )

@@ -608,7 +608,9 @@ def test_a_command_that_was_checked_too_early_is_not_carried_out(store: Store, l
             await late(opened)
         assert refused.value.status is Status.EXISTS
         assert await held(opened) == before
-        assert opened.reservations.state.position > checked.position  # what the next attempt is checked against
+        assert (
+            opened.reservations.state.position > checked.position
+        )  # what the next attempt is checked against
         await late(opened)
         assert await held(opened) != before
 
