@@ -90,6 +90,12 @@ def _end(*ends: socket.socket) -> None:
             end.shutdown(socket.SHUT_RDWR)
 
 
+def _stands_still(pid: int) -> bool:
+    """Whether every thread of a process is stopped (state T in proc(5))."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return all((each / "stat").read_text().rpartition(")")[2].split()[0] == "T" for each in threads)
+
+
 @attrs.define
 class Cluster:
     """Three nodes that are told to serve the tree, each at a port of its own; ``nodes`` are those that run."""
@@ -119,9 +125,11 @@ class Cluster:
         self.nodes.pop(number).kill()
 
     def pause(self, number: int) -> None:
-        """Stops a node's process as it stands."""
-        self.nodes[number].process.send_signal(signal.SIGSTOP)
+        """Stops a node's process as it stands; it does nothing any more when this returns."""
+        process = self.nodes[number].process
+        process.send_signal(signal.SIGSTOP)
         self.stopped.add(number)
+        eventually("all its threads stand still", functools.partial(_stands_still, process.pid))
 
     def resume(self, number: int) -> None:
         """Lets it go on."""

@@ -171,7 +171,7 @@ class NfsViews(NodeViews[NfsOptions]):
                 if serving is not None and at_once:
                     node, claim = serving
                     raise ConflictError(
-                        f"node {node} serves NFS at {claim.address} already",
+                        f"node {node} serves NFS at {claim.address or 'an address'} already",
                         hint="one node does at a time: space project stop there, or views: in the file of space serve",
                     )
                 silent = bool(self._others() - claims.keys())

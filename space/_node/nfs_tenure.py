@@ -59,8 +59,9 @@ class Tenure:
     async def begin(self) -> bool:
         """Makes this node the server, unless another one became it meanwhile."""
         start = Request(cmd.StartNfsServer(self.server), ACTOR, guard=Guard(self.guard.name, self.epoch - 1))
+        begun = self._clock()
         (outcome,) = await carried_out(self.member, [start])
-        self.confirmed = self._clock()
+        self.confirmed = begun
         return not isinstance(outcome, SpaceError) and not self.is_over
 
     @property

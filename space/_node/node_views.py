@@ -174,11 +174,11 @@ class NodeViews(Generic[V]):
                 with asyncio.Runner(loop_factory=factory) as runner:
                     runner.run(self._serve(running))
             except SpaceError as error:
-                if not running.again or running.ready.done():
+                if not running.again:
                     self._failed(running, error)
                     return
                 if str(error) != said:
-                    self.log.warning("%s is not served yet: %s", self.protocol, error)
+                    self.log.warning("%s is not served: %s", self.protocol, error)
                     said = str(error)
                 running.over.wait(AGAIN_SECONDS)
             except Exception as error:
