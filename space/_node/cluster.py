@@ -35,6 +35,7 @@ from space._errors import (
     UsageError,
 )
 from space._node.caller import Document
+from space._node.loops import run_loop
 from space._node.member import HEAL_FILE, Member, MemberMachine
 from space._node.store import FORMAT_FILE, WAL, Store, clear_errors, read_format
 from space.events.ids import ROOT, CapsuleId
@@ -335,14 +336,7 @@ class ClusterNode:
 
     def _run(self) -> None:
         try:
-            import uvloop
-
-            factory: Callable[[], asyncio.AbstractEventLoop] | None = uvloop.new_event_loop
-        except ImportError:
-            factory = None
-        try:
-            with asyncio.Runner(loop_factory=factory) as runner:
-                runner.run(self._main())
+            run_loop(self._main())
         except SpaceError as error:
             self.failure = self.failure or error
         except Exception as error:

@@ -13,8 +13,8 @@ import ipaddress
 import secrets
 import signal
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import attrs
 from blake3 import blake3
@@ -23,6 +23,7 @@ from space._errors import UnavailableError, UsageError
 from space._node.beside import PastBeside
 from space._node.caller import Document
 from space._node.local_vfs import LocalFileSystem
+from space._node.loops import run_loop
 from space._node.nfs_recovery import StoreRecovery
 from space._node.nfs_watch import Watch
 from space._node.store import Store
@@ -96,16 +97,6 @@ def serve(
         UnavailableError: the address cannot be listened at.
     """
     run_loop(_serve(reading, sources, listen, options, ready))
-
-
-def run_loop(main: Coroutine[Any, Any, None]) -> None:
-    """Runs the loop: uvloop's where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(main)
-    else:
-        uvloop.run(main)
 
 
 async def _serve(

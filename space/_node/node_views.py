@@ -17,6 +17,7 @@ import attrs
 
 from space._errors import ConflictError, SpaceError, UnavailableError
 from space._node.caller import Document
+from space._node.loops import run_loop
 from space.replication.node import parse_address
 
 if TYPE_CHECKING:
@@ -162,17 +163,10 @@ class NodeViews(Generic[V]):
     # --- its thread --------------------------------------------------------------------------------
 
     def _run(self, running: Running[V]) -> None:
-        try:
-            import uvloop
-
-            factory: Callable[[], asyncio.AbstractEventLoop] | None = uvloop.new_event_loop
-        except ImportError:
-            factory = None
         said = ""
         while not running.over.is_set():
             try:
-                with asyncio.Runner(loop_factory=factory) as runner:
-                    runner.run(self._serve(running))
+                run_loop(self._serve(running))
             except SpaceError as error:
                 if not running.again:
                     self._failed(running, error)

@@ -17,7 +17,7 @@ import logging
 import re
 import shlex
 import signal
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final, Protocol, Self, TypeVar
 
@@ -27,6 +27,7 @@ from space._errors import SpaceError, UnavailableError, UsageError
 from space._node.beside import PastBeside
 from space._node.caller import Document
 from space._node.local_block import BlockWriter, LocalBlockDevice, namespace_identity, namespace_number
+from space._node.loops import run_loop
 from space._node.nvme_tree import Source
 from space._node.store import Store
 from space.events.ids import AtPosition, CapsuleId
@@ -100,17 +101,7 @@ def serve(
         UsageError: it cannot be a block device.
         UnavailableError: the address cannot be listened at.
     """
-    _run(_serve(reading, sources, listen, read_only, ready, access))
-
-
-def _run(main: Coroutine[Any, Any, None]) -> None:
-    """Runs the loop: uvloop's where it is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(main)
-    else:
-        uvloop.run(main)
+    run_loop(_serve(reading, sources, listen, read_only, ready, access))
 
 
 async def _serve(

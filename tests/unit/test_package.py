@@ -19,7 +19,7 @@ SPACE: Final = ROOT / "space"
 EXTRAS: Final = {
     "fuse": (SPACE / "projections" / "fuse",),
     "csi": (SPACE / "projections" / "csi", *(SPACE / "_node").glob("csi_*.py")),
-    "nvme": (SPACE / "_node" / "nvme_view.py",),
+    "nvme": (SPACE / "_node" / "loops.py",),
     "cluster": (
         SPACE / "replication",
         *(SPACE / "_node" / name for name in ("cluster.py", "serve.py", "http.py", "doctor.py")),
