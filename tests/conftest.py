@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +36,11 @@ settings.register_profile(
     stateful_step_count=100,
     derandomize=False,
 )
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # started in the background: what tests interrupt has to hear it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 settings.load_profile("short")  # --hypothesis-profile=long overrides it
 
 
