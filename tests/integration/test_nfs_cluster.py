@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from space._node.nfs_tenure import LOOK_SECONDS
 from tests import nfs_client as nfs
 from tests.cli_support import execute, finish, start
 from tests.cluster_support import dev, eventually
@@ -157,6 +159,7 @@ def test_without_a_quorum_nobody_is_told_anything(cluster: Cluster) -> None:
     others = [each for each in cluster.nodes if each != serving]
     for number in others:
         cluster.kill(number)
+    time.sleep(4 * LOOK_SECONDS)  # what was confirmed right before may be told for that long
     client.submit(nfs.putfh(file.handle), nfs.write(file.stateid, 0, piece(2), nfs.FILE_SYNC), slot=1)
     client.submit(nfs.putfh(file.handle), nfs.read(file.stateid, 0, 4096), slot=2)
     client.submit(slot=3)
