@@ -269,7 +269,7 @@ def _serve_nvme(
         _serve_nvme_in_node(owner, sources, listen, read_only, hosts)
         return
     begun = time.monotonic()
-    from space._node import nvme_access, nvme_view, views
+    from space._node import nvme_access, nvme_view
 
     access = nvme_access.parse_access(*hosts)
     address = nvme_view.parse_listen(listen or nvme_view.LISTEN_DEFAULT)
@@ -277,23 +277,38 @@ def _serve_nvme(
         reading = _reading(stack, session.data, at=at, create=False)
 
         def ready(found: Document) -> None:
-            view = {
-                "view": "nvme",
-                "name": f"nvme-{os.getpid()}",
-                "source": ", ".join(sources),
-                "at": at,
-                "target": found["address"],
-                **found,
-                "pid": os.getpid(),
-                "started_ns": time.time_ns(),
-            }
-            stack.enter_context(views.registered(session.data, view))
-            emit(to_json({**view, "ready_ms": round((time.monotonic() - begun) * 1000, 1)}))
-            sys.stdout.flush()
+            _list_and_tell(stack, session.data, "nvme", sources, at, found, begun)
             note(found["discover"])
             note(found["connect"])
 
         nvme_view.serve(reading, sources, listen=address, read_only=read_only, ready=ready, access=access)
+
+
+def _list_and_tell(
+    stack: contextlib.ExitStack,
+    data: Path,
+    protocol: str,
+    sources: Sequence[str],
+    at: str | None,
+    found: Document,
+    begun: float,
+) -> None:
+    """Lists a view that can be reached over the network until ``stack`` ends, and prints what it is."""
+    from space._node import views
+
+    view = {
+        "view": protocol,
+        "name": f"{protocol}-{os.getpid()}",
+        "source": ", ".join(sources),
+        "at": at,
+        "target": found["address"],
+        **found,
+        "pid": os.getpid(),
+        "started_ns": time.time_ns(),
+    }
+    stack.enter_context(views.registered(data, view))
+    emit(to_json({**view, "ready_ms": round((time.monotonic() - begun) * 1000, 1)}))
+    sys.stdout.flush()
 
 
 def _owning_node(session: Session, at: str | None) -> Any:
@@ -378,7 +393,7 @@ def _serve_nfs(
         _serve_nfs_in_node(owner, sources, listen, read_only, offer)
         return
     begun = time.monotonic()
-    from space._node import nfs_view, nvme_view, views
+    from space._node import nfs_view, nvme_view
 
     options = nfs_view.parse_options(
         read_only=read_only, squash=offer.squash, clients=offer.clients, lease=offer.lease, grace=offer.grace
@@ -388,19 +403,7 @@ def _serve_nfs(
         reading = _reading(stack, session.data, at=at, create=sources == ["/"])
 
         def ready(found: Document) -> None:
-            view = {
-                "view": "nfs",
-                "name": f"nfs-{os.getpid()}",
-                "source": ", ".join(sources),
-                "at": at,
-                "target": found["address"],
-                **found,
-                "pid": os.getpid(),
-                "started_ns": time.time_ns(),
-            }
-            stack.enter_context(views.registered(session.data, view))
-            emit(to_json({**view, "ready_ms": round((time.monotonic() - begun) * 1000, 1)}))
-            sys.stdout.flush()
+            _list_and_tell(stack, session.data, "nfs", sources, at, found, begun)
             note(found["mount"])
 
         nfs_view.serve(reading, sources, listen=address, options=options, ready=ready)
