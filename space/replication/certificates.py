@@ -101,14 +101,14 @@ def create_authority(directory: Path, cluster: bytes, *, now: datetime) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"space cluster {uuid.UUID(bytes=cluster)}")])
     certificate = (
-        _builder(name, name, key.public_key(), key.public_key(), now, timedelta(days=AUTHORITY_DAYS))
+        builder(name, name, key.public_key(), key.public_key(), now, timedelta(days=AUTHORITY_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(signs=True), critical=True)
+        .add_extension(key_usage(signs=True), critical=True)
         .add_extension(_names(Identity(cluster), ()), critical=False)
         .sign(key, hashes.SHA256())
     )
-    _write(directory / AUTHORITY_KEY_FILE, _key_bytes(key), 0o600)
-    _write(directory / AUTHORITY_FILE, _certificate_bytes(certificate), 0o644)
+    write_file(directory / AUTHORITY_KEY_FILE, key_bytes(key), 0o600)
+    write_file(directory / AUTHORITY_FILE, certificate_bytes(certificate), 0o644)
 
 
 def issue(authority: Path, directory: Path, node: int, hosts: Iterable[str], *, now: datetime) -> None:
@@ -155,19 +155,19 @@ def _issue(
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, str(identity)[-64:])])
     lifetime = min(timedelta(days=CERTIFICATE_DAYS), issuer.not_valid_after_utc - now)
     certificate = (
-        _builder(name, issuer.subject, key.public_key(), issuer_key.public_key(), now, lifetime)
+        builder(name, issuer.subject, key.public_key(), issuer_key.public_key(), now, lifetime)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(signs=False), critical=True)
+        .add_extension(key_usage(signs=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
         .add_extension(_names(identity, hosts), critical=False)
         .sign(issuer_key, hashes.SHA256())
     )
-    _write(directory / AUTHORITY_FILE, _certificate_bytes(issuer), 0o644)
-    _write(directory / KEY_FILE, _key_bytes(key), 0o600)
-    _write(directory / CERTIFICATE_FILE, _certificate_bytes(certificate), 0o644)
+    write_file(directory / AUTHORITY_FILE, certificate_bytes(issuer), 0o644)
+    write_file(directory / KEY_FILE, key_bytes(key), 0o600)
+    write_file(directory / CERTIFICATE_FILE, certificate_bytes(certificate), 0o644)
 
 
-def _builder(
+def builder(
     subject: x509.Name,
     issuer: x509.Name,
     key: ec.EllipticCurvePublicKey,
@@ -175,6 +175,7 @@ def _builder(
     now: datetime,
     lifetime: timedelta,
 ) -> x509.CertificateBuilder:
+    """A certificate of ``key`` that is valid from a little before ``now``, still without a role and a signature."""
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -188,7 +189,8 @@ def _builder(
     )
 
 
-def _usage(*, signs: bool) -> x509.KeyUsage:
+def key_usage(*, signs: bool) -> x509.KeyUsage:
+    """What a key is for (RFC 5280 §4.2.1.3): signing certificates, or proving who one is."""
     return x509.KeyUsage(
         digital_signature=not signs,
         content_commitment=False,
@@ -219,18 +221,24 @@ def _host_name(host: str) -> x509.DNSName:
         raise UsageError(f"not the name of a host: {host!r:.80}") from None
 
 
-def _key_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
+def key_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A private key as PEM."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
-def _certificate_bytes(certificate: x509.Certificate) -> bytes:
+def certificate_bytes(certificate: x509.Certificate) -> bytes:
+    """A certificate as PEM."""
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """Replaces a file by one that was never readable to more people than it is in the end."""
+def write_file(path: Path, content: bytes, mode: int) -> None:
+    """Replaces a file by one that was never readable to more people than it is in the end.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     made = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
