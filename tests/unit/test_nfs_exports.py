@@ -12,7 +12,16 @@ from space._node.store import Store
 from space.events.ids import CapsuleId
 from space.projections.nfs import handles, status
 from space.projections.nfs.compound import NfsError
-from space.projections.nfs.exports import Export, Exports, Node, Rule, Squash, export_number, parse_rule
+from space.projections.nfs.exports import (
+    ChangingExports,
+    Export,
+    Exports,
+    Node,
+    Rule,
+    Squash,
+    export_number,
+    parse_rule,
+)
 from space.projections.nfs.nfs4 import Attr, NfsStatus, Op
 from tests.nfs_files_support import (
     KEY,
@@ -196,3 +205,45 @@ def test_one_capsule_as_a_tree(store: Store) -> None:
     handle = request.walk(b"content").ok(Op.GETFH).opaque(128)
     assert handles.decode(world.exports, handle).id == root
     assert request.fails(Op.LOOKUPP) == "NOTDIR"
+
+
+def test_exports_come_and_go(store: Store) -> None:
+    """A name leads to an export while that is offered; then its handles are stale, until it is offered again."""
+    exports = ChangingExports(key=KEY, time_ns=5)
+    world = World(exports)
+    one, two = subtree(store, "/one", (b"a",)), subtree(store, "/two", (b"b",))
+    for each in (one, two, two):
+        exports.add(each, 5)
+    handle = world.request().walk(b"a").ok(Op.GETFH).opaque(128)
+    for _ in range(2):
+        exports.remove(one, 5)
+    assert world.request().fails(Op.LOOKUP, string(b"a")) == "NOENT"
+    assert world.request().fails(Op.PUTFH, string(handle)) == "STALE"
+    world.request().walk(b"b", b"file")
+    exports.add(one, 5)
+    world.request().walk(b"a", b"file")
+    world.request().ok(Op.PUTFH, string(handle))
+
+
+def test_names_of_exports_that_come_and_go_are_not_told(store: Store) -> None:
+    """The root lists nothing, and changes for clients that remember a name which was not there, whatever the clock."""
+    exports = ChangingExports(key=KEY, time_ns=5)
+    changes = []
+    for work in (exports.add, exports.remove):
+        work(subtree(store, "/one", (b"a",)), 5)
+        request = World(exports).request()
+        assert page(request.ok(Op.READDIR, u64(0) + bytes(8) + u32(999) + u32(999) + bitmap())) == ([], True)
+        changes.append(attributes_of(request.ok(Op.GETATTR, bitmap(Attr.CHANGE)))[1].u64())
+    assert 5 < changes[0] < changes[1]
+
+
+def test_who_may_use_an_export_changes(store: Store) -> None:
+    """A client that is no longer among an export's is refused with its next operation, by handle too."""
+    export = subtree(store, "/one", (b"a",))
+    exports = ChangingExports(key=KEY, time_ns=5)
+    exports.add(export, 5)
+    world = World(exports)
+    handle = world.request(host="192.0.2.1").walk(b"a").ok(Op.GETFH).opaque(128)
+    export.allow((parse_rule("192.0.2.2"),))
+    assert world.request(host="192.0.2.1").fails(Op.PUTFH, string(handle)) == "ACCESS"
+    world.request(host="192.0.2.2").walk(b"a", b"file")

@@ -100,6 +100,11 @@ class Export:
     handles: dict[bytes, bytes] = attrs.field(factory=dict, init=False, repr=False)
     _seen: dict[str, Rule | None] = attrs.field(factory=dict, init=False)
 
+    def allow(self, rules: tuple[Rule, ...]) -> None:
+        """Who may use it from now on; who may not any more is refused with the next operation."""
+        self.rules = rules
+        self._seen.clear()
+
     @property
     def root(self) -> Node:
         """Where it begins."""
@@ -158,7 +163,6 @@ class Exports:
             raise UsageError(f"{len(exports)} exports; from 1 to {EXPORTS_MAX} are served at a time")
         self.key = key
         self.nodes: dict[bytes, Node] = {}
-        self.list = tuple(exports)
         self._places: dict[CapsuleId, Export] = {}
         if len(exports) == 1 and not exports[0].path:
             self.root = exports[0].root
@@ -339,3 +343,76 @@ class _PseudoFiles:
 
     async def copy(self, *_: object, **__: object) -> None:
         raise RefusedError(_REFUSED)
+
+
+class _UnlistedNames(_PseudoFiles):
+    """Names below the root that come and go, and are found only by who knows them."""
+
+    def __init__(self, time_ns: int) -> None:
+        super().__init__([], time_ns)
+
+    def put(self, name: bytes, time_ns: int) -> None:
+        """There is this name from now on."""
+        below = _place((name,))
+        self._entries[self.root][name] = below
+        self._entries[below] = {}
+        self._parents[below] = self.root
+        self._changed(time_ns)
+
+    def take(self, name: bytes, time_ns: int) -> None:
+        """There is this name no longer."""
+        below = self._entries[self.root].pop(name)
+        del self._entries[below], self._parents[below]
+        self._changed(time_ns)
+
+    def _changed(self, time_ns: int) -> None:
+        # The change attribute grows also where the clock does not: clients remember names that were not there.
+        self._time = max(time_ns, self._time + 1)
+
+    async def listing(self, directory: CapsuleId, *, after: int, limit: int) -> Entries:
+        return Entries([], complete=True)
+
+    def entries(self, directory: CapsuleId, *, after: bytes, limit: int) -> list[tuple[bytes, Attributes]]:
+        return []
+
+
+class ChangingExports(Exports):
+    """Exports that come and go, each at one name below the root; who does not know a name is not told it.
+
+    So clients of different exports are apart whatever their rules are: the root lists nothing.
+    """
+
+    def __init__(self, *, key: bytes, time_ns: int) -> None:
+        """None yet; ``key`` and ``time_ns`` are as for :class:`Exports`."""
+        self.key = key
+        self.nodes = {}
+        self._names = _UnlistedNames(time_ns)
+        self._places = {}
+        pseudo = Export(PSEUDO_NUMBER, (), self._names, read_only=True)
+        pseudo.key = key
+        self.root = pseudo.root
+        self._numbers = {PSEUDO_NUMBER: pseudo}
+
+    def add(self, export: Export, time_ns: int) -> None:
+        """Offers one more; one that is offered already is no error.
+
+        Raises:
+            UsageError: there are too many; status NO_SPACE.
+        """
+        (name,) = export.path
+        if export.number in self._numbers:
+            return
+        if len(self._numbers) > EXPORTS_MAX:
+            raise UsageError(f"{EXPORTS_MAX} exports are offered already", status=Status.NO_SPACE)
+        export.key = self.key
+        self._numbers[export.number] = self._places[_place(export.path)] = export
+        self._names.put(name, time_ns)
+
+    def remove(self, export: Export, time_ns: int) -> None:
+        """Offers one no longer: its handles are stale until it is offered again.  One that is not is no error."""
+        (name,) = export.path
+        if self._numbers.pop(export.number, None) is None:
+            return
+        del self._places[_place(export.path)]
+        self.nodes.clear()  # it has nodes of this export
+        self._names.take(name, time_ns)
