@@ -19,13 +19,17 @@ import attrs
 
 from space._errors import UsageError
 from space.events import commands as cmd
+from space.events.codec import EVENTS_MAX
 from space.events.commands import Buffer, Request, StoredFrame
-from space.events.types import Kind
+from space.events.types import Kind, ZoneKind
 
 REQUESTS_MAX: Final = 1 << 14
 """Requests in one document: what one node has queued at once."""
 
 _RESERVED: Final = frozenset({cmd.WriteExtent, cmd.CopyRange, cmd.Deallocate})
+COMMANDS_MAX: Final = EVENTS_MAX
+"""Commands in one: as many as the batch of a log they were made from has events."""
+
 _CLASSES: Final[dict[str, type[Any]]] = {each.__name__: each for each in typing.get_args(cmd.Command)}
 
 
@@ -35,8 +39,21 @@ def encode_requests(requests: Sequence[Request]) -> tuple[list[Any], list[Buffer
     return [_encode(request, attachments) for request in requests], attachments
 
 
+def encode_commands(commands: Sequence[cmd.Command]) -> tuple[list[Any], list[Buffer]]:
+    """Commands alone, ``[name, fields]`` each, and the buffers that go beside them."""
+    attachments: list[Buffer] = []
+    return [_named(command, attachments) for command in commands], attachments
+
+
 def _encode(request: Request, attachments: list[Buffer]) -> list[Any]:
-    command = request.command
+    row = [request.actor, request.client, request.sequence, *_named(request.command, attachments)]
+    if request.guard is not None:
+        row.append([request.guard.name, request.guard.value])
+    return row
+
+
+def _named(command: cmd.Command, attachments: list[Buffer]) -> list[Any]:
+    """Name and fields of a command; stored bytes in it are added to ``attachments``."""
     if isinstance(command, cmd.WriteExtent):
         fields: list[Any] = [bytes(command.capsule), command.offset, command.length, [], command.change]
         fields.append(command.reserved)
@@ -47,26 +64,23 @@ def _encode(request: Request, attachments: list[Buffer]) -> list[Any]:
                 attachments.append(frame.stored)
             fields[3].append([frame.record, at])
     else:
-        fields = [_plain(getattr(command, name)) for name in _NAMES[type(command)]]
+        fields = [_plain(getattr(command, name), attachments) for name in _NAMES[type(command)]]
     if type(command) in _RESERVED and fields[-1] is None:
         fields.pop()
-    row = [request.actor, request.client, request.sequence, type(command).__name__, fields]
-    if request.guard is not None:
-        row.append([request.guard.name, request.guard.value])
-    return row
+    return [type(command).__name__, fields]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, attachments: list[Buffer]) -> Any:
     if isinstance(value, cmd.NewKey):
         return [value.key, value.version, value.wrapped]
     if type(value) in _NAMES:
-        return [type(value).__name__, [_plain(getattr(value, name)) for name in _NAMES[type(value)]]]
+        return _named(value, attachments)
     if isinstance(value, bytes):
         return bytes(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return int(value)
     if isinstance(value, tuple | list):
-        return [_plain(each) for each in value]
+        return [_plain(each, attachments) for each in value]
     return value
 
 
@@ -84,21 +98,53 @@ def decode_requests(document: Any, attachments: Sequence[Buffer]) -> list[Reques
         raise UsageError(f"not a request: {error!r:.200}", hint="is that node older or newer?") from None
 
 
+def decode_commands(rows: Any, attachments: Sequence[Buffer]) -> list[cmd.Command]:
+    """The commands that :func:`encode_commands` made ``rows`` of.
+
+    Raises:
+        UsageError: they are not commands.
+    """
+    if not isinstance(rows, list) or len(rows) > COMMANDS_MAX:
+        raise UsageError("not a list of commands")
+    try:
+        return [_command(name, fields, attachments) for name, fields in rows]
+    except (ValueError, TypeError, IndexError, KeyError) as error:
+        raise UsageError(f"not a command: {error!r:.200}", hint="is that zone older or newer?") from None
+
+
 def _decode(row: Any, attachments: Sequence[Buffer]) -> Request:
     actor, client, sequence, name, fields, *rest = row
     guard = _guard(*rest) if rest else None
     if type(actor) is not str or type(client) is not bytes or type(sequence) is not int:
         raise TypeError("actor, client or sequence")
+    return Request(_command(name, fields, attachments), actor, client, sequence, guard)
+
+
+def _command(
+    name: Any, fields: Any, attachments: Sequence[Buffer], among: frozenset[type[Any]] | None = None
+) -> cmd.Command:
+    """A command from its name and fields; one of ``among`` where it is one of several."""
     made = _CLASSES[name]
+    if among is not None and made not in among:
+        raise TypeError(f"{name} among several")
     readers = _READERS[made]
     if type(fields) is list and made in _RESERVED and len(fields) == len(readers) - 1:
         fields = [*fields, None]
     if type(fields) is not list or len(fields) != len(readers):
         raise ValueError(f"fields of {name}")
     if made is cmd.WriteExtent:
-        return Request(_write(fields, attachments), actor, client, sequence, guard)
+        return _write(fields, attachments)
+    within = _WITHIN.get(made)
+    if within is not None:
+        at = _NAMES[made].index("commands")
+        among, limit = within
+        if type(fields[at]) is not list or len(fields[at]) > limit:
+            raise TypeError(f"commands of {name}")
+        inner = [_command(each, row, attachments, among) for each, row in fields[at]]
+        fields = [*fields[:at], inner, *fields[at + 1 :]]
     values = [read(value) for read, value in zip(readers, fields, strict=True)]
-    return Request(made(*values), actor, client, sequence, guard)
+    command: cmd.Command = made(*values)
+    return command
 
 
 def _guard(row: Any) -> cmd.Guard:
@@ -161,16 +207,18 @@ def _ids(value: Any) -> list[bytes]:
     return [_exactly(bytes)(each) for each in value]
 
 
-def _commands(value: Any) -> list[cmd.Command]:
-    """The commands of a :class:`space.events.commands.Together`: without payload, and none of that kind again."""
-    found: list[cmd.Command] = []
-    for name, fields in value:
-        made = _CLASSES[name]
-        if made in {cmd.Together, cmd.WriteExtent}:
-            raise TypeError(f"{name} among several")
-        values = [read(each) for read, each in zip(_READERS[made], fields, strict=True)]
-        found.append(made(*values))
-    return found
+def _shipped(value: Any) -> list[tuple[bytes, int]]:
+    return [(_exactly(bytes)(capsule), _exactly(int)(position)) for capsule, position in value]
+
+
+def _times(value: Any) -> tuple[int, int, int, int]:
+    atime, mtime, ctime, btime = map(_exactly(int), value)
+    return atime, mtime, ctime, btime
+
+
+def _decoded(value: Any) -> Any:
+    """Commands of several are decoded with their attachments before the other fields are."""
+    return value
 
 
 _SPECIAL: Final[dict[tuple[type[Any], str], _Read]] = {
@@ -181,7 +229,17 @@ _SPECIAL: Final[dict[tuple[type[Any], str], _Read]] = {
     (cmd.PurgeCapsules, "capsules"): _ids,
     (cmd.ForgetReplies, "clients"): _ids,
     (cmd.WriteExtent, "frames"): list,
-    (cmd.Together, "commands"): _commands,
+    (cmd.Together, "commands"): _decoded,
+    (cmd.Copied, "commands"): _decoded,
+    (cmd.Copied, "times"): _times,
+    (cmd.ReceiveShipment, "commands"): _decoded,
+    (cmd.LoseHome, "commands"): _decoded,
+    (cmd.LoseHome, "cursors"): _ranges,
+    (cmd.LoseHome, "kept"): _ids,
+    (cmd.RecordShipment, "capsules"): _shipped,
+    (cmd.DefineZone, "kind"): ZoneKind,
+    (cmd.AddZone, "kind"): ZoneKind,
+    (cmd.ChangeZone, "kind"): ZoneKind,
 }
 
 
@@ -197,3 +255,12 @@ _READERS: Final = {
     made: [_reader(made, name, typing.get_type_hints(made)[name]) for name in names]
     for made, names in _NAMES.items()
 }
+
+_ONES: Final = frozenset(_CLASSES.values()) - {cmd.Together, cmd.ReceiveShipment, cmd.LoseHome}
+_WITHIN: Final = {
+    cmd.Together: (_ONES - {cmd.WriteExtent, cmd.Copied}, REQUESTS_MAX),
+    cmd.Copied: (_ONES - {cmd.Copied}, COMMANDS_MAX),
+    cmd.ReceiveShipment: (_ONES, COMMANDS_MAX),
+    cmd.LoseHome: (_ONES - {cmd.Copied}, COMMANDS_MAX),
+}
+"""What several commands as one may be made of, and how many: so there is an end to how deep they are."""

@@ -13,7 +13,7 @@ from typing import Final, Protocol, final
 import attrs
 
 from space.events.fast import fast_frozen
-from space.events.types import Kind
+from space.events.types import Kind, ZoneKind
 
 Buffer = bytes | bytearray | memoryview
 
@@ -367,6 +367,161 @@ class Together:
     commands: Sequence[Command]
 
 
+@attrs.frozen
+class DefineZone:
+    """Says which zone this store belongs to; ``authorities`` as PEM, ``sealing`` an X25519 public key (32 bytes)."""
+
+    zone: bytes
+    name: str
+    kind: ZoneKind
+    url: str
+    authorities: bytes
+    sealing: bytes
+
+
+@attrs.frozen
+class AddZone:
+    """Makes another zone known, or one that was removed known again."""
+
+    zone: bytes
+    name: str
+    kind: ZoneKind
+    url: str
+    authorities: bytes
+    sealing: bytes
+
+
+@attrs.frozen
+class ChangeZone:
+    """Gives a zone, also this store's own, other properties."""
+
+    zone: bytes
+    kind: ZoneKind
+    url: str
+    authorities: bytes
+    sealing: bytes
+
+
+@attrs.frozen
+class RemoveZone:
+    """Ends shipping to and from a zone; its replicas stay, and may be removed but not changed."""
+
+    zone: bytes
+
+
+@attrs.frozen
+class Copied:
+    """One part of a copy of a capsule, as it was at ``position`` of its home; only in a :class:`ReceiveShipment`.
+
+    Parts are numbered by ``step`` from 0, and the last one says so.  Part 0 makes the capsule, or takes back whatever
+    an older replica of it holds: its first command is the capsule's :class:`CreateCapsule`, without a name.  A part
+    that is not the next one of the copy under way, because a newer state has come by another way, is passed over.
+    ``times`` are the capsule's atime, mtime, ctime and btime after it.
+    """
+
+    capsule: bytes
+    position: int
+    step: int
+    last: bool
+    commands: Sequence[Command]
+    times: tuple[int, int, int, int]
+
+
+@attrs.frozen
+class WithdrawCapsule:
+    """Takes a replica's names away and deletes it; only in a :class:`ReceiveShipment`."""
+
+    capsule: bytes
+
+
+@attrs.frozen
+class ReceiveShipment:
+    """What the log of another zone held after ``from_position`` and up to ``through_position``, as commands.
+
+    All of them or none, in order, and only on capsules whose home is ``zone``, on new ones, and on names in
+    ``/zones/NAME``.  Exactly once: the cursor of the stream (``zone``, ``shard``, ``lane``) has to be at
+    ``from_position`` and ``from_step``; if it is at or beyond ``through_position`` and ``through_step`` nothing
+    happens and the receipt says repeated.  A step counts shipments, of parts of copies, that do not move the position.
+
+    A command on a capsule that has already come to ``through_position`` is passed over.  ``time_ns`` is when the home
+    did it; ``resume`` is the home's own note in its cursor; ``epoch`` how often, as the home knows, one of the two
+    zones was promoted in the other's place.
+    """
+
+    zone: bytes
+    shard: int
+    lane: int
+    from_position: int
+    through_position: int
+    time_ns: int
+    commands: Sequence[Command]
+    from_step: int = 0
+    through_step: int = 0
+    resume: bytes = b""
+    epoch: int = 0
+
+
+@attrs.frozen
+class RecordShipment:
+    """Says what goes to a zone; ``capsules`` each with the position as of which it is sent."""
+
+    zone: bytes
+    shard: int
+    lane: int
+    from_position: int
+    through_position: int
+    step: int
+    capsules: Sequence[tuple[bytes, int]]
+    sent_bytes: int
+
+
+@attrs.frozen
+class RecordRefusal:
+    """Says what a policy forbade: ``action`` "view" or "shipment", ``target`` the view or zone."""
+
+    capsule: bytes
+    action: str
+    target: str
+    reason: str
+
+
+@attrs.frozen
+class RecordRpo:
+    """Says that a stream lags further behind than promised, or (``kept``) does so no longer."""
+
+    zone: bytes
+    shard: int
+    lane: int
+    position: int
+    lag_ns: int
+    kept: bool
+
+
+@attrs.frozen
+class PromoteZone:
+    """Makes this store the home of what had its home in ``zone``, as far as it has come."""
+
+    zone: bytes
+
+
+@attrs.frozen
+class LoseHome:
+    """Gives up the home of what was shipped to ``zone``, which was promoted with ``epoch`` (:class:`PromoteZone`).
+
+    ``cursors`` (shard, lane, position) is what the zone had come to, ``position`` the one of its log at which it was
+    promoted.  ``commands`` are decided first: they keep what had not been shipped, as clones in ``/zones/.branches``,
+    and take the capsules back to what the zone has.  ``kept`` stay at home here though their policy names the zone,
+    because they never came there.
+    """
+
+    zone: bytes
+    epoch: int
+    position: int
+    cursors: Sequence[tuple[int, int, int]]
+    commands: Sequence[Command]
+    kept: Sequence[bytes]
+
+
 Command = (
     InitialiseStore
     | CreateCapsule
@@ -397,6 +552,18 @@ Command = (
     | ForgetNfsClient
     | StartNfsServer
     | Together
+    | DefineZone
+    | AddZone
+    | ChangeZone
+    | RemoveZone
+    | Copied
+    | WithdrawCapsule
+    | ReceiveShipment
+    | RecordShipment
+    | RecordRefusal
+    | RecordRpo
+    | PromoteZone
+    | LoseHome
 )
 
 

@@ -11,6 +11,7 @@ happen at once.
 from __future__ import annotations
 
 import enum
+import struct
 from typing import Final, final
 
 from space.events.registry import (
@@ -58,6 +59,35 @@ COPY_BYTES_MAX: Final = 256 << 20
 
 SUBSYSTEM_CHARACTERS_MAX: Final = 223
 """Longest NVMe qualified name (NVM Express Base 2.0 §4.5)."""
+
+
+@final
+class ZoneKind(enum.IntEnum):
+    """How far away a zone is, and so what links to it are like."""
+
+    METRO = 1
+    GEO = 2
+    EDGE = 3
+
+
+ZONE_CHARACTERS_MAX: Final = 63
+"""Longest name of a zone: what a policy may name."""
+
+URL_CHARACTERS_MAX: Final = 2048
+SEALING_KEY_BYTES: Final = 32
+"""An X25519 public key (RFC 7748 §5)."""
+
+RESUME_BYTES_MAX: Final = 256
+"""Longest note a home leaves in its cursor: enough for a capsule, a position and an offset."""
+
+SHIPPED_BYTES_MAX: Final = 3 << 20
+"""Capsules one shipment names: as many as a batch has events, 24 bytes each."""
+
+CURSOR: Final = struct.Struct("<IIQ")
+"""A stream and a position in it (shard, lane, position), as ZonePromoted and HomeLost hold them."""
+
+SHIPPED: Final = struct.Struct("<16sQ")
+"""A capsule and as of which position of the log it was sent, as ShipmentSent holds them."""
 
 NFS_SERVER_CHARACTERS_MAX: Final = 255
 NFS_OWNER_BYTES_MAX: Final = 1024
@@ -426,6 +456,182 @@ class NfsServerStarted:
     epoch: int = u32()
 
 
+@event(50)
+class ZoneDefined:
+    """The store belongs to a zone from now on; ``zone`` is its id, ``kind`` a :class:`ZoneKind`.
+
+    ``authorities`` are the PEM certificates of those who sign for the zone, ``sealing`` its X25519 public key: keys of
+    shipped content are sealed for it.  Events about zones have the root directory as ``capsule``.
+    """
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+    name: str = text(ZONE_CHARACTERS_MAX)
+    kind: int = u32()
+    url: str = text(URL_CHARACTERS_MAX)
+    authorities: bytes = blob(DOCUMENT_BYTES_MAX)
+    sealing: bytes = blob(SEALING_KEY_BYTES)
+
+
+@event(51)
+class ZoneAdded:
+    """Another zone is known: what policies name it may be shipped there, and what it ships is taken."""
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+    name: str = text(ZONE_CHARACTERS_MAX)
+    kind: int = u32()
+    url: str = text(URL_CHARACTERS_MAX)
+    authorities: bytes = blob(DOCUMENT_BYTES_MAX)
+    sealing: bytes = blob(SEALING_KEY_BYTES)
+
+
+@event(52)
+class ZoneChanged:
+    """A zone, this store's own or another, has these properties now."""
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+    kind: int = u32()
+    url: str = text(URL_CHARACTERS_MAX)
+    authorities: bytes = blob(DOCUMENT_BYTES_MAX)
+    sealing: bytes = blob(SEALING_KEY_BYTES)
+
+
+@event(53)
+class ZoneRemoved:
+    """Nothing is shipped to a zone or taken from it any more; its replicas stay as they are until they are removed."""
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+
+
+@event(54)
+class ShipmentReceived:
+    """All other events of this entry are what a zone's log held after ``from_position``, up to ``through_position``.
+
+    The entry's time is the home's.  The cursor of the stream (``zone``, ``shard``, ``lane``) is now at
+    ``through_position`` and ``step`` parts of copies beyond it; ``resume`` is the home's own note of how to go on.
+    ``capsules`` are the replicas that have come to ``through_position`` by it (16 bytes each).
+    """
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+    shard: int = u32()
+    lane: int = u32()
+    from_position: int = u63()
+    through_position: int = u63()
+    step: int = u32()
+    resume: bytes = blob(RESUME_BYTES_MAX)
+    capsules: bytes = blob(SHIPPED_BYTES_MAX)
+
+
+@event(55)
+class CapsuleHomed:
+    """The capsule is a replica: its home is ``zone``, and it is as it was at ``position`` of the log there.
+
+    While a copy of it is under way, ``copy`` is the position it was begun for and ``step`` how many parts of it have
+    come; else both are 0.  Times that are given are the capsule's from now on.  With this store's own zone the capsule
+    is none: it has its home here.
+    """
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+    position: int = u63()
+    copy: int = u63()
+    step: int = u32()
+    atime: int | None = i64_or_none()
+    mtime: int | None = i64_or_none()
+    ctime: int | None = i64_or_none()
+    btime: int | None = i64_or_none()
+
+
+@event(56)
+class CapsuleWithdrawn:
+    """Its home ships the replica no longer: it is deleted, and only its home can bring it back."""
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+    position: int = u63()
+
+
+@event(57)
+class ShipmentSent:
+    """So much of the log goes to a zone: written before the zone's answer counts.
+
+    ``capsules`` is all that is in it, each with the position as of which it is sent (16 bytes, u64 little-endian,
+    repeated); ``sent_bytes`` the bytes of the shipment.
+    """
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+    shard: int = u32()
+    lane: int = u32()
+    from_position: int = u63()
+    through_position: int = u63()
+    step: int = u32()
+    capsules: bytes = blob(SHIPPED_BYTES_MAX)
+    sent_bytes: int = u63()
+
+
+@event(58)
+class PolicyRefused:
+    """A policy forbade something: ``action`` what ("view", "shipment"), ``target`` to whom (a view, a zone)."""
+
+    capsule: bytes = identifier()
+    action: str = text(32)
+    target: str = text(255)
+    reason: str = text(REFUSAL_BYTES_MAX)
+
+
+@event(59)
+class RpoBroken:
+    """A stream lags further behind than a policy in it promises; the zone has what there was at ``position``."""
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+    shard: int = u32()
+    lane: int = u32()
+    position: int = u63()
+    lag_ns: int = u63()
+
+
+@event(60)
+class RpoKept:
+    """A stream that had broken its promise keeps it again."""
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+    shard: int = u32()
+    lane: int = u32()
+    position: int = u63()
+    lag_ns: int = u63()
+
+
+@event(61)
+class ZonePromoted:
+    """What had its home in ``zone`` has it here from now on, as of ``cursors`` (shard, lane: u32, position: u64)."""
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+    epoch: int = u32()
+    cursors: bytes = blob(DOCUMENT_BYTES_MAX)
+
+
+@event(62)
+class HomeLost:
+    """What had its home here and was shipped to ``zone`` has it there from now on.
+
+    ``cursors`` is where the histories part, in this log; ``position`` where the zone's goes on, in its own.
+    """
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+    epoch: int = u32()
+    position: int = u63()
+    cursors: bytes = blob(DOCUMENT_BYTES_MAX)
+
+
 Event = (
     StoreInitialised
     | CapsuleCreated
@@ -459,4 +665,17 @@ Event = (
     | NfsClientRecorded
     | NfsClientForgotten
     | NfsServerStarted
+    | ZoneDefined
+    | ZoneAdded
+    | ZoneChanged
+    | ZoneRemoved
+    | ShipmentReceived
+    | CapsuleHomed
+    | CapsuleWithdrawn
+    | ShipmentSent
+    | PolicyRefused
+    | RpoBroken
+    | RpoKept
+    | ZonePromoted
+    | HomeLost
 )

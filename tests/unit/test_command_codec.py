@@ -12,7 +12,7 @@ from space._errors import UsageError
 from space.events import commands as cmd
 from space.events.command_codec import _CLASSES, decode_requests, encode_requests
 from space.events.commands import Request
-from space.events.types import Kind
+from space.events.types import Kind, ZoneKind
 
 pytestmark = pytest.mark.unit
 
@@ -51,6 +51,33 @@ SAMPLES: list[cmd.Command] = [
     cmd.ForgetNfsClient("space:a", b"client"),
     cmd.StartNfsServer("space:a"),
     cmd.ReleaseReservation(A, B, 0, 3, 1),
+    cmd.DefineZone(A, "here", ZoneKind.METRO, "https://a:1", b"pem", b"s" * 32),
+    cmd.AddZone(B, "there", ZoneKind.EDGE, "https://b:1", b"pem", b"s" * 32),
+    cmd.ChangeZone(B, ZoneKind.GEO, "https://b:2", b"pem", b"s" * 32),
+    cmd.RemoveZone(B),
+    cmd.Copied(A, 5, 0, True, [cmd.CreateCapsule(A)], (1, 2, 3, -4)),
+    cmd.WithdrawCapsule(A),
+    cmd.ReceiveShipment(
+        B,
+        1,
+        2,
+        3,
+        4,
+        5,
+        [
+            cmd.WriteExtent(A, 10, 20, [cmd.StoredFrame(b"r" * 48, b"first")]),
+            cmd.Copied(
+                A, 5, 1, False, [cmd.WriteExtent(A, 0, 1, [cmd.StoredFrame(b"r" * 48, b"second")])], (0,) * 4
+            ),
+        ],
+        through_step=1,
+        resume=b"note",
+    ),
+    cmd.RecordShipment(B, 0, 1, 2, 3, 4, [(A, 3), (B, 2)], 100),
+    cmd.RecordRefusal(A, "view", "nfs", "sovereignty: local"),
+    cmd.RecordRpo(B, 0, 1, 2, 10**9, kept=False),
+    cmd.PromoteZone(B),
+    cmd.LoseHome(B, 1, 9, [(0, 1, 7)], [cmd.Clone(A, B, A, b"c"), cmd.Resize(B, 1)], [A]),
     cmd.Together(
         [
             cmd.CreateCapsule(A, Kind.DIRECTORY, parent=B, name=b"d", key=cmd.NewKey(1, 1, b"k")),
@@ -68,7 +95,7 @@ def test_every_command_travels_and_comes_out_equal() -> None:
     document, attachments = encode_requests(requests)
     carried = msgpack.unpackb(msgpack.packb(document))
     assert decode_requests(carried, attachments) == requests
-    assert attachments == [b"stored"]
+    assert attachments == [b"stored", b"first", b"second"]
 
 
 JSONISH = st.recursive(
@@ -101,7 +128,18 @@ def test_a_field_of_another_type_is_refused_or_of_its_type(
         return
     for field in attrs.fields(type(made.command)):
         kind = type(getattr(made.command, field.name)).__name__
-        assert kind in {"int", "bytes", "bool", "NoneType", "str", "list", "Kind", "NewKey"}
+        assert kind in {
+            "int",
+            "bytes",
+            "bool",
+            "NoneType",
+            "str",
+            "list",
+            "Kind",
+            "ZoneKind",
+            "NewKey",
+            "tuple",
+        }
 
 
 @pytest.mark.parametrize("command", [cmd.Resize(A, 5), SAMPLES[7]])
