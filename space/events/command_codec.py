@@ -211,6 +211,10 @@ def _shipped(value: Any) -> list[tuple[bytes, int]]:
     return [(_exactly(bytes)(capsule), _exactly(int)(position)) for capsule, position in value]
 
 
+def _places(value: Any) -> list[tuple[bytes, bytes]]:
+    return [(_exactly(bytes)(parent), _exactly(bytes)(name)) for parent, name in value]
+
+
 def _times(value: Any) -> tuple[int, int, int, int]:
     atime, mtime, ctime, btime = map(_exactly(int), value)
     return atime, mtime, ctime, btime
@@ -237,6 +241,8 @@ _SPECIAL: Final[dict[tuple[type[Any], str], _Read]] = {
     (cmd.LoseHome, "cursors"): _ranges,
     (cmd.LoseHome, "kept"): _ids,
     (cmd.RecordShipment, "capsules"): _shipped,
+    (cmd.RecordShipment, "withdrawn"): _ids,
+    (cmd.PlaceCapsule, "names"): _places,
     (cmd.DefineZone, "kind"): ZoneKind,
     (cmd.AddZone, "kind"): ZoneKind,
     (cmd.ChangeZone, "kind"): ZoneKind,

@@ -428,6 +428,18 @@ class Copied:
 
 
 @attrs.frozen
+class PlaceCapsule:
+    """Lets a replica have exactly these names (parent, name), at least one; only in a :class:`ReceiveShipment`.
+
+    What else leads to the capsule is unlinked, what else has one of the names loses it.  For a parent that is not
+    here the directory of capsules without a shipped place stands in (:func:`space.events.ids.zone_capsules`).
+    """
+
+    capsule: bytes
+    names: Sequence[tuple[bytes, bytes]]
+
+
+@attrs.frozen
 class WithdrawCapsule:
     """Takes a replica's names away and deletes it; only in a :class:`ReceiveShipment`."""
 
@@ -463,7 +475,7 @@ class ReceiveShipment:
 
 @attrs.frozen
 class RecordShipment:
-    """Says what goes to a zone; ``capsules`` each with the position as of which it is sent."""
+    """Says what goes to a zone: ``capsules`` each with the position as of which it is sent; ``withdrawn`` are taken back."""
 
     zone: bytes
     shard: int
@@ -473,6 +485,7 @@ class RecordShipment:
     step: int
     capsules: Sequence[tuple[bytes, int]]
     sent_bytes: int
+    withdrawn: Sequence[bytes] = ()
 
 
 @attrs.frozen
@@ -557,6 +570,7 @@ Command = (
     | ChangeZone
     | RemoveZone
     | Copied
+    | PlaceCapsule
     | WithdrawCapsule
     | ReceiveShipment
     | RecordShipment

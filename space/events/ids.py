@@ -86,6 +86,25 @@ ROOT: Final = CapsuleId(bytes(15) + b"\1")
 CLUSTER: Final = CapsuleId(bytes(15) + b"\2")
 """Stands where an event needs a capsule and is about the group of replicas that keeps the log."""
 
+ZONES: Final = ROOT.derive(b"zones")
+"""The directory ``/zones``, in which replicas are: the same in every store that has one."""
+
+BRANCHES: Final = ZONES.derive(b"branches")
+"""The directory ``/zones/.branches``, which keeps what a home had not shipped when another zone took its place."""
+
+ZONE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
+"""What a zone may be called: what a policy may name, and a directory."""
+
+
+def zone_root(zone: bytes) -> CapsuleId:
+    """The directory ``/zones/NAME`` that stands for the root directory of a zone, from the zone's id."""
+    return ZONES.derive(zone)
+
+
+def zone_capsules(zone: bytes) -> CapsuleId:
+    """The directory ``/zones/NAME/.capsules``: replicas hang there whose own directory is not shipped."""
+    return zone_root(zone).derive(b"capsules")
+
 
 @attrs.frozen
 class AtPosition:

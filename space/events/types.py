@@ -560,7 +560,7 @@ class ShipmentSent:
     """So much of the log goes to a zone: written before the zone's answer counts.
 
     ``capsules`` is all that is in it, each with the position as of which it is sent (16 bytes, u64 little-endian,
-    repeated); ``sent_bytes`` the bytes of the shipment.
+    repeated), ``withdrawn`` what the zone is told to delete (16 bytes each); ``sent_bytes`` the bytes of the shipment.
     """
 
     capsule: bytes = identifier()
@@ -572,6 +572,7 @@ class ShipmentSent:
     step: int = u32()
     capsules: bytes = blob(SHIPPED_BYTES_MAX)
     sent_bytes: int = u63()
+    withdrawn: bytes = blob(SHIPPED_BYTES_MAX)
 
 
 @event(58)

@@ -57,6 +57,7 @@ SAMPLES: list[cmd.Command] = [
     cmd.RemoveZone(B),
     cmd.Copied(A, 5, 0, True, [cmd.CreateCapsule(A)], (1, 2, 3, -4)),
     cmd.WithdrawCapsule(A),
+    cmd.PlaceCapsule(A, [(B, b"n")]),
     cmd.ReceiveShipment(
         B,
         1,
@@ -73,7 +74,7 @@ SAMPLES: list[cmd.Command] = [
         through_step=1,
         resume=b"note",
     ),
-    cmd.RecordShipment(B, 0, 1, 2, 3, 4, [(A, 3), (B, 2)], 100),
+    cmd.RecordShipment(B, 0, 1, 2, 3, 4, [(A, 3), (B, 2)], 100, [A]),
     cmd.RecordRefusal(A, "view", "nfs", "sovereignty: local"),
     cmd.RecordRpo(B, 0, 1, 2, 10**9, kept=False),
     cmd.PromoteZone(B),

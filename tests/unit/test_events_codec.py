@@ -63,7 +63,7 @@ SAMPLES: Final[dict[str, ev.Event]] = {
     "54.1": ev.ShipmentReceived(ONE, TWO, 1, 100, 7, 2**63 - 1, 3, b"note", THREE + FOUR),
     "55.1": ev.CapsuleHomed(ONE, TWO, 7, 6, 5, 1, None, -1, 2**63 - 1),
     "56.1": ev.CapsuleWithdrawn(ONE, TWO, 7),
-    "57.1": ev.ShipmentSent(ONE, TWO, 1, 100, 7, 9, 3, THREE + b"\x09" + bytes(7), 4096),
+    "57.1": ev.ShipmentSent(ONE, TWO, 1, 100, 7, 9, 3, THREE + b"\x09" + bytes(7), 4096, FOUR),
     "58.1": ev.PolicyRefused(ONE, "view", "nfs", "sovereignty: local"),
     "59.1": ev.RpoBroken(ONE, TWO, 1, 100, 7, 10**9),
     "60.1": ev.RpoKept(ONE, TWO, 1, 100, 9, 0),
