@@ -1,0 +1,295 @@
+"""The receiving side: an asyncio shell that hands what other zones send to a :class:`Receiver`.
+
+See :mod:`space.federation.exchange` for what is said.  A shipment is held in memory as a whole, never more than
+:data:`AHEAD` of one zone; who sends faster than they become durable waits in TCP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import ssl
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import aiohttp
+import attrs
+from aiohttp import web
+
+from space._errors import ErrorKind, RefusedError, SpaceError, UnavailableError, UsageError, error_document
+from space.federation.exchange import (
+    AUTHORITY,
+    CURSORS,
+    DOCUMENT_BYTES_MAX,
+    FRAME,
+    IDENTITY,
+    PULSE,
+    PULSE_BYTES_MAX,
+    SHIP,
+    SHIPMENT,
+    SILENCE_SECONDS,
+    Document,
+    Peer,
+    parse_document,
+)
+
+AHEAD: Final = 4
+"""Shipments of one zone that are read while others become durable; they share an fdatasync."""
+
+STATUSES: Final[dict[ErrorKind, int]] = {
+    ErrorKind.FAILED: 500,
+    ErrorKind.USAGE: 400,
+    ErrorKind.NOT_FOUND: 404,
+    ErrorKind.CONFLICT: 409,
+    ErrorKind.REFUSED: 403,
+    ErrorKind.CORRUPT: 422,  # what came, not what is here
+    ErrorKind.UNAVAILABLE: 503,
+}
+
+log: Final = logging.getLogger("space.federation")
+
+
+@attrs.frozen
+class Received:
+    """What came of some shipments, taken in order.
+
+    Attributes:
+        cursors: the cursor of its stream after each that was taken, in order; all durable.
+        error: why the next one was not.
+    """
+
+    cursors: Sequence[Document]
+    error: SpaceError | None = None
+
+
+class Receiver(Protocol):
+    """The zone, as other zones see it.  Every method may take its time and is called on a thread."""
+
+    def recognise(self, certificate: bytes) -> Peer:
+        """The added zone a certificate (DER) proves.
+
+        Raises:
+            RefusedError: it proves none.
+        """
+
+    def identity(self, peer: Peer) -> Document:
+        """Who answers, and what it knows of ``peer``."""
+
+    def cursors(self, peer: Peer) -> list[Document]:
+        """How far each stream of ``peer`` has come."""
+
+    def receive(self, peer: Peer, shipments: Sequence[bytes]) -> Received:
+        """Takes shipments in order, up to the first that has to be refused; returns when they are durable."""
+
+    def heard(self, peer: Peer, pulse: Document) -> None:
+        """Notes where the log of ``peer`` ends."""
+
+    def take_authority(self, peer: Peer, pem: bytes, signature: bytes) -> Document:
+        """Trusts other certificates of ``peer`` from now on.
+
+        Raises:
+            RefusedError: the signature is not of the authority known so far.
+        """
+
+
+class FederationServer:
+    """Answers other zones, in the loop it was made in."""
+
+    def __init__(self, receiver: Receiver, tls: ssl.SSLContext, *, shipment_bytes_max: int) -> None:
+        self._receiver = receiver
+        self._limits = {SHIPMENT: shipment_bytes_max, PULSE: PULSE_BYTES_MAX}
+        self._tls = tls
+        self._streams: dict[bytes, asyncio.Task[Any]] = {}
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Begins to listen; returns the port.
+
+        Raises:
+            UnavailableError: the address cannot be listened on.
+        """
+        application = web.Application(middlewares=[_errors], client_max_size=DOCUMENT_BYTES_MAX)
+        application.router.add_get(IDENTITY, self._identity)
+        application.router.add_get(CURSORS, self._cursors)
+        application.router.add_post(AUTHORITY, self._authority)
+        application.router.add_post(SHIP, self._ship)
+        runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, host, port, ssl_context=self._tls).start()
+        except OSError as error:
+            await runner.cleanup()
+            raise UnavailableError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+        self._runner = runner
+        return int(runner.addresses[0][1])
+
+    async def close(self) -> None:
+        """Hangs up on everybody."""
+        for task in self._streams.values():
+            task.cancel()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _peer(self, request: web.Request) -> Peer:
+        transport = request.transport
+        tls = None if transport is None else transport.get_extra_info("ssl_object")
+        certificate = None if tls is None else tls.getpeercert(binary_form=True)
+        if certificate is None:
+            raise RefusedError("a connection without a certificate")
+        return await asyncio.to_thread(self._receiver.recognise, certificate)
+
+    async def _identity(self, request: web.Request) -> web.StreamResponse:
+        peer = await self._peer(request)
+        return web.json_response(await asyncio.to_thread(self._receiver.identity, peer))
+
+    async def _cursors(self, request: web.Request) -> web.StreamResponse:
+        peer = await self._peer(request)
+        return web.json_response({"cursors": await asyncio.to_thread(self._receiver.cursors, peer)})
+
+    async def _authority(self, request: web.Request) -> web.StreamResponse:
+        peer = await self._peer(request)
+        async with asyncio.timeout(SILENCE_SECONDS):
+            found = parse_document(await request.read())
+        try:
+            pem, signature = str(found["authority"]).encode("ascii"), bytes.fromhex(found["signature"])
+        except (KeyError, TypeError, ValueError):
+            raise UsageError("not an offer of an authority", hint="is the other zone newer?") from None
+        return web.json_response(await asyncio.to_thread(self._receiver.take_authority, peer, pem, signature))
+
+    # --- a stream of shipments -------------------------------------------------------------------
+
+    async def _ship(self, request: web.Request) -> web.StreamResponse:
+        peer = await self._peer(request)
+        await self._replace(peer)
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        queue: asyncio.Queue[_Frame] = asyncio.Queue(AHEAD)
+        reading = asyncio.create_task(_read_frames(request.content, queue, self._limits))
+        try:
+            await self._take(peer, queue, response)
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            if self._streams.get(peer.id) is asyncio.current_task():
+                del self._streams[peer.id]
+        with contextlib.suppress(ConnectionError):
+            await response.write_eof()
+        response.force_close()
+        return response
+
+    async def _replace(self, peer: Peer) -> None:
+        """Hangs up on the stream a zone has had so far: it has lost that one, or it would not begin another."""
+        before = self._streams.get(peer.id)
+        task = asyncio.current_task()
+        assert task is not None
+        self._streams[peer.id] = task
+        if before is not None:
+            before.cancel()
+            await asyncio.wait([before])
+
+    async def _take(self, peer: Peer, queue: asyncio.Queue[_Frame], response: web.StreamResponse) -> None:
+        """Answers frames in order until they end or one is refused."""
+        while True:
+            found = [await queue.get()]
+            while not queue.empty():
+                found.append(queue.get_nowait())
+            lines: list[Document] = []
+            over = False
+            try:
+                for kind, group in itertools.groupby(found, key=lambda each: each.kind):
+                    over = await self._take_group(peer, kind, list(group), lines)
+            except SpaceError as error:
+                over = True
+                lines.append({"error": error_document(error)})
+            await response.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+            if over:
+                return
+
+    async def _take_group(self, peer: Peer, kind: int, frames: list[_Frame], lines: list[Document]) -> bool:
+        """Frames of one kind; whether they are the last.
+
+        Raises:
+            SpaceError: one is refused.
+        """
+        if kind == SHIPMENT:
+            received = await asyncio.to_thread(self._receiver.receive, peer, [each.body for each in frames])
+            lines += [{"cursor": cursor} for cursor in received.cursors]
+            if received.error is not None:
+                log.warning("a shipment of zone %s was refused: %s", peer.name, received.error)
+                raise received.error
+            return False
+        if kind == PULSE:
+            for each in frames:
+                await asyncio.to_thread(self._receiver.heard, peer, parse_document(each.body))
+                lines.append({"pulse": {}})
+            return False
+        if frames[0].error is not None:
+            raise frames[0].error
+        return True
+
+
+@attrs.frozen
+class _Frame:
+    """A frame that came, or the end of them: without a kind, and with what is wrong if something is."""
+
+    kind: int = 0
+    body: bytes = b""
+    error: SpaceError | None = None
+
+
+async def _read_frames(
+    content: aiohttp.StreamReader, queue: asyncio.Queue[_Frame], limits: Mapping[int, int]
+) -> None:
+    """Frames of a body, and their end."""
+    try:
+        while True:
+            head = await _exactly(content, FRAME.size)
+            if not head:
+                await queue.put(_Frame())
+                return
+            kind, length = FRAME.unpack(head)
+            if length > limits.get(kind, -1):
+                raise UsageError(f"not a frame: kind {kind}, {length} bytes")
+            await queue.put(_Frame(kind, await _exactly(content, length)))
+    except SpaceError as error:
+        await queue.put(_Frame(error=error))
+    except TimeoutError:
+        await queue.put(_Frame(error=UnavailableError(f"nothing came for {SILENCE_SECONDS:.0f} s")))
+    except (OSError, aiohttp.ClientError, web.HTTPException) as error:
+        await queue.put(_Frame(error=UnavailableError(f"the connection broke: {error}")))
+
+
+async def _exactly(content: aiohttp.StreamReader, size: int) -> bytes:
+    """So many bytes; none where the body ends before the first of them.
+
+    Raises:
+        UsageError: it ends in between.
+        TimeoutError: nothing comes for a while; how long all of it takes is the other side's bandwidth.
+    """
+    found = bytearray()
+    while len(found) < size:
+        async with asyncio.timeout(SILENCE_SECONDS):
+            piece = await content.read(size - len(found))
+        if not piece and found:
+            raise UsageError("the stream ended in the middle of a frame")
+        if not piece:
+            break
+        found += piece
+    return bytes(found)
+
+
+@web.middleware
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Errors as documents."""
+    try:
+        return await handler(request)
+    except SpaceError as error:
+        return web.json_response({"error": error_document(error)}, status=STATUSES[error.kind])
+    except TimeoutError:
+        late = UsageError("the request ended before its end")
+        return web.json_response({"error": error_document(late)}, status=400)
