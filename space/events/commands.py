@@ -475,7 +475,7 @@ class ReceiveShipment:
 
 @attrs.frozen
 class RecordShipment:
-    """Says what goes to a zone: ``capsules`` each with the position as of which it is sent; ``withdrawn`` are taken back."""
+    """Says what goes to a zone: ``capsules`` with the position each is sent as of; ``withdrawn`` are taken back."""
 
     zone: bytes
     shard: int

@@ -19,10 +19,11 @@ from space._errors import CorruptionError
 from space.events import types as ev
 from space.events.codec import chain_link
 from space.events.ids import ID_BYTES, NIL, CapsuleId
-from space.statemachine import replies, reservations
+from space.statemachine import replies, reservations, zones
 from space.statemachine.tables import (
     COUNTER,
     ENTRY,
+    HOME,
     KEY,
     MEMBER,
     NAMESPACE,
@@ -68,6 +69,7 @@ class Node:
     xattrs: list[tuple[bytes, bytes]]
 
 
+Noted = ev.PolicyRefused | ev.RpoBroken | ev.RpoKept
 Handler = Callable[[Overlay, Context, bytes, Any], None]
 
 
@@ -279,7 +281,9 @@ def _policy_changed(state: Overlay, context: Context, link: bytes, event: ev.Pol
 
 
 def _key_created(state: Overlay, context: Context, link: bytes, event: ev.KeyCreated) -> None:
-    _touch(state, context, link, event.capsule).key = event.key
+    row = _touch(state, context, link, event.capsule)
+    row.key = event.key
+    zones.key_created(state, row, event)
     state.put(KEY, U32.pack(event.key) + U32.pack(event.version), event.wrapped)
 
 
@@ -368,7 +372,7 @@ def _clone_row(
 ) -> CapsuleRow:
     row = node.row.copy()
     row.ino = state.next(b"ino")
-    row.nlink = row.deleted = 0
+    row.nlink = row.deleted = row.flags = 0
     row.entries = len(node.entries)
     row.ctime = row.btime = context.time_ns
     row.change = context.position
@@ -410,6 +414,7 @@ def _purged(state: Overlay, context: Context, link: bytes, event: ev.CapsulesPur
             state.delete(XATTR, key)
         state.delete_capsule(capsule)
         state.delete(RESERVATION, capsule)
+        state.delete(HOME, capsule)
     for key, value in list(state.scan(ORPHAN, b"")):
         if value in gone:
             state.delete(ORPHAN, key)
@@ -503,6 +508,11 @@ def _nfs_server_started(state: Overlay, context: Context, link: bytes, event: ev
     state.put(COUNTER, nfs_epoch_counter(event.server), U64.pack(event.epoch))
 
 
+def _noted(state: Overlay, context: Context, link: bytes, event: Noted) -> None:
+    """Nothing changed: the log says that it happened."""
+    state.edit(event.capsule).link = link
+
+
 HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.StoreInitialised: _store_initialised,
     ev.CapsuleCreated: _created,
@@ -536,4 +546,17 @@ HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.NfsClientRecorded: _nfs_client_recorded,
     ev.NfsClientForgotten: _nfs_client_forgotten,
     ev.NfsServerStarted: _nfs_server_started,
+    ev.ZoneDefined: zones.defined,
+    ev.ZoneAdded: zones.defined,
+    ev.ZoneChanged: zones.changed,
+    ev.ZoneRemoved: zones.removed,
+    ev.ShipmentReceived: zones.received,
+    ev.CapsuleHomed: zones.homed,
+    ev.CapsuleWithdrawn: zones.withdrawn,
+    ev.ShipmentSent: zones.sent,
+    ev.PolicyRefused: _noted,
+    ev.RpoBroken: _noted,
+    ev.RpoKept: _noted,
+    ev.ZonePromoted: zones.promoted,
+    ev.HomeLost: zones.lost,
 }

@@ -38,6 +38,12 @@ RESERVATION: Final = 14  # capsule id → space.statemachine.reservations.State
 NFS_CLIENT: Final = (
     15  # BLAKE3 of an NFS server's name, 16 bytes, + BLAKE3 of a client's, 16 bytes → verifier + name
 )
+ZONE: Final = 16  # zone id → space.statemachine.zones.ZoneRow
+HOME: Final = 17  # capsule id → space.statemachine.zones.HomeRow
+CURSOR: Final = 18  # zone id + shard (u32) + lane (u32) → space.statemachine.zones.CursorRow
+MARK: Final = 19  # zone id + shard (u32) + lane (u32) + position there (u64) → position here (u64)
+SENT: Final = 20  # zone id + capsule id → position it was last sent as of (u64)
+ZONE_KEY: Final = 21  # key id (u32) → id of the zone it came from
 
 TABLES: Final = {
     CAPSULE: "capsule",
@@ -55,7 +61,20 @@ TABLES: Final = {
     NAMESPACE: "namespace",
     RESERVATION: "reservation",
     NFS_CLIENT: "nfs_client",
+    ZONE: "zone",
+    HOME: "home",
+    CURSOR: "cursor",
+    MARK: "mark",
+    SENT: "sent",
+    ZONE_KEY: "zone_key",
 }
+
+REPLICA: Final = 1
+"""Flag of a capsule that came in a shipment: HOME has a row for it."""
+FEDERATED: Final = 2
+"""Flag of the root directory of a store that knows a zone."""
+HOME_LOST: Final = 4
+"""Flag of the root directory of a store some of whose capsules have their home in a zone they were shipped to."""
 
 U32: Final = struct.Struct(">I")
 U64: Final = struct.Struct(">Q")
@@ -99,7 +118,8 @@ class CapsuleRow:
 
     ``entries`` counts names in a directory; ``parent`` is set for directories only; ``change`` is the
     position of the last event that touched it; ``link`` the head of its chain; times are nanoseconds;
-    ``deleted`` is the position at which its last name went, or 0.
+    ``deleted`` is the position at which its last name went, or 0; ``flags`` are REPLICA and, of the root
+    directory, FEDERATED and HOME_LOST.
     """
 
     kind: int

@@ -59,8 +59,20 @@ _BY_NAME: Final[Mapping[str, st.SearchStrategy[Any]]] = {
     "server": st.sampled_from(["a", "b"]) | st.text(st.characters(exclude_categories=["Cs"]), max_size=255),
     "owner": st.sampled_from([b"x", b"y"]) | st.binary(max_size=1024),
     "verifier": st.binary(min_size=8, max_size=8) | st.binary(max_size=8),
+    "zone": ids,
+    "sealing": st.binary(max_size=32),
+    "from_position": u63,
+    "through_position": u63,
+    "position": u63,
+    "copy": u63,
+    "sent_bytes": u63,
+    "lag_ns": u63,
+    "capsules": st.lists(ids, max_size=3).map(b"".join) | st.binary(max_size=60),
+    "withdrawn": st.lists(ids, max_size=3).map(b"".join) | st.binary(max_size=40),
     "atime": st.none() | st.integers(-(2**63), 2**63 - 1),
     "mtime": st.none() | st.integers(-(2**63), 2**63 - 1),
+    "ctime": st.none() | st.integers(-(2**63), 2**63 - 1),
+    "btime": st.none() | st.integers(-(2**63), 2**63 - 1),
     "snapshot": st.sampled_from(["s", "t"]) | st.text(st.characters(exclude_categories=["Cs"]), max_size=255),
     "frames": st.integers(0, 3).flatmap(lambda count: st.binary(min_size=48 * count, max_size=48 * count))
     | st.binary(max_size=200),
@@ -70,6 +82,7 @@ _BY_NAME: Final[Mapping[str, st.SearchStrategy[Any]]] = {
     | st.binary(max_size=40),
 }
 _OPTIONAL_U32: Final = {("AttributesChanged", field) for field in ("mode", "uid", "gid")}
+_TEXTS: Final = {"subsystem", "status", "message", "server", "snapshot"}
 
 
 def _field(cls: type[Any], name: str, annotation: str) -> st.SearchStrategy[Any]:
@@ -77,6 +90,8 @@ def _field(cls: type[Any], name: str, annotation: str) -> st.SearchStrategy[Any]
         return u32 if cls is ev.ExtentWritten else u63
     if (cls.__name__, name) in _OPTIONAL_U32:
         return st.none() | u32
+    if annotation == "str" and name not in _TEXTS:
+        return st.sampled_from(["a", "b"]) | st.text(st.characters(exclude_categories=["Cs"]), max_size=32)
     if name in _BY_NAME:
         return _BY_NAME[name]
     return st.binary(max_size=100) if annotation == "bytes" else u32

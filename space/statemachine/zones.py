@@ -1,0 +1,343 @@
+"""Zones, homes and cursors: the rows of federation, how they are folded, and whose a capsule is.
+
+A store belongs to one zone and knows others.  A capsule has its *home* here unless it is a *replica*, which only its
+home changes.  What makes a capsule one is never spread over all rows at once:
+
+* HOME has a row for each capsule that came in a shipment.  Its zone counts as the home as long as the capsule was made
+  after the zone was last promoted over (``taken``): a promotion is one event, however many replicas there are.
+* SENT has a row for each capsule that was shipped to a zone, with the position it was last sent as of.  When that zone
+  takes over (``lost``), what had been sent by then has its home there: one event again.
+
+Flags in capsule rows keep all of this away from stores without zones, and from capsules that are not replicas: deciding
+about those looks at no row but the capsule's own and the root's.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import attrs
+import msgpack
+
+from space._errors import CorruptionError
+from space.events import types as ev
+from space.events.ids import ID_BYTES, NIL, ROOT
+from space.statemachine.tables import (
+    CURSOR,
+    FEDERATED,
+    HOME,
+    HOME_LOST,
+    MARK,
+    ORPHAN,
+    REPLICA,
+    SENT,
+    U32,
+    U64,
+    ZONE,
+    ZONE_KEY,
+    CapsuleRow,
+    Overlay,
+    Reader,
+)
+
+if TYPE_CHECKING:
+    from space.statemachine.apply import Context
+
+OWN: Final = 0
+PEER: Final = 1
+REMOVED: Final = 2
+
+MARK_EVERY: Final = 256
+"""Positions of this log after which a stream leaves a mark: what looking up a position of a home may have to read."""
+
+_HOME: Final = struct.Struct("<16sQQI")
+_CURSOR: Final = struct.Struct("<QIQ")
+_STREAM: Final = struct.Struct(">16sII")
+
+
+@attrs.define
+class ZoneRow:
+    """A zone.
+
+    ``role`` is OWN, PEER or REMOVED.  ``epoch`` counts promotions of one of the two zones in the other's place.
+    Replicas of the zone with inode numbers up to ``taken`` have their home here by now; capsules of this store that
+    were sent to the zone up to position ``lost`` (of this log) have it there, as of position ``base`` of that log.
+    """
+
+    role: int
+    name: str
+    kind: int
+    url: str
+    authorities: bytes
+    sealing: bytes
+    epoch: int = 0
+    taken: int = 0
+    lost: int = 0
+    base: int = 0
+
+    def encode(self) -> bytes:
+        packed: bytes = msgpack.packb(attrs.astuple(self))
+        return packed
+
+    @classmethod
+    def decode(cls, data: bytes) -> ZoneRow:
+        return cls(*msgpack.unpackb(data))
+
+    def __str__(self) -> str:
+        return f"zone {self.name}, {self.url}" if self.url else f"zone {self.name}"
+
+
+@attrs.frozen
+class HomeRow:
+    """Whose replica a capsule is, as of which position there, and which part is the next of the copy under way."""
+
+    zone: bytes
+    position: int
+    copy: int = 0
+    step: int = 0
+
+    def encode(self) -> bytes:
+        return _HOME.pack(self.zone, self.position, self.copy, self.step)
+
+    @classmethod
+    def decode(cls, data: bytes) -> HomeRow:
+        return cls(*_HOME.unpack(data))
+
+
+@attrs.frozen
+class CursorRow:
+    """How far a stream of a zone has come: position, parts of copies beyond it, the home's note.
+
+    ``marked`` is the position of this log at which the stream last left a mark.
+    """
+
+    position: int = 0
+    step: int = 0
+    marked: int = 0
+    resume: bytes = b""
+
+    def encode(self) -> bytes:
+        return _CURSOR.pack(self.position, self.step, self.marked) + self.resume
+
+    @classmethod
+    def decode(cls, data: bytes) -> CursorRow:
+        position, step, marked = _CURSOR.unpack_from(data)
+        return cls(position, step, marked, data[_CURSOR.size :])
+
+
+def zones(state: Reader | Overlay) -> dict[bytes, ZoneRow]:
+    """Every zone by its id, removed ones included; a few at most."""
+    return {key: ZoneRow.decode(value) for key, value in state.scan(ZONE, b"")}
+
+
+def zone_row(state: Reader | Overlay, zone: bytes) -> ZoneRow | None:
+    """The zone with that id."""
+    data = state.get(ZONE, zone)
+    return None if data is None else ZoneRow.decode(data)
+
+
+def own_zone(state: Reader | Overlay) -> tuple[bytes, ZoneRow] | None:
+    """Id and row of the zone this store belongs to, if it belongs to one."""
+    return next(((key, row) for key, row in zones(state).items() if row.role == OWN), None)
+
+
+def home_row(state: Reader | Overlay, capsule: bytes) -> HomeRow | None:
+    """What is kept of a capsule that came in a shipment, whoever is its home by now."""
+    data = state.get(HOME, capsule)
+    return None if data is None else HomeRow.decode(data)
+
+
+def home_of(state: Overlay, capsule: bytes, row: CapsuleRow) -> bytes | None:
+    """Id of the zone a capsule is a replica of; None if its home is here."""
+    if row.flags & REPLICA:
+        home = home_row(state, capsule)
+        zone = None if home is None else zone_row(state, home.zone)
+        if home is None or zone is None:
+            raise CorruptionError("a replica without its home", hint="run: space replay")
+        return home.zone if row.ino > zone.taken else None
+    root = state.capsule(ROOT)
+    if root is None or not root.flags & HOME_LOST:
+        return None
+    for number, zone in zones(state).items():
+        if zone.lost and 0 < _sent(state, number, capsule) <= zone.lost:
+            return number
+    return None
+
+
+def _sent(state: Overlay, zone: bytes, capsule: bytes) -> int:
+    data = state.get(SENT, zone + capsule)
+    return 0 if data is None else int(U64.unpack(data)[0])
+
+
+def sent_capsules(state: Reader | Overlay, zone: bytes) -> Iterator[tuple[bytes, int]]:
+    """Capsules a zone was sent and not told to delete since, each with the position it was last sent as of."""
+    for key, value in state.scan(SENT, zone):
+        yield key[ID_BYTES:], U64.unpack(value)[0]
+
+
+def cursor_row(state: Reader | Overlay, zone: bytes, shard: int, lane: int) -> CursorRow:
+    """How far a stream has come; for one that never brought anything, where it is to begin."""
+    data = state.get(CURSOR, _STREAM.pack(zone, shard, lane))
+    if data is not None:
+        return CursorRow.decode(data)
+    row = zone_row(state, zone)
+    return CursorRow(0 if row is None else row.base)
+
+
+def cursors(state: Reader | Overlay, zone: bytes) -> list[tuple[int, int, CursorRow]]:
+    """Every stream of a zone that has brought anything: shard, lane, how far it has come."""
+    return [(*_STREAM.unpack(key)[1:], CursorRow.decode(value)) for key, value in state.scan(CURSOR, zone)]
+
+
+def marked_before(state: Reader, zone: bytes, shard: int, lane: int, position: int) -> int:
+    """A position of this log at which a stream had not come further than ``position`` of the home's; 0 for none.
+
+    The stream's last shipment up to ``position`` is less than MARK_EVERY positions of this log, and one shipment,
+    further on.
+    """
+    stream = _STREAM.pack(zone, shard, lane)
+    found = state.last_at_or_before(MARK, stream + U64.pack(position))
+    return int(U64.unpack(found[1])[0]) if found is not None and found[0].startswith(stream) else 0
+
+
+# --- the fold --------------------------------------------------------------------------------------
+
+
+def _put(state: Overlay, zone: bytes, row: ZoneRow) -> None:
+    state.put(ZONE, zone, row.encode())
+
+
+def _known(state: Overlay, zone: bytes) -> ZoneRow:
+    row = zone_row(state, zone)
+    if row is None:
+        raise CorruptionError(f"the log names a zone that is not there: {zone.hex()}")
+    return row
+
+
+def defined(state: Overlay, context: Context, link: bytes, event: ev.ZoneDefined | ev.ZoneAdded) -> None:
+    """The zone is known; one that was removed keeps what was between the two."""
+    root = state.edit(event.capsule)
+    root.link = link
+    root.flags |= FEDERATED
+    before = zone_row(state, event.zone)
+    role = OWN if isinstance(event, ev.ZoneDefined) else PEER
+    row = ZoneRow(role, event.name, event.kind, event.url, event.authorities, event.sealing)
+    if before is not None:
+        row.epoch, row.taken, row.lost, row.base = before.epoch, before.taken, before.lost, before.base
+    _put(state, event.zone, row)
+
+
+def changed(state: Overlay, context: Context, link: bytes, event: ev.ZoneChanged) -> None:
+    """A zone has other properties."""
+    state.edit(event.capsule).link = link
+    row = _known(state, event.zone)
+    row.kind, row.url = event.kind, event.url
+    row.authorities, row.sealing = event.authorities, event.sealing
+    _put(state, event.zone, row)
+
+
+def removed(state: Overlay, context: Context, link: bytes, event: ev.ZoneRemoved) -> None:
+    """Cursors and marks go: if the zone is added again, all it ships comes anew, over what is here."""
+    state.edit(event.capsule).link = link
+    row = _known(state, event.zone)
+    row.role = REMOVED
+    _put(state, event.zone, row)
+    for table in (CURSOR, MARK):
+        for key, _ in list(state.scan(table, event.zone)):
+            state.delete(table, key)
+
+
+def received(state: Overlay, context: Context, link: bytes, event: ev.ShipmentReceived) -> None:
+    """The cursor moves, and the replicas that were shipped to have come as far."""
+    state.edit(event.capsule).link = link
+    before = cursor_row(state, event.zone, event.shard, event.lane)
+    marked = before.marked
+    stream = _STREAM.pack(event.zone, event.shard, event.lane)
+    if not marked or context.position - marked >= MARK_EVERY:
+        marked = context.position
+        state.put(MARK, stream + U64.pack(event.through_position), U64.pack(context.position))
+    row = CursorRow(event.through_position, event.step, marked, event.resume)
+    state.put(CURSOR, stream, row.encode())
+    for at in range(0, len(event.capsules), ID_BYTES):
+        capsule = event.capsules[at : at + ID_BYTES]
+        home = home_row(state, capsule)
+        if home is None:
+            raise CorruptionError(f"the log ships to a capsule that is no replica: {capsule.hex()}")
+        state.put(HOME, capsule, attrs.evolve(home, position=event.through_position).encode())
+
+
+def homed(state: Overlay, context: Context, link: bytes, event: ev.CapsuleHomed) -> None:
+    """The capsule is a replica, or none any more."""
+    row = state.edit(event.capsule)
+    row.link = link
+    if _known(state, event.zone).role == OWN:
+        row.flags &= ~REPLICA
+        state.delete(HOME, event.capsule)
+        for zone, each in zones(state).items():
+            if each.lost:
+                state.delete(SENT, zone + event.capsule)
+        return
+    row.flags |= REPLICA
+    home = HomeRow(event.zone, event.position, event.copy, event.step)
+    state.put(HOME, event.capsule, home.encode())
+    times = {name: getattr(event, name) for name in ("atime", "mtime", "ctime", "btime")}
+    for name, value in times.items():
+        if value is not None:
+            setattr(row, name, value)
+            row.change = context.position
+
+
+def withdrawn(state: Overlay, context: Context, link: bytes, event: ev.CapsuleWithdrawn) -> None:
+    """The replica is deleted, and stays one."""
+    row = state.edit(event.capsule)
+    row.link, row.change, row.ctime = link, context.position, context.time_ns
+    if not row.deleted:
+        row.deleted = context.position
+        state.put(ORPHAN, NIL + event.capsule + U64.pack(context.position), event.capsule)
+    state.put(HOME, event.capsule, HomeRow(event.zone, event.position).encode())
+
+
+def sent(state: Overlay, context: Context, link: bytes, event: ev.ShipmentSent) -> None:
+    """What a zone has, as far as this side knows."""
+    state.edit(event.capsule).link = link
+    for capsule, position in ev.SHIPPED.iter_unpack(event.capsules):
+        state.put(SENT, event.zone + capsule, U64.pack(position))
+    for at in range(0, len(event.withdrawn), ID_BYTES):
+        state.delete(SENT, event.zone + event.withdrawn[at : at + ID_BYTES])
+
+
+def promoted(state: Overlay, context: Context, link: bytes, event: ev.ZonePromoted) -> None:
+    """All replicas of the zone there are now have their home here."""
+    state.edit(event.capsule).link = link
+    row = _known(state, event.zone)
+    row.epoch, row.taken = event.epoch, state.counter(b"ino")
+    row.lost = row.base = 0
+    _put(state, event.zone, row)
+    _flag_lost(state)
+
+
+def lost(state: Overlay, context: Context, link: bytes, event: ev.HomeLost) -> None:
+    """All that the zone was sent until now has its home there."""
+    state.edit(event.capsule).link = link
+    row = _known(state, event.zone)
+    row.epoch, row.base, row.lost, row.taken = event.epoch, event.position, context.position, 0
+    _put(state, event.zone, row)
+    _flag_lost(state)
+
+
+def _flag_lost(state: Overlay) -> None:
+    root = state.edit(bytes(ROOT))
+    if any(zone.lost for zone in zones(state).values()):
+        root.flags |= HOME_LOST
+    else:
+        root.flags &= ~HOME_LOST
+
+
+def key_created(state: Overlay, row: CapsuleRow, event: ev.KeyCreated) -> None:
+    """Keeps whose key it is: a zone may name its own keys again, and nobody else's."""
+    if row.flags & REPLICA:
+        home = home_row(state, event.capsule)
+        if home is not None:
+            state.put(ZONE_KEY, U32.pack(event.key), home.zone)
