@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     import yaml
 
 POLICY_BYTES_MAX: Final = 64 * 1024  # a policy is a page of text; more is a mistake or an attack
-_DEPTH_MAX: Final = 4  # the deepest valid path is federation → targets → name
+_DEPTH_MAX: Final = 4  # the deepest valid path is federation → targets → name, or → shards → data
 _NAMES_MAX: Final = 64  # zones or transforms in one policy
 _PRIORITY_MAX: Final = 100
+SHARDS_MAX: Final = 32  # the most the erasure code computes with at once
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 
 
@@ -95,6 +96,20 @@ class _ContradictionError(UsageError):
         self.path = path
 
 
+@final
+@attrs.frozen
+class Shards:
+    """How a payload is erasure-coded over zones: any ``data`` of ``data + parity`` shards give it back."""
+
+    data: int
+    parity: int
+
+    @property
+    def total(self) -> int:
+        """Zones it takes."""
+        return self.data + self.parity
+
+
 def _dedupe_unless_encrypted(policy: Policy) -> bool:
     return policy.encryption is Encryption.NONE
 
@@ -113,6 +128,8 @@ class Policy:
         latency_target_ns: wanted latency of one operation, in nanoseconds; None: no promise.
         sovereignty: how far content may travel.
         federation_targets: zones that receive it; ``federation_priority`` 0-100 orders capsules, high first.
+        federation_candidates: zones that may be made targets when there is reason to.
+        federation_shards: the zones get one shard each instead of a replica; None: replicas.
         history_ns: how long overwritten content stays readable, in nanoseconds; None: for ever.
         durability: what an acknowledgement means.
         block_size: logical block size of block views, in bytes: 512 or 4096.
@@ -131,6 +148,8 @@ class Policy:
     sovereignty: Sovereignty = Sovereignty.ZONE
     federation_targets: tuple[str, ...] = ()
     federation_priority: int = 0
+    federation_candidates: tuple[str, ...] = ()
+    federation_shards: Shards | None = None
     history_ns: int | None = None
     durability: Durability = Durability.DURABLE
     block_size: int = 4096
@@ -140,7 +159,10 @@ class Policy:
             raise _ContradictionError(message, *path)
 
     def to_document(self) -> dict[str, Any]:
-        """The canonical document: every key, always in this order, in the spelling of a policy file."""
+        """The canonical document: every key, always in this order, in the spelling of a policy file.
+
+        Keys that came later are in it only where they say something: what was recorded before keeps its bytes.
+        """
         level = "" if self.compression_level is None else f":{self.compression_level}"
         return {
             "compression": f"{self.compression.value}{level}",
@@ -150,7 +172,7 @@ class Policy:
             "rpo": _duration_document(self.rpo_ns),
             "latency_target": _duration_document(self.latency_target_ns),
             "sovereignty": self.sovereignty.value,
-            "federation": {"targets": list(self.federation_targets), "priority": self.federation_priority},
+            "federation": _federation_document(self),
             "history": _history_document(self.history_ns),
             "durability": self.durability.value,
             "block_size": self.block_size,
@@ -238,8 +260,32 @@ def _contradictions(policy: Policy) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("federation", "priority"), "means nothing without federation.targets"
     if not policy.federation_targets and policy.rpo_ns is not None:
         yield ("rpo",), "means nothing without federation.targets: there is no second zone to lag behind"
+    yield from _shards_contradictions(policy)
+    if policy.federation_candidates and policy.sovereignty is not Sovereignty.GLOBAL:
+        limit = policy.sovereignty.value
+        yield (
+            ("federation", "candidates"),
+            f"need sovereignty: global; {limit} content must not leave its zone",
+        )
+    for name in policy.federation_candidates:
+        if name in policy.federation_targets:
+            yield ("federation", "candidates"), f"zone {name} is a target already"
     if policy.block_size not in (512, 4096):
         yield ("block_size",), f"must be 512 or 4096, not {policy.block_size}"
+
+
+def _shards_contradictions(policy: Policy) -> Iterator[tuple[tuple[str, ...], str]]:
+    shards, targets = policy.federation_shards, len(policy.federation_targets)
+    if shards is None:
+        return
+    path = ("federation", "shards")
+    if targets not in (shards.total, shards.total - 1):
+        wanted = f"{shards.total} targets, or {shards.total - 1} and this zone"
+        yield path, f"data: {shards.data} and parity: {shards.parity} need {wanted}, and there are {targets}"
+    if policy.rpo_ns is not None:
+        yield ("rpo",), "means nothing with federation.shards: they are made anew when the policy is applied"
+    if policy.federation_candidates:
+        yield ("federation", "candidates"), "mean nothing with federation.shards: every zone has its own"
 
 
 def _compression(value: object, key: str) -> dict[str, Any]:
@@ -299,17 +345,41 @@ def _history(value: object, key: str) -> dict[str, Any]:
 def _federation(value: object, key: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise _InvalidKeyError(f"must be a mapping with targets and priority, not {_shown(value)}", key)
-    _refuse_unknown(value, ("targets", "priority"), key)
-    priority = value.get("priority", 0)
-    if type(priority) is not int or not 0 <= priority <= _PRIORITY_MAX:
-        raise _InvalidKeyError(
-            f"must be a whole number from 0 to {_PRIORITY_MAX}, not {_shown(priority)}", key, "priority"
-        )
-    targets = _names(value.get("targets", []), key, "targets")
-    for index, name in enumerate(targets):
-        if name in targets[:index]:
-            raise _InvalidKeyError(f"zone {name} is listed twice", key, "targets", str(index))
-    return {"federation_targets": targets, "federation_priority": priority}
+    _refuse_unknown(value, ("targets", "priority", "candidates", "shards"), key)
+    priority = _number(value.get("priority", 0), 0, _PRIORITY_MAX, key, "priority")
+    return {
+        "federation_targets": _zones(value.get("targets", []), key, "targets"),
+        "federation_priority": priority,
+        "federation_candidates": _zones(value.get("candidates", []), key, "candidates"),
+        "federation_shards": _shards(value.get("shards"), key, "shards"),
+    }
+
+
+def _zones(value: object, *path: str) -> tuple[str, ...]:
+    zones = _names(value, *path)
+    for index, name in enumerate(zones):
+        if name in zones[:index]:
+            raise _InvalidKeyError(f"zone {name} is listed twice", *path, str(index))
+    return zones
+
+
+def _shards(value: object, *path: str) -> Shards | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise _InvalidKeyError(f"must be a mapping with data and parity, not {_shown(value)}", *path)
+    _refuse_unknown(value, ("data", "parity"), *path)
+    for key in ("data", "parity"):
+        if key not in value:
+            raise _InvalidKeyError(f"lacks {key}", *path)
+    data = _number(value["data"], 2, SHARDS_MAX - 1, *path, "data")
+    return Shards(data, _number(value["parity"], 1, SHARDS_MAX - data, *path, "parity"))
+
+
+def _number(value: object, low: int, high: int, *path: str) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise _InvalidKeyError(f"must be a whole number from {low} to {high}, not {_shown(value)}", *path)
+    return value
 
 
 def _transform(value: object, key: str) -> dict[str, Any]:
@@ -386,6 +456,18 @@ def _shown(value: object) -> str:
 
 def _duration_document(duration_ns: int | None) -> str | None:
     return None if duration_ns is None else format_duration(duration_ns)
+
+
+def _federation_document(policy: Policy) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "targets": list(policy.federation_targets),
+        "priority": policy.federation_priority,
+    }
+    if policy.federation_candidates:
+        document["candidates"] = list(policy.federation_candidates)
+    if policy.federation_shards is not None:
+        document["shards"] = attrs.asdict(policy.federation_shards)
+    return document
 
 
 def _history_document(history_ns: int | None) -> str:

@@ -14,12 +14,13 @@ from space.policy.model import (
     Durability,
     Encryption,
     Policy,
+    Shards,
     Sovereignty,
     parse_policy,
 )
 from space.policy.units import VALUE_MAX, format_duration, format_size, parse_duration, parse_size
 
-KEYS = [*DEFAULT_POLICY.to_document(), "targets", "priority", "x"]
+KEYS = [*DEFAULT_POLICY.to_document(), "targets", "priority", "shards", "data", "parity", "candidates", "x"]
 VALUES = ["auto", "zstd:3", "none", "all", "30s", "true", "512", "zone", "global"]
 MARKS = [
     "[",
@@ -56,7 +57,14 @@ def policies(draw: st.DrawFn) -> Policy:
     """Any policy there can be."""
     compression = draw(st.sampled_from(Compression))
     encryption = draw(st.sampled_from(Encryption))
-    targets = tuple(draw(st.lists(NAMES, max_size=3, unique=True)))
+    zones = tuple(draw(st.lists(NAMES, max_size=5, unique=True)))
+    targets = zones[: draw(st.integers(0, len(zones)))]
+    shards = None
+    if len(targets) >= 2 and draw(st.booleans()):
+        total = max(3, len(targets) + draw(st.integers(0, 1)))
+        parity = draw(st.integers(1, total - 2))
+        shards = Shards(total - parity, parity)
+    candidates = () if shards else zones[len(targets) :]
     return Policy(
         compression=compression,
         compression_level=draw(st.none() | st.sampled_from(LEVELS[compression]))
@@ -65,11 +73,13 @@ def policies(draw: st.DrawFn) -> Policy:
         encryption=encryption,
         dedupe=encryption is not Encryption.AES_256_XTS and draw(st.booleans()),
         transform=tuple(draw(st.lists(NAMES, max_size=3))),
-        rpo_ns=draw(st.none() | DURATIONS) if targets else None,
+        rpo_ns=draw(st.none() | DURATIONS) if targets and not shards else None,
         latency_target_ns=draw(st.none() | DURATIONS),
-        sovereignty=Sovereignty.GLOBAL if targets else draw(st.sampled_from(Sovereignty)),
+        sovereignty=Sovereignty.GLOBAL if targets or candidates else draw(st.sampled_from(Sovereignty)),
         federation_targets=targets,
         federation_priority=draw(st.integers(0, 100)) if targets else 0,
+        federation_candidates=candidates,
+        federation_shards=shards,
         history_ns=draw(st.none() | st.integers(0, VALUE_MAX)),
         durability=draw(st.sampled_from(Durability)),
         block_size=draw(st.sampled_from([512, 4096])),
