@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import attrs
 import typer
 
 from space._errors import RefusedError, UnavailableError, UsageError
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
 
     from space._node.csi_client import Ask
     from space._node.csi_owner import VolumeTarget
+    from space._node.csi_servers import Listening
     from space._node.store import Store
 
 ENDPOINT_DEFAULT: Final = "csi.sock"
+ZONE_DEFAULT: Final = "default"
 STATE: Final = "csi"
 MOUNT: Final = "volumes"
 NODE_CHARACTERS_MAX: Final = 192  # the specification's
@@ -43,7 +46,13 @@ NodeId = Annotated[
     typer.Option("--node-id", metavar="NAME", envvar="NODE_ID", help="This machine; else its host name."),
 ]
 Zone = Annotated[
-    str, typer.Option("--zone", metavar="ZONE", envvar="CSI_ZONE", help="Where volumes are reached.")
+    str | None,
+    typer.Option(
+        "--zone",
+        metavar="ZONE",
+        envvar="CSI_ZONE",
+        help="Where volumes are reached: default; of --remote, its own.",
+    ),
 ]
 Limit = Annotated[
     int, typer.Option("--max-volumes", metavar="N", min=0, help="Volumes one node may have; 0 is any number.")
@@ -56,6 +65,38 @@ Metrics = Annotated[str, typer.Option("--metrics", metavar="HOST:PORT", help="An
 GcHours = Annotated[
     float, typer.Option("--gc-hours", metavar="N", min=0, help="Give space back every N hours; 0 is never.")
 ]
+Nfs = Annotated[
+    str | None,
+    typer.Option("--nfs", metavar="HOST:PORT", help="The owner serves volumes over NFS there; else not."),
+]
+Nvme = Annotated[
+    str | None,
+    typer.Option(
+        "--nvme", metavar="HOST:PORT", help="The owner serves volumes over NVMe/TCP there; else not."
+    ),
+]
+Advertise = Annotated[
+    str,
+    typer.Option(
+        "--advertise", metavar="HOST", help="Where nodes reach these; else the HOST they listen at."
+    ),
+]
+NfsClient = Annotated[
+    list[str] | None,
+    typer.Option("--nfs-client", metavar="NETWORK[:ro]", help="Only these clients; else any. Repeatable."),
+]
+Remote = Annotated[
+    bool, typer.Option("--remote", help="This node has no store: volumes over NFS and NVMe/TCP only.")
+]
+NodeAddress = Annotated[
+    str,
+    typer.Option(
+        "--node-address",
+        metavar="IP",
+        envvar="NODE_ADDRESS",
+        help="With --remote: this node, as servers see it.",
+    ),
+]
 NoSpawn = Annotated[bool, typer.Option("--no-spawn", help="Wait for an owner of the store; never start one.")]
 
 
@@ -64,17 +105,24 @@ def csi(
     mode: Mode = "all",
     endpoint: Endpoint = None,
     node_id: NodeId = None,
-    zone: Zone = "default",
+    zone: Zone = None,
     max_volumes: Limit = 0,
     state: State = None,
     metrics: Metrics = "",
     no_spawn: NoSpawn = False,
     gc_hours: GcHours = 0,
+    nfs: Nfs = None,
+    nvme: Nvme = None,
+    advertise: Advertise = "",
+    nfs_client: NfsClient = None,
+    remote: Remote = False,
+    node_address: NodeAddress = "",
 ) -> None:
     """Serve volumes to a container orchestrator (CSI 1.12) until interrupted.
 
     The store's volumes are shown and its calls answered by a process of their own (--mode store), which "all" and
     "node" start where it is not running, and which goes on when they end: space project stop DIR/csi/volumes ends it.
+    With --nfs and --nvme it serves them to other machines, whose driver is --mode node --remote.
     """
     session: Session = context.obj
     if session.node:
@@ -88,21 +136,90 @@ def csi(
         raise RefusedError("volumes are mounted, which needs root", hint="only --mode controller does not")
     data = session.data.absolute()
     home = (state or data / STATE).absolute()
+    owner = OwnerOptions(gc_hours, nfs, nvme, advertise, tuple(nfs_client or ()))
+    where = owner.listening()
     if mode == "store":
-        _serve_store(data, home, gc_hours)
+        _serve_store(data, home, gc_hours, where)
         return
+    name = _node_name(node_id)
+    if remote and mode != "node":
+        raise UsageError("--remote is of --mode node", hint="the other modes are where the store is")
+    if node_address and not remote:
+        raise UsageError("--node-address is of --remote", hint="a node with the store needs none")
+    node = _remote_id(name, node_address) if remote else name
     _serve_driver(
         data,
         home,
         mode=mode,
         endpoint=endpoint or str(data / ENDPOINT_DEFAULT),
-        node=_node_name(node_id),
-        zone=zone,
+        node=node,
+        zone=zone or (name if remote else ZONE_DEFAULT),
         limit=max_volumes,
         metrics=metrics,
-        spawn=mode != "controller" and not no_spawn,
-        gc_hours=gc_hours,
+        spawn=None if remote or mode == "controller" or no_spawn else owner,
+        remote=remote,
     )
+
+
+@attrs.frozen
+class OwnerOptions:
+    """What the owner of the store is told on its command line."""
+
+    gc_hours: float
+    nfs: str | None
+    nvme: str | None
+    advertise: str
+    nfs_clients: tuple[str, ...]
+
+    def listening(self) -> Listening | None:
+        """What it is to serve, and where; None for nothing.
+
+        Raises:
+            UsageError: an option is not what it should be.
+        """
+        if not (self.nfs or self.nvme):
+            if self.advertise or self.nfs_clients:
+                raise UsageError("nothing is served to others", hint="--nfs HOST:PORT, --nvme HOST:PORT")
+            return None
+        from space._node.csi_servers import Listening
+        from space._node.nvme_view import parse_listen
+        from space.projections.nfs.exports import parse_rule
+
+        return Listening(
+            parse_listen(self.nfs) if self.nfs else None,
+            parse_listen(self.nvme) if self.nvme else None,
+            self.advertise,
+            tuple(map(parse_rule, self.nfs_clients)),
+        )
+
+    def arguments(self) -> list[str]:
+        """The same for another process."""
+        found = ["--gc-hours", str(self.gc_hours)]
+        for option, value in (("--nfs", self.nfs), ("--nvme", self.nvme), ("--advertise", self.advertise)):
+            found += [option, value] if value else []
+        for each in self.nfs_clients:
+            found += ["--nfs-client", each]
+        return found
+
+
+def _remote_id(name: str, address: str) -> str:
+    """The id of a node without a store: the controller has to know that, and from where it comes.
+
+    Raises:
+        UsageError: no address.
+    """
+    from ipaddress import ip_address
+
+    from space.projections.csi.model import NODE_ADDRESS
+
+    try:
+        shown = str(ip_address(address)) if address else ""
+    except ValueError:
+        raise UsageError(f"not an address: {address!r:.100}", hint="--node-address IP") from None
+    found = f"{name}{NODE_ADDRESS}{shown}"
+    if len(found) > NODE_CHARACTERS_MAX:
+        raise UsageError(f"the name of a node and its address are too long together: {found}")
+    return found
 
 
 def check_available() -> None:
@@ -132,7 +249,7 @@ def _node_name(given: str | None) -> str:
     return name
 
 
-def _serve_store(data: Path, home: Path, gc_hours: float) -> None:
+def _serve_store(data: Path, home: Path, gc_hours: float, where: Listening | None) -> None:
     """Owns the store and shows its volumes, until it is told to end."""
     import logging
 
@@ -156,6 +273,7 @@ def _serve_store(data: Path, home: Path, gc_hours: float) -> None:
         lambda stack: stack.enter_context(_owned(data)),
         control,
         ready,
+        where=where,
         collect_seconds=gc_hours * 3600,
     )
 
@@ -186,8 +304,8 @@ def _serve_driver(
     zone: str,
     limit: int,
     metrics: str,
-    spawn: bool,
-    gc_hours: float,
+    spawn: OwnerOptions | None,
+    remote: bool,
 ) -> None:
     import asyncio
     import logging
@@ -196,9 +314,10 @@ def _serve_driver(
     from space.projections.csi.model import Node
 
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not remote:
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    config = Config(mode, endpoint, Node(node, zone, limit), home, data, _version(), metrics)
+    config = Config(mode, endpoint, Node(node, zone, limit), home, data, _version(), metrics, remote)
 
     def ready(found: Document) -> None:
         emit(to_json(found))
@@ -206,9 +325,8 @@ def _serve_driver(
         note(f"CSI on {found['endpoint']}")
 
     async def run() -> None:
-        await Driver(config, _asker(data), (lambda: _spawn(data, home, gc_hours)) if spawn else None).run(
-            ready
-        )
+        start = None if spawn is None else lambda: _spawn(data, home, spawn)
+        await Driver(config, None if remote else _asker(data), start).run(ready)
 
     asyncio.run(run())
 
@@ -226,7 +344,7 @@ def _asker(data: Path) -> Ask:
     return ask
 
 
-def _spawn(data: Path, home: Path, gc_hours: float) -> subprocess.Popen[bytes]:
+def _spawn(data: Path, home: Path, options: OwnerOptions) -> subprocess.Popen[bytes]:
     """An owner in a session of its own: no signal meant for the driver reaches it."""
     import subprocess
 
@@ -242,8 +360,7 @@ def _spawn(data: Path, home: Path, gc_hours: float) -> subprocess.Popen[bytes]:
         "store",
         "--state",
         str(home),
-        "--gc-hours",
-        str(gc_hours),
+        *options.arguments(),
     ]
     with open(home / "store.log", "ab") as log:
         return subprocess.Popen(

@@ -10,7 +10,7 @@ from typing import Any, Final
 import attrs
 
 from space._node.caller import Document
-from space.projections.csi.model import Group, Node, Published, Snapshot, Usage, Volume, Wanted
+from space.projections.csi.model import Group, Node, Published, Reach, Snapshot, Usage, Volume, Wanted
 
 CALLS_MAX: Final = 24
 """Calls asked at once, a thread each: the owner answers 64, of a controller, a node and whoever else asks."""
@@ -51,8 +51,9 @@ class RemoteVolumes:
     async def volumes(self, after: str, limit: int) -> Sequence[Volume]:
         return [_volume(each) for each in await self.call("volumes", after=after, limit=limit)]
 
-    async def publish(self, volume: str, node: str, published: Published) -> None:
-        await self.call("publish", volume=volume, node=node, **attrs.asdict(published))
+    async def publish(self, volume: str, node: str, published: Published) -> Reach | None:
+        found = await self.call("publish", volume=volume, node=node, **attrs.asdict(published))
+        return Reach(**found) if found else None
 
     async def unpublish(self, volume: str, node: str) -> None:
         await self.call("unpublish", volume=volume, node=node)

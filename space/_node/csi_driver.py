@@ -1,5 +1,7 @@
 """The driver: gRPC on a socket, the volumes asked of the store's owner, kept alive where that is its work.
 
+A driver of a machine without a store has neither volumes to ask nor an owner: what it has to know comes with the calls.
+
 The owner (:mod:`space._node.csi_owner`) is another process, in a session of its own: it goes on when the driver is
 killed, and a driver started again finds it.  When the owner was started anew, by whomever, the mounts of this machine
 are put right (:class:`space._node.csi_host.LinuxHost`).
@@ -18,7 +20,7 @@ from typing import Final
 
 import attrs
 
-from space._errors import SpaceError, UnavailableError, UsageError
+from space._errors import RefusedError, SpaceError, Status, UnavailableError, UsageError
 from space._node.caller import Document
 from space._node.csi_client import Ask, RemoteVolumes
 from space._node.csi_host import LinuxHost
@@ -52,6 +54,7 @@ class Config:
         state: directory for notes of what is mounted, and for the mount of all volumes.
         data: directory of the store: no target may be in it.
         metrics: HOST:PORT to answer ``/metrics`` on; empty for nowhere.
+        remote: this machine has no store.
     """
 
     mode: str
@@ -61,15 +64,19 @@ class Config:
     data: Path
     version: str
     metrics: str = ""
+    remote: bool = False
 
 
 class Driver:
     """One driver; ``spawn`` starts an owner where this driver is the one to do that."""
 
-    def __init__(self, config: Config, ask: Ask, spawn: Callable[[], subprocess.Popen[bytes]] | None) -> None:
+    def __init__(
+        self, config: Config, ask: Ask | None, spawn: Callable[[], subprocess.Popen[bytes]] | None
+    ) -> None:
+        """``ask`` is how the owner is asked; None where there is no store."""
         self._config = config
         self._spawn = spawn
-        self._volumes = RemoteVolumes(ask)
+        self._volumes = None if ask is None else RemoteVolumes(ask)
         self._counts = Counts()
         self._owner = ""
         self._mount = ""
@@ -78,7 +85,8 @@ class Driver:
         self._repaired = asyncio.Event()
         self._host: LinuxHost | None = None
         if config.mode != "controller":
-            self._host = LinuxHost(config.state / "notes", self._shown, forbidden=(config.data, config.state))
+            forbidden = (config.state,) if config.remote else (config.data, config.state)
+            self._host = LinuxHost(config.state / "notes", self._shown, config.node.id, forbidden=forbidden)
 
     async def run(self, ready: Callable[[Document], None]) -> None:
         """Serves until SIGTERM or SIGINT; ``ready`` is called once calls are answered.
@@ -104,14 +112,18 @@ class Driver:
         """Where all volumes are mounted.
 
         Raises:
+            RefusedError: nowhere, as there is no store.
             UnavailableError: the owner has not been asked yet.
         """
+        if self._volumes is None:
+            raise RefusedError("this node has no store", status=Status.NOT_PERMITTED)
         if not self._mount:
             raise UnavailableError("the owner of the store has not answered yet", hint="try again")
         return self._mount
 
     def _close(self) -> None:
-        self._volumes.close()
+        if self._volumes is not None:
+            self._volumes.close()
         if self._host is not None:
             self._host.close()
 
@@ -125,7 +137,7 @@ class Driver:
 
     async def _first(self, watching: asyncio.Task[None]) -> None:
         """Waits for the owner, where this driver starts it: a call that comes before would only fail."""
-        if self._spawn is None:
+        if self._spawn is None and self._volumes is not None:
             return
         waiting = asyncio.create_task(self._repaired.wait())
         done, _ = await asyncio.wait(
@@ -145,7 +157,7 @@ class Driver:
         found: list[tuple[str, object]] = [
             ("Identity", Identity(config.version, controller=controller, ready=self._ready))
         ]
-        if controller:
+        if controller and self._volumes is not None:
             found += [
                 ("Controller", Controller(self._volumes, zone=config.node.zone)),
                 ("GroupController", GroupController(self._volumes)),
@@ -156,20 +168,24 @@ class Driver:
         return found
 
     async def _ready(self) -> bool:
-        try:
-            await self._volumes.about()
-        except UnavailableError:
-            return False
+        if self._volumes is not None:
+            try:
+                await self._volumes.about()
+            except UnavailableError:
+                return False
         return self._repaired.is_set()
 
     # --- the owner -------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
         """Notices a new owner and puts the mounts right; starts one where there is none."""
+        if self._volumes is None:
+            await self._alone()
+            return
         said = ""
         while True:
             try:
-                await self._look()
+                await self._look(self._volumes)
                 said = ""
             except UnavailableError as error:
                 self._repaired.clear()
@@ -186,12 +202,19 @@ class Driver:
                 log.warning("%s", error)
             await asyncio.sleep(WATCH_SECONDS)
 
-    async def _look(self) -> None:
-        about = await self._volumes.about()
+    async def _alone(self) -> None:
+        """What there is to be done without an owner: once, to see what is left from before."""
+        if self._host is not None:
+            await self._host.repair()
+        self._repaired.set()
+        await asyncio.Event().wait()
+
+    async def _look(self, volumes: RemoteVolumes) -> None:
+        about = await volumes.about()
         if about["incarnation"] != self._owner or not self._repaired.is_set():
             self._mount = about["mount"]
             if self._host is not None:
-                await self._volumes.register(self._config.node)
+                await volumes.register(self._config.node)
                 await self._host.repair()
             self._owner = about["incarnation"]
             self._repaired.set()

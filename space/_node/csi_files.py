@@ -6,6 +6,9 @@ nothing.  What each tree takes is counted once when it is first written to after
 files that changed since, all of which come through here: nothing else writes to a volume.  Until bytes written since
 the last reckoning could fill it, none is needed.  A write beyond the capacity is ENOSPC, and changes nothing.
 
+**Several ways in.**  The mount shows all volumes; an export of one (:meth:`VolumeFiles.export`) shows its tree alone,
+with its capacity as the size of the file system.  They have the accounts, and what is held back, in common.
+
 **The cut.**  A clone of volumes has to have every write acknowledged before it and none after, over all of them.  So it
 is carried out in the thread of the loop, between two requests of the kernel: first what is held back is settled.
 """
@@ -28,7 +31,7 @@ from space._node.store import Store
 from space.events.commands import Buffer, Receipt
 from space.events.ids import CapsuleId
 from space.events.types import Kind
-from space.projections.vfs import AttributeChange, Attributes, Caller
+from space.projections.vfs import AttributeChange, Attributes, Caller, Space
 
 CUT_SECONDS: Final = 20.0
 OWNERS_MAX: Final = 1 << 16
@@ -61,15 +64,22 @@ class _Tree:
 
 
 class VolumeFiles(LocalFileSystem):
-    """All volumes, each in a directory with its id as name."""
+    """All volumes, each in a directory with its id as name; or the tree of one."""
 
-    def __init__(self, store: Store, home: CapsuleId) -> None:
-        """Serves the volumes in the directory ``home``."""
-        super().__init__(store, home)
+    def __init__(
+        self, store: Store, home: CapsuleId, tree: CapsuleId | None = None, beside: VolumeFiles | None = None
+    ) -> None:
+        """Serves the volumes in the directory ``home``; or the ``tree`` of one of them, ``beside`` them all."""
+        super().__init__(store, home if tree is None else tree, beside=beside)
         self._live = store
-        self._trees: dict[CapsuleId, _Tree] = {}
-        self._owners: dict[CapsuleId, CapsuleId | None] = {}
+        self._home = home
+        self._trees: dict[CapsuleId, _Tree] = {} if beside is None else beside._trees
+        self._owners: dict[CapsuleId, CapsuleId | None] = {} if beside is None else beside._owners
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def export(self, tree: CapsuleId) -> VolumeFiles:
+        """The tree of one volume, as a file system of its own."""
+        return VolumeFiles(self._live, self._home, tree, self)
 
     # --- the cut ---------------------------------------------------------------------------------
 
@@ -92,9 +102,14 @@ class VolumeFiles(LocalFileSystem):
             self._settle_all()
             return work()
 
-        return self._in_loop(settled)
+        return self.in_loop(settled)
 
-    def _in_loop(self, work: Callable[[], _T]) -> _T:
+    def in_loop(self, work: Callable[[], _T]) -> _T:
+        """What ``work`` gives, carried out between two requests; from any other thread.
+
+        Raises:
+            UnavailableError: the loop does not get to it.
+        """
         loop = self._loop
         if loop is None:
             return work()
@@ -122,8 +137,8 @@ class VolumeFiles(LocalFileSystem):
 
     def usage(self, volume: str) -> tuple[int, int]:
         """Bytes and files of a volume, with what is held back; from any thread."""
-        directory = self._live.lookup(self.root, volume.encode())
-        self._in_loop(self._settle_all)
+        directory = self._live.lookup(self._home, volume.encode())
+        self.in_loop(self._settle_all)
         return tree_usage(self._live, self._live.lookup(directory, DATA))
 
     def _owner(self, node: CapsuleId) -> CapsuleId | None:
@@ -131,11 +146,11 @@ class VolumeFiles(LocalFileSystem):
         way: list[CapsuleId] = []
         at = node
         while at not in self._owners:
-            if at == self.root or len(way) > DEPTH_MAX:
+            if at == self._home or len(way) > DEPTH_MAX:
                 return None
             way.append(at)
             above = self._live.stat(at).parent
-            if above == self.root:
+            if above == self._home:
                 self._owners[at] = at
                 break
             at = above
@@ -225,6 +240,18 @@ class VolumeFiles(LocalFileSystem):
         tree = self._tree(node)
         if tree is not None:
             self._will_change(node, tree)
+
+    def space(self) -> Space:
+        """The disk; of one volume its capacity, less if the disk has less."""
+        disk = super().space()
+        tree = None if self.root == self._home else self._tree(self.root)
+        if tree is None:
+            return disk
+        self._reckon(tree)
+        tree.capacity = self._capacity(tree.owner)
+        free = max(0, tree.capacity - tree.used)
+        room = min(free, disk.block_bytes * disk.blocks_available)
+        return Space(1, tree.capacity, free, room, disk.files, disk.files_free)
 
     # --- what changes them -----------------------------------------------------------------------
 

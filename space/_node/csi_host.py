@@ -1,4 +1,7 @@
-"""Volumes seen on this machine: bind mounts of directories and of loop devices, and a note of each.
+"""Volumes seen on this machine: bind mounts of directories and of devices, and a note of each.
+
+What is bound follows from the volume's transport.  Where the store is: a directory of the one FUSE mount, or a loop
+device over a file of it.  Anywhere: the volume's own NFS mount, which is what staging makes, or its NVMe device.
 
 A note (one small file a path) says what belongs at a path and how far that is, and is written before anything is done:
 
@@ -10,6 +13,9 @@ A note (one small file a path) says what belongs at a path and how far that is, 
 So after any death of any process :meth:`LinuxHost.repair` puts back what was there, where it was, once.  A path that
 was ``mounted`` and has nothing mounted any more is left alone: the machine was started anew, or somebody took it away,
 and the orchestrator says what it wants.
+
+NFS mounts and NVMe devices do not die with the owner: whoever uses them waits, and goes on when it is back.  So there
+is nothing to repair; nor are they ever looked into here, which would be to wait with them.
 
 A workload that has a file of a dead mount open has lost it; it sees the new mount if it was given mounts to come
 (HostToContainer), or is started anew.  A block device whose last user is still there keeps its dead loop device: the
@@ -29,9 +35,9 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import attrs
 
@@ -46,8 +52,21 @@ from space._errors import (
     UsageError,
 )
 from space._node import csi_mounts as kernel
+from space._node import csi_network as network
 from space.projections.csi import check
-from space.projections.csi.model import Mounting, Volume
+from space.projections.csi.model import (
+    NETWORK,
+    NFS,
+    NVME,
+    TRANSPORT,
+    TRANSPORTS,
+    Mounting,
+    Reach,
+    Usage,
+    Volume,
+    host_nqn,
+    host_uuid,
+)
 from space.projections.csi.pb import csi_pb2 as pb
 
 STAGED: Final = "staged"
@@ -65,6 +84,10 @@ LAYERS_MAX: Final = 16
 
 THREADS: Final = 16
 LOCKS: Final = 64
+TURN_SECONDS: Final = 20.0
+"""A call for a path waits so long for an earlier one, which an NFS server that does not answer may be holding up."""
+
+STATS_SECONDS: Final = 5.0
 GROWN_SECONDS: Final = 5.0
 GROWN_POLL_SECONDS: Final = 0.02
 NOTE_BYTES_MAX: Final = 1 << 16
@@ -74,6 +97,8 @@ _SINGLE_WRITER: Final = pb.VolumeCapability.AccessMode.SINGLE_NODE_SINGLE_WRITER
 
 log: Final = logging.getLogger("space.csi")
 
+_T = TypeVar("_T")
+
 
 @attrs.frozen
 class Note:
@@ -82,6 +107,11 @@ class Note:
     Attributes:
         role: staged or published.
         loop: the loop device made for this path alone; empty if there is none.
+        backing: what that is over, if not a file of the FUSE mount.
+        transport: empty in notes from before there were several.
+        options: of the NFS client.
+        reach: of a volume over the network.
+        staging: where the NFS mount is that a published path shows.
     """
 
     volume: str
@@ -94,6 +124,22 @@ class Note:
     group: int | None = None
     mode: int = 0
     loop: str = ""
+    backing: str = ""
+    transport: str = ""
+    options: tuple[str, ...] = ()
+    reach: Reach | None = None
+    staging: str = ""
+
+    @property
+    def way(self) -> str:
+        """How the volume is seen."""
+        return self.transport or TRANSPORTS[self.block][0]
+
+    @property
+    def export(self) -> Reach:
+        """How a volume over the network is reached."""
+        assert self.reach is not None
+        return self.reach
 
 
 class Notes:
@@ -131,7 +177,10 @@ def _read_note(file: Path) -> Note | None:
     try:
         with file.open("rb") as source:
             document: dict[str, Any] = json.loads(source.read(NOTE_BYTES_MAX))
-        document["flags"] = tuple(document["flags"])
+        for name in ("flags", "options"):
+            document[name] = tuple(document.get(name, ()))
+        if document.get("reach") is not None:
+            document["reach"] = Reach(**document["reach"])
         return Note(**document)
     except FileNotFoundError:
         return None
@@ -143,13 +192,17 @@ def _read_note(file: Path) -> Note | None:
 class LinuxHost:
     """:class:`space.projections.csi.model.Host` of this machine."""
 
-    def __init__(self, home: Path, shown: Callable[[], str], *, forbidden: Sequence[Path] = ()) -> None:
-        """Keeps notes in ``home``; ``shown`` says where all volumes are mounted.
+    def __init__(
+        self, home: Path, shown: Callable[[], str], node: str, *, forbidden: Sequence[Path] = ()
+    ) -> None:
+        """Keeps notes in ``home``; ``shown`` says where all volumes are mounted, and ``node`` is this machine's id.
 
         No path of a caller may be inside of ``forbidden``.
         """
         self._notes = Notes(home)
         self._shown = shown
+        self._host = network.Host(host_nqn(node), host_uuid(node))
+        self._asking: dict[str, threading.Thread] = {}
         self._forbidden = [os.path.realpath(each) for each in forbidden]
         self._locks = [threading.Lock() for _ in range(LOCKS)]
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="space-csi-host")
@@ -161,8 +214,8 @@ class LinuxHost:
     async def _run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
-    async def stage(self, volume: Volume, path: str, how: Mounting) -> None:
-        await self._run(self._stage, volume, path, how)
+    async def stage(self, volume: Volume, path: str, how: Mounting, reach: Reach | None = None) -> None:
+        await self._run(self._stage, volume, path, how, reach)
 
     async def unstage(self, volume: str, path: str) -> None:
         await self._run(self._unstage, volume, path)
@@ -180,6 +233,14 @@ class LinuxHost:
     async def expand(self, volume: Volume, path: str) -> None:
         await self._run(self._expand, volume)
 
+    async def seen(self, volume: str, path: str) -> Volume:
+        found: Volume = await self._run(self._seen, volume, path)
+        return found
+
+    async def usage(self, volume: str, path: str) -> Usage:
+        found: Usage = await self._run(self._usage, volume, path)
+        return found
+
     # --- paths -----------------------------------------------------------------------------------
 
     def _point(self, path: str) -> str:
@@ -189,7 +250,8 @@ class LinuxHost:
             UsageError: it is a symbolic link, or inside of what is ours.
         """
         point = kernel.real_point(path)
-        if os.path.islink(point):
+        # what is mounted on is none, and a look at it may have to wait for a server
+        if not kernel.mounts_at(point) and os.path.islink(point):
             raise UsageError(f"{path} is a symbolic link", hint="a target is a directory or a file")
         for ours in self._forbidden:
             if point == ours or point.startswith(ours + "/") or ours.startswith(point + "/"):
@@ -198,35 +260,49 @@ class LinuxHost:
 
     @contextlib.contextmanager
     def _alone(self, point: str) -> Iterator[None]:
-        """Nobody else does anything with a path meanwhile."""
-        with self._locks[hash(point) % LOCKS]:
+        """Nobody else does anything with a path meanwhile.
+
+        Raises:
+            ConflictError: an earlier call does not end; status STALE.
+        """
+        lock = self._locks[hash(point) % LOCKS]
+        if not lock.acquire(timeout=TURN_SECONDS):
+            raise ConflictError(f"{point}: an earlier call is still under way", status=Status.STALE)
+        try:
             yield
+        finally:
+            lock.release()
 
     def _source(self, volume: str) -> str:
         return f"{self._shown()}/{volume}/data"
 
     # --- stage and publish -----------------------------------------------------------------------
 
-    def _stage(self, volume: Volume, path: str, how: Mounting) -> None:
+    def _stage(self, volume: Volume, path: str, how: Mounting, reach: Reach | None) -> None:
         point = self._point(path)
-        note = _note(volume, point, STAGED, how)
+        note = _note(volume, point, STAGED, how, reach)
         with self._alone(point), _clear_errors(point):
-            if volume.block:
-                os.makedirs(point, DIRECTORY_MODE, exist_ok=True)
-                self._notes.keep(
-                    attrs.evolve(note, phase=MOUNTED, loop=self._device(volume.id, "", readonly=False))
-                )
+            if not volume.block:
+                self._show(note)
                 return
-            self._show(note)
+            os.makedirs(point, DIRECTORY_MODE, exist_ok=True)
+            if note.way == NVME:
+                self._notes.keep(note)
+                network.connect(note.export, self._host)
+            else:
+                note = attrs.evolve(note, loop=self._loop(volume.id))
+            self._notes.keep(attrs.evolve(note, phase=MOUNTED))
 
     def _publish(self, volume: Volume, staging: str, target: str, how: Mounting) -> None:
         point = self._point(target)
+        note = _note(volume, point, PUBLISHED, how, None)
         if staging:
             staged = self._notes.find(self._point(staging))
-            if staged is None or staged.volume != volume.id:
+            if staged is None or staged.volume != volume.id or (staged.way, staged.phase) == (NFS, MOUNTING):
                 raise RefusedError(
                     f"volume {volume.id} is not staged at {staging}", status=Status.NOT_PERMITTED
                 )
+            note = attrs.evolve(note, reach=staged.reach, staging=staged.path)
         if how.mode == _SINGLE_WRITER:
             for other in self._notes.all():
                 if (other.volume, other.role) == (volume.id, PUBLISHED) and other.path != point:
@@ -235,7 +311,7 @@ class LinuxHost:
                         status=Status.NOT_PERMITTED,
                     )
         with self._alone(point), _clear_errors(point):
-            self._show(_note(volume, point, PUBLISHED, how))
+            self._show(note)
 
     def _show(self, note: Note) -> None:
         """Mounts what a note says, unless it is there."""
@@ -251,7 +327,7 @@ class LinuxHost:
                 how = "read-only" if before.readonly else "for writing"
                 raise ConflictError(f"{note.path} shows volume {before.volume} already, {how}")
             return
-        self._clear(note.path, there)
+        self._clear(note.volume, note.path, there)
         if before is not None and before.loop:
             self._let_go(before)
         self._notes.keep(note)
@@ -260,34 +336,64 @@ class LinuxHost:
     def _mount(self, note: Note) -> None:
         """Makes the path and mounts on it; the note says so when it is done."""
         if note.block:
-            device = self._device(note.volume, note.path, readonly=note.readonly)
-            if note.readonly:
-                note = attrs.evolve(note, loop=device)
-                self._notes.keep(note)
-            _make_file(note.path)
-            kernel.bind(device, note.path)
+            note = self._mount_device(note)
         else:
-            source = self._source(note.volume)
-            if note.group is not None and not note.readonly:
-                give_to_group(source, note.group)
-            os.makedirs(note.path, DIRECTORY_MODE, exist_ok=True)
-            kernel.bind(source, note.path, flags=note.flags, readonly=note.readonly)
+            self._mount_tree(note)
         self._notes.keep(attrs.evolve(note, phase=MOUNTED))
+
+    def _mount_tree(self, note: Note) -> None:
+        os.makedirs(note.path, DIRECTORY_MODE, exist_ok=True)
+        group = None if note.readonly else note.group
+        if note.way == NFS and note.role == STAGED:
+            network.mount_nfs(note.export, note.path, options=note.options, readonly=note.readonly)
+            if group is not None:
+                give_to_group(note.path, group)
+            return
+        source = note.staging if note.way == NFS else self._source(note.volume)
+        if group is not None:
+            give_to_group(source, group)
+        kernel.bind(source, note.path, flags=note.flags, readonly=note.readonly)
+
+    def _mount_device(self, note: Note) -> Note:
+        """Binds a device's node; a path that is read-only has a loop device of its own over what the others use."""
+        if note.way == NVME:
+            device = backing = network.connect(note.export, self._host)
+        else:
+            device, backing = "" if note.readonly else self._loop(note.volume), self._source(note.volume)
+        if note.readonly:
+            device = kernel.attach_loop(backing, block_bytes=check.BLOCK_BYTES, readonly=True)
+            note = attrs.evolve(note, loop=device, backing=backing if note.way == NVME else "")
+            self._notes.keep(note)
+        _make_file(note.path)
+        kernel.bind(device, note.path)
+        return note
 
     def _mounts(self, point: str) -> list[kernel.Mount]:
         return kernel.mounts_at(point)
 
     def _is_live(self, note: Note, there: kernel.Mount) -> bool:
         """Whether what is mounted is what a note says, and answers."""
+        if note.way == NFS:
+            same = there.source == network.nfs_source(note.export)
+            return same and there.kind == "nfs4" and there.readonly == note.readonly
+        if note.way == NVME:
+            return self._is_live_device(note, "/dev" + there.root)
         if not note.block:
             return (
-                _is_ours(there)
+                _is_ours(note.volume, there)
                 and there.root == f"/{note.volume}/data"
                 and there.readonly == note.readonly
                 and not kernel.is_dead(note.path)
             )
         device = "/dev" + there.root
         return device in kernel.loops_over(f"/{note.volume}/data") and self._answers(note.volume, device)
+
+    def _is_live_device(self, note: Note, shown: str) -> bool:
+        """Whether a device is that of an NVMe namespace, or the loop device over it that a read-only path has."""
+        device = network.find_device(note.export)
+        if not note.readonly:
+            return device == shown
+        return device == note.backing and shown == note.loop and shown in kernel.loops_over(note.backing)
 
     def _answers(self, volume: str, device: str) -> bool:
         """Whether a loop device is over the file as it is shown now, and not as it was by an owner that ended."""
@@ -297,7 +403,7 @@ class LinuxHost:
             return False
         return kernel.loop_backing(device) == (found.st_dev, found.st_ino)
 
-    def _clear(self, point: str, there: list[kernel.Mount]) -> None:
+    def _clear(self, volume: str, point: str, there: list[kernel.Mount]) -> None:
         """Takes away whatever of ours is mounted at a path.
 
         Raises:
@@ -308,10 +414,10 @@ class LinuxHost:
             if not there:
                 return
             top = there[-1]
-            if not _is_ours(top):
+            if not _is_ours(volume, top):
                 raise ConflictError(f"{point} has a {top.kind} mounted on it that is not ours")
             try:
-                kernel.unmount(point, detach=kernel.is_dead(point))
+                kernel.unmount(point, detach=top.kind == KIND and kernel.is_dead(point))
             except OSError as error:
                 if error.errno == errno.EBUSY:
                     raise RefusedError(f"{point} is in use", status=Status.NOT_PERMITTED) from None
@@ -321,18 +427,17 @@ class LinuxHost:
 
     # --- devices ---------------------------------------------------------------------------------
 
-    def _device(self, volume: str, path: str, *, readonly: bool) -> str:
-        """The loop device of a volume, made if there is none that answers; a read-only one is for ``path`` alone."""
+    def _loop(self, volume: str) -> str:
+        """The loop device of a volume, made if there is none that answers."""
         readers = {note.loop for note in self._notes.all() if note.loop and note.role == PUBLISHED}
-        if not readonly:
-            for device in kernel.loops_over(f"/{volume}/data"):
-                if device not in readers and self._answers(volume, device):
-                    return device
-        return kernel.attach_loop(self._source(volume), block_bytes=check.BLOCK_BYTES, readonly=readonly)
+        for device in kernel.loops_over(f"/{volume}/data"):
+            if device not in readers and self._answers(volume, device):
+                return device
+        return kernel.attach_loop(self._source(volume), block_bytes=check.BLOCK_BYTES)
 
     def _let_go(self, note: Note) -> None:
         """Detaches the device that was made for one path, if it still is that volume's."""
-        if note.loop in kernel.loops_over(f"/{note.volume}/data"):
+        if note.loop in kernel.loops_over(note.backing or f"/{note.volume}/data"):
             kernel.detach_loop(note.loop)
 
     # --- the other way ---------------------------------------------------------------------------
@@ -343,11 +448,11 @@ class LinuxHost:
             note = self._notes.find(point)
             if note is not None and note.volume != volume:
                 raise ConflictError(f"{target} shows volume {note.volume}, not {volume}")
-            self._clear(point, self._mounts(point))
+            self._clear(volume, point, self._mounts(point))
             if note is not None and note.loop:
                 self._let_go(note)
             _remove(point)
-            self._forget(volume, point)
+            self._forget(volume, point, note)
 
     def _unstage(self, volume: str, path: str) -> None:
         point = self._point(path)
@@ -355,26 +460,36 @@ class LinuxHost:
             note = self._notes.find(point)
             if note is not None and note.volume != volume:
                 raise ConflictError(f"{path} is of volume {note.volume}, not {volume}")
-            self._clear(point, self._mounts(point))
-            self._forget(volume, point)
+            self._clear(volume, point, self._mounts(point))
+            self._forget(volume, point, note)
 
-    def _forget(self, volume: str, point: str) -> None:
+    def _forget(self, volume: str, point: str, note: Note | None) -> None:
         """Drops the note of a path; with the last one of a volume go its devices."""
-        others = any(note.volume == volume and note.path != point for note in self._notes.all())
+        others = any(each.volume == volume and each.path != point for each in self._notes.all())
         if check.is_id(volume) and not others:
-            for device in kernel.loops_over(f"/{volume}/data"):
-                kernel.detach_loop(device)
+            self._detach(volume, note)
         self._notes.drop(point)
+
+    def _detach(self, volume: str, note: Note | None) -> None:
+        """Lets all devices of a volume go."""
+        backing = f"/{volume}/data"
+        if note is not None and note.way == NVME:
+            backing = network.find_device(note.export) or backing
+        for device in kernel.loops_over(backing):
+            kernel.detach_loop(device)
+        if note is not None and note.way == NVME:
+            network.disconnect(note.export.nqn, self._host)
 
     # --- looking and growing ---------------------------------------------------------------------
 
     def _condition(self, volume: str, path: str) -> str:
-        point = self._point(path)
-        note = self._notes.find(point)
-        if note is None or note.volume != volume:
-            raise NotFoundError(f"volume {volume} is not seen at {path}")
+        note = self._noted(volume, path)
+        point = note.path
+        if note.way == NVME and not network.is_live(note.export.nqn, self._host):
+            return f"{note.export.server} does not answer; I/O waits for it"
         if note.block and note.role == STAGED:
-            return "" if self._answers(volume, note.loop) else "the device is gone: it is made anew"
+            live = note.way == NVME or self._answers(volume, note.loop)
+            return "" if live else "the device is gone: it is made anew"
         there = self._mounts(point)
         if not there:
             raise NotFoundError(f"nothing is mounted at {path}")
@@ -385,15 +500,79 @@ class LinuxHost:
     def _expand(self, volume: Volume) -> None:
         if not volume.block:
             return
+        device = self._nvme_device(volume)
+        backing = device or self._source(volume.id)
         deadline = time.monotonic() + GROWN_SECONDS
-        while (
-            os.stat(self._source(volume.id)).st_size < volume.capacity
-        ):  # the kernel may know it for a second
+        # the kernel may know it for a second, or has to be told by its target first
+        while (network.device_size(device) if device else os.stat(backing).st_size) < volume.capacity:
             if time.monotonic() > deadline:
                 raise StorageError(f"volume {volume.id} is not seen at its new size")
             time.sleep(GROWN_POLL_SECONDS)
-        for device in kernel.loops_over(f"/{volume.id}/data"):
-            kernel.grow_loop(device)
+        for each in kernel.loops_over(device or f"/{volume.id}/data"):
+            kernel.grow_loop(each)
+
+    def _nvme_device(self, volume: Volume) -> str:
+        """The device of a volume over NVMe; empty for others.
+
+        Raises:
+            UnavailableError: it is not there.
+        """
+        if volume.transport != NVME:
+            return ""
+        for note in self._notes.all():
+            if note.volume == volume.id and (device := network.find_device(note.export)):
+                return device
+        raise UnavailableError(f"volume {volume.id} is not connected")
+
+    def _seen(self, volume: str, path: str) -> Volume:
+        note = self._noted(volume, path)
+        device = network.find_device(note.export) if note.way == NVME else None
+        capacity = network.device_size(device) if device else 0
+        return Volume(volume, "", capacity, note.block, 0, parameters={TRANSPORT: note.way})
+
+    def _noted(self, volume: str, path: str) -> Note:
+        note = self._notes.find(self._point(path))
+        if note is None or note.volume != volume:
+            raise NotFoundError(f"volume {volume} is not seen at {path}")
+        return note
+
+    def _usage(self, volume: str, path: str) -> Usage:
+        note = self._noted(volume, path)
+        if note.way == NFS:
+            return _space_of(self._asked(volume, lambda: os.statvfs(note.path)))
+        device = network.find_device(note.export)
+        if device is None:
+            raise UnavailableError(f"volume {volume} is not connected")
+        used = self._asked(volume, lambda: network.namespace_used(device))
+        return Usage(used, network.device_size(device))
+
+    def _asked(self, volume: str, question: Callable[[], _T]) -> _T:
+        """What the volume's server says.
+
+        Nobody can take back what the kernel waits for: so it is a thread of its own that does, one for each volume.
+
+        Raises:
+            UnavailableError: it says nothing, or is still asked from before.
+            OSError: it refuses.
+        """
+        if (asking := self._asking.get(volume)) is not None and asking.is_alive():
+            raise UnavailableError(f"the server of volume {volume} does not answer")
+        answer: Future[_T] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(question())
+            except OSError as error:
+                answer.set_exception(error)
+
+        self._asking[volume] = thread = threading.Thread(target=ask, name="space-csi-stats", daemon=True)
+        thread.start()
+        try:
+            return answer.result(STATS_SECONDS)
+        except TimeoutError:
+            raise UnavailableError(f"the server of volume {volume} does not answer") from None
+        except OSError as error:
+            raise UnavailableError(f"volume {volume} says nothing of its use: {error.strerror}") from None
 
     # --- after a death ---------------------------------------------------------------------------
 
@@ -416,12 +595,15 @@ class LinuxHost:
         return repaired
 
     def _repair_one(self, note: Note) -> bool:
+        if note.way in NETWORK:
+            if not self._is_there(note):
+                self._notes.drop(note.path)
+            return False
         if note.block and note.role == STAGED:
             if self._answers(note.volume, note.loop):
                 return False
             self._let_go(note)
-            device = self._device(note.volume, "", readonly=False)
-            self._notes.keep(attrs.evolve(note, loop=device))
+            self._notes.keep(attrs.evolve(note, loop=self._loop(note.volume)))
             return True
         there = self._mounts(note.path)
         if note.phase == MOUNTED:
@@ -440,15 +622,29 @@ class LinuxHost:
         log.warning("replaced the dead mount of volume %s at %s", note.volume, note.path)
         return True
 
+    def _is_there(self, note: Note) -> bool:
+        """Whether anything is left of what was made for a path."""
+        if note.block and note.role == STAGED:
+            return network.find_device(note.export) is not None
+        return bool(self._mounts(note.path))
 
-def _is_ours(there: kernel.Mount) -> bool:
-    """Whether a mount is of a volume."""
+
+def _is_ours(volume: str, there: kernel.Mount) -> bool:
+    """Whether a mount is of a volume; over NFS, of this one."""
     if there.kind == KIND:
         return there.source == SOURCE
-    return there.kind == "devtmpfs" and there.root.startswith("/loop")
+    if there.kind == "devtmpfs":
+        return there.root.startswith("/loop") or network.is_device(there.root)
+    return network.is_nfs_of(there, volume)
 
 
-def _note(volume: Volume, point: str, role: str, how: Mounting) -> Note:
+def _space_of(found: os.statvfs_result) -> Usage:
+    """What the server of an export says: a volume's capacity and use."""
+    unit = found.f_frsize
+    return Usage((found.f_blocks - found.f_bfree) * unit, found.f_blocks * unit)
+
+
+def _note(volume: Volume, point: str, role: str, how: Mounting, reach: Reach | None) -> Note:
     return Note(
         volume.id,
         point,
@@ -459,6 +655,9 @@ def _note(volume: Volume, point: str, role: str, how: Mounting) -> Note:
         tuple(how.flags),
         how.group,
         how.mode,
+        transport=volume.transport,
+        options=tuple(how.options),
+        reach=reach,
     )
 
 

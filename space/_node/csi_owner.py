@@ -1,11 +1,13 @@
 """The process that owns a store with volumes, and shows them: a mount of all volumes, and calls on the control socket.
 
 It is apart from the driver, which answers gRPC: whatever becomes of the driver, no workload notices.  Beside what every
-store answers, it answers the calls of :class:`VolumeCalls`.
+store answers, it answers the calls of :class:`VolumeCalls`.  If it is told to, it serves volumes to other machines too
+(:mod:`space._node.csi_servers`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -22,6 +24,7 @@ from space._node import views
 from space._node.caller import Caller, Document, Terms
 from space._node.calls import StoreTarget
 from space._node.csi_files import VolumeFiles
+from space._node.csi_servers import Listening, Servers
 from space._node.csi_volumes import TOP, VOLUMES, VolumeTree
 from space._node.store import Store
 from space.projections.csi.model import Published, Wanted
@@ -69,9 +72,10 @@ class VolumeCalls:
         """See :meth:`VolumeTree.volumes`."""
         return [attrs.asdict(each) for each in self._volumes.volumes(after, limit)]
 
-    def publish(self, *, volume: str, node: str, readonly: bool, mode: int) -> None:
-        """See :meth:`VolumeTree.publish`."""
-        self._volumes.publish(volume, node, Published(readonly, mode))
+    def publish(self, *, volume: str, node: str, readonly: bool, mode: int) -> Document:
+        """See :meth:`VolumeTree.publish`; empty where nothing is to be told."""
+        reach = self._volumes.publish(volume, node, Published(readonly, mode))
+        return attrs.asdict(reach) if reach else {}
 
     def unpublish(self, *, volume: str, node: str) -> None:
         """See :meth:`VolumeTree.unpublish`."""
@@ -207,12 +211,13 @@ def serve(
     control: Callable[[VolumeTarget], contextlib.AbstractContextManager[object]],
     ready: Callable[[Document], None],
     *,
+    where: Listening | None = None,
     collect_seconds: float = 0,
 ) -> None:
     """Opens the store, shows its volumes at ``target``, and answers until it is told to end.
 
     Raises:
-        SpaceError: the store cannot be opened, or not mounted.
+        SpaceError: the store cannot be opened, or not mounted, or an address of ``where`` cannot be listened at.
     """
     from space.projections.fuse import mount as fuse
 
@@ -223,12 +228,18 @@ def serve(
         path = os.path.realpath(target)
         home = VolumeTree(store).volumes_home
         files = VolumeFiles(store, home)
-        volumes = VolumeTree(store, cut=files.cut, accounts=files)
+        servers = Servers(store, files, where or Listening())
+        volumes = VolumeTree(store, cut=files.cut, accounts=files, network=servers)
         calls = VolumeCalls(volumes, lambda: _room(data), path)
 
-        def mounted(found: fuse.Ready) -> None:
-            # The calls are answered only now: whoever gets an answer finds the mount.
+        async def mounted(found: fuse.Ready) -> None:
             files.begun()
+            async with servers.serving(volumes.published()):
+                # The calls are answered only now: whoever gets an answer finds the mount, and the servers.
+                announce(found)
+                await asyncio.Event().wait()  # for the end: then this is cancelled
+
+        def announce(found: fuse.Ready) -> None:
             stack.enter_context(control(VolumeTarget(store, calls)))
             view = {
                 "view": VIEW,

@@ -18,6 +18,7 @@ all volumes it is of.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -46,7 +47,17 @@ from space.events.types import Kind
 from space.policy.model import Encryption, Policy
 from space.projections import content_map
 from space.projections.csi import check
-from space.projections.csi.model import Published, Snapshot, Volume, Wanted
+from space.projections.csi.model import (
+    NETWORK,
+    TRANSPORT,
+    TRANSPORTS,
+    Published,
+    Reach,
+    Snapshot,
+    Volume,
+    Wanted,
+    node_address,
+)
 from space.statemachine.apply import tree_nodes
 from space.statemachine.tables import Overlay
 
@@ -68,8 +79,13 @@ ROOT_MODE: Final = 0o777
 ATTEMPTS: Final = 4
 """How often a name is looked up again when somebody else took or freed it meanwhile."""
 
+PAGE: Final = 256
+"""Volumes looked at in one go."""
+
 POLICY_NODES: Final = 512
 ACTOR: Final = "csi"
+
+log: Final = logging.getLogger("space.csi")
 
 
 class Cut(Protocol):
@@ -86,16 +102,38 @@ class Accounts(Protocol):
         """Bytes and files."""
 
 
+class Network(Protocol):
+    """Who serves volumes over the network (:class:`space._node.csi_servers.Servers`)."""
+
+    def check(self, transport: str) -> None:
+        """Refuses a transport that is not served."""
+
+    def offer(self, volume: Volume, data: CapsuleId) -> Reach:
+        """Lets the nodes reach a volume that it is published on."""
+
+    def withdraw(self, volume: str) -> None:
+        """Lets nobody reach a volume."""
+
+    def forget(self, volume: str) -> None:
+        """A volume is deleted."""
+
+
 class VolumeTree:
     """Volumes of one store.  From any thread."""
 
     def __init__(
-        self, store: Store, *, cut: Cut = lambda work: work(), accounts: Accounts | None = None
+        self,
+        store: Store,
+        *,
+        cut: Cut = lambda work: work(),
+        accounts: Accounts | None = None,
+        network: Network | None = None,
     ) -> None:
         """Makes the tree's directories where they are missing."""
         self._store = store
         self._cut = cut
         self._accounts = accounts
+        self._network = network
         self._publishing = threading.Lock()
         self._homes = {
             name: store.mkdir(f"{TOP}/{name}", parents=True)
@@ -237,7 +275,33 @@ class VolumeTree:
             )
         )
 
+    def _check_transport(self, transport: str) -> None:
+        """Refuses a transport that nobody serves.
+
+        Raises:
+            RefusedError: this one.
+        """
+        if transport not in NETWORK:
+            return
+        if self._network is None:
+            raise RefusedError(f"nobody serves {transport} here", status=Status.NOT_PERMITTED)
+        self._network.check(transport)
+
+    def published(self) -> Iterator[tuple[Volume, CapsuleId]]:
+        """Volumes over the network that are published, with their data."""
+        after = ""
+        while page := list(self._listed(VOLUMES, after, PAGE)):
+            for id_, directory in page:
+                try:
+                    found = self._volume_at(id_, directory)
+                    if found.published and found.transport in NETWORK:
+                        yield found, self._store.lookup(directory, DATA)
+                except SpaceError as error:
+                    log.warning("volume %s: %s", id_, error)
+            after = page[-1][0]
+
     def _make_volume(self, wanted: Wanted) -> None:
+        self._check_transport(check.transport(wanted.parameters, block=wanted.block))
         id_, data = self._store.new_id(), self._store.new_id()
         text = wanted.id or str(id_)
         about = {
@@ -326,6 +390,8 @@ class VolumeTree:
                     status=Status.NOT_PERMITTED,
                 )
             self._remove([(VOLUMES, volume, found.name)])
+            if self._network is not None and found.transport in NETWORK:
+                self._network.forget(volume)
 
     def _remove(self, records: Sequence[tuple[str, str, str]]) -> None:
         """Takes records and their names away: one batch, and of commands that a full disk takes too."""
@@ -426,33 +492,54 @@ class VolumeTree:
         except NotFoundError:
             raise NotFoundError(f"no node {node!r:.100}") from None
 
-    def publish(self, volume: str, node: str, published: Published) -> None:
-        """Notes that a volume is published on a node."""
+    def publish(self, volume: str, node: str, published: Published) -> Reach | None:
+        """Notes that a volume is published on a node; how that reaches it, if over the network.
+
+        A node that has no store tells nobody of itself: it is known from now on.
+        """
         with self._publishing:
             directory = self._directory(VOLUMES, volume)
-            at = self._node(node)
-            found = self._volume_at(volume, directory).published
-            if node in found:
-                if found[node] != published:
-                    raise ConflictError(f"volume {volume} is published on {node} in another way")
-                return
-            others = sorted(set(found) - {node})
-            if others and (why := _exclusive(found, published)):
+            known = self._volume_at(volume, directory)
+            remote = node_address(node) is not None
+            if remote and known.transport not in NETWORK:
                 raise RefusedError(
-                    f"volume {volume} is published on {', '.join(others)}, and {why}",
+                    f"volume {volume} is seen through {known.transport}, where the store is, and {node} has none",
+                    hint=f"a StorageClass with {TRANSPORT}: {TRANSPORTS[known.block][1]} reaches every node",
                     status=Status.NOT_PERMITTED,
                 )
-            limit = self._about(at)["limit"]
-            has = sum(name.startswith(HAS_VOLUME) for name in self._store.xattrs(at))
-            if limit and has >= limit:
-                raise UsageError(f"node {node} has {has} volumes, as many as it may", status=Status.NO_SPACE)
-            value = msgpack.packb([node, published.readonly, published.mode])
-            self._one(
-                [
-                    cmd.SetXattr(directory, ON_NODE + _key(node), value),
-                    cmd.SetXattr(at, HAS_VOLUME + volume.encode(), b""),
-                ]
+            self._check_transport(known.transport)
+            if remote and self._node_or_none(node) is None:
+                self.register(node, "", 0)
+            self._note_published(directory, known, node, published)
+            if self._network is None or known.transport not in NETWORK:
+                return None
+            return self._network.offer(
+                self._volume_at(volume, directory), self._store.lookup(directory, DATA)
             )
+
+    def _note_published(self, directory: CapsuleId, known: Volume, node: str, published: Published) -> None:
+        volume, found, at = known.id, known.published, self._node(node)
+        if node in found:
+            if found[node] != published:
+                raise ConflictError(f"volume {volume} is published on {node} in another way")
+            return
+        others = sorted(set(found) - {node})
+        if others and (why := _exclusive(found, published)):
+            raise RefusedError(
+                f"volume {volume} is published on {', '.join(others)}, and {why}",
+                status=Status.NOT_PERMITTED,
+            )
+        limit = self._about(at)["limit"]
+        has = sum(name.startswith(HAS_VOLUME) for name in self._store.xattrs(at))
+        if limit and has >= limit:
+            raise UsageError(f"node {node} has {has} volumes, as many as it may", status=Status.NO_SPACE)
+        value = msgpack.packb([node, published.readonly, published.mode])
+        self._one(
+            [
+                cmd.SetXattr(directory, ON_NODE + _key(node), value),
+                cmd.SetXattr(at, HAS_VOLUME + volume.encode(), b""),
+            ]
+        )
 
     def unpublish(self, volume: str, node: str) -> None:
         """Notes that it is not any more, wherever it was if no node is named; neither has to be there still."""
@@ -472,6 +559,17 @@ class VolumeTree:
                     commands.append(cmd.RemoveXattr(at, name))
             if commands:
                 self._one(commands)
+            self._shut_out(volume, directory)
+
+    def _shut_out(self, volume: str, directory: CapsuleId) -> None:
+        """Lets no node reach a volume any more that it is not published on."""
+        left = self._volume_at(volume, directory)
+        if self._network is None or left.transport not in NETWORK:
+            return
+        if left.published:
+            self._network.offer(left, self._store.lookup(directory, DATA))
+        else:
+            self._network.withdraw(volume)
 
     def _node_or_none(self, node: str) -> CapsuleId | None:
         try:

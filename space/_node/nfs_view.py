@@ -141,7 +141,7 @@ def server_of(
     """A server on the running loop; it does not listen yet."""
     tasks, clock = Tasks(), Clock(asyncio.get_running_loop().time)
     service = Service(
-        Exports(exports, key=_handle_key(reading), time_ns=time.time_ns()),
+        Exports(exports, key=handle_key(reading), time_ns=time.time_ns()),
         make_shell(tasks),
         recovery,
         name=server_name(reading).encode(),
@@ -160,8 +160,8 @@ def _moment(reading: Store | PastBeside) -> str:
     return "" if isinstance(reading, Store) else f"{reading.target.position}.{reading.target.event}"
 
 
-def _handle_key(reading: Store | PastBeside) -> bytes:
-    """Makes filehandles that only who knows the store can make; clients are not told its id."""
+def handle_key(reading: Store | PastBeside) -> bytes:
+    """The key that makes filehandles that only who knows the store can make; clients are not told its id."""
     return blake3(_store_id(reading), derive_key_context="space nfs handles v1").digest()
 
 

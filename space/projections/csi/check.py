@@ -9,12 +9,25 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from ipaddress import ip_address
 from typing import Any, Final
+from uuid import UUID
 
 import attrs
 
-from space._errors import NotFoundError, Status, UsageError
-from space.projections.csi.model import EPHEMERAL_ID_PREFIX, Mounting, Published
+from space._errors import NotFoundError, RefusedError, Status, UsageError
+from space.projections.csi.model import (
+    EPHEMERAL_ID_PREFIX,
+    NETWORK,
+    NFS,
+    TRANSPORT,
+    TRANSPORTS,
+    Mounting,
+    Published,
+    Reach,
+    Volume,
+    node_address,
+)
 from space.projections.csi.pb import csi_pb2 as pb
 
 DEFAULT_BYTES: Final = 1 << 30
@@ -53,6 +66,20 @@ MOUNT_FLAGS: Final = frozenset(
 )
 """What a bind mount can have of its own (mount(2), MS_BIND with MS_REMOUNT)."""
 
+NFS_FLAGS: Final = frozenset(
+    {
+        *("hard", "soft", "softerr", "softreval", "nosoftreval"),
+        *("ac", "noac", "sync", "async", "cto", "nocto", "lock", "rdirplus", "nordirplus"),
+        *("resvport", "noresvport", "sharecache", "nosharecache", "lookupcache", "vers", "nfsvers"),
+        *("timeo", "retrans", "rsize", "wsize", "nconnect", "actimeo"),
+        *("acregmin", "acregmax", "acdirmin", "acdirmax"),
+    }
+)
+"""Names of options of the kernel's NFS client that decide nothing but how it works (nfs(5)); some have a value."""
+
+_NFS_FLAG: Final = re.compile(r"([a-z]+)(=[a-z0-9.]{1,16})?", re.ASCII)
+_NFS_VERSIONS: Final = frozenset({"4.1", "4.2"})
+
 _MODE: Final = pb.VolumeCapability.AccessMode
 READERS: Final = frozenset({_MODE.SINGLE_NODE_READER_ONLY, _MODE.MULTI_NODE_READER_ONLY})
 MULTI_NODE_SINGLE_WRITER: Final = _MODE.MULTI_NODE_SINGLE_WRITER
@@ -65,16 +92,29 @@ SINGLE_NODE: Final = frozenset(
     }
 )
 
+KIND: Final = "type"
+KINDS: Final = ("tree", "block")
+"""In a volume's context; the second one is a block device."""
+
 ORCHESTRATOR_PREFIX: Final = "csi.storage.k8s.io/"
 POLICY_PARAMETERS: Final = frozenset(
     {"compression", "encryption", "dedupe", "history", "durability", "latency_target", "sovereignty"}
 )
-PARAMETERS: Final = POLICY_PARAMETERS | {"moment", "source-volume"}
+PARAMETERS: Final = POLICY_PARAMETERS | {"moment", "source-volume", TRANSPORT}
 
 _ID: Final = re.compile(
     rf"[0-9a-f]{{8}}(-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}}|{EPHEMERAL_ID_PREFIX}[0-9a-f]{{64}}", re.ASCII
 )
-_NODE: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,254}[A-Za-z0-9])?", re.ASCII)
+NODE_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,189}[A-Za-z0-9])?", re.ASCII)
+NODE_ID_CHARACTERS_MAX: Final = 192
+"""As long as kubelets take them."""
+
+_NODE: Final = re.compile(NODE_NAME.pattern + r"(@[0-9A-Fa-f.:]{0,39})?", re.ASCII)
+_SERVER: Final = re.compile(
+    r"(?:\[([0-9A-Fa-f:.]{2,39})\]|([A-Za-z0-9][A-Za-z0-9._-]{0,252})):([0-9]{1,5})", re.ASCII
+)
+_SHARE: Final = re.compile(r"/[0-9a-z-]{1,68}", re.ASCII)
+_NQN: Final = re.compile(r"nqn\.[A-Za-z0-9.:_-]{1,219}", re.ASCII)
 _KEY: Final = re.compile(r"[A-Za-z0-9._/-]{1,253}", re.ASCII)
 
 
@@ -86,6 +126,7 @@ class Capability:
     mode: int
     flags: tuple[str, ...] = ()
     group: int | None = None
+    options: tuple[str, ...] = ()
 
     @property
     def readonly(self) -> bool:
@@ -100,7 +141,7 @@ class Capability:
         """The same for the host."""
         readonly = readonly or self.readonly or "ro" in self.flags
         flags = tuple(flag for flag in self.flags if flag not in {"ro", "rw", "bind", "defaults"})
-        return Mounting(readonly, flags, self.group, self.mode)
+        return Mounting(readonly, flags, self.group, self.mode, self.options)
 
 
 def required(value: str, field: str) -> str:
@@ -154,8 +195,13 @@ def node_id(value: str) -> str:
         UsageError: it is missing.
         NotFoundError: no node can have it.
     """
-    if not _NODE.fullmatch(required(value, "node_id")):
+    if not _NODE.fullmatch(required(value, "node_id")) or len(value) > NODE_ID_CHARACTERS_MAX:
         raise NotFoundError(f"no node {value!r:.100}")
+    if address := node_address(value):
+        try:
+            ip_address(address)
+        except ValueError:
+            raise NotFoundError(f"no node {value!r:.100}") from None
     return value
 
 
@@ -278,11 +324,28 @@ def capability(wanted: pb.VolumeCapability) -> Capability:
     flags = tuple(wanted.mount.mount_flags)
     if sum(map(len, flags)) > MOUNT_FLAGS_BYTES_MAX:
         raise UsageError(f"mount_flags of more than {MOUNT_FLAGS_BYTES_MAX} bytes")
-    if unknown := [flag for flag in flags if flag not in MOUNT_FLAGS]:
+    options = tuple(flag for flag in flags if flag not in MOUNT_FLAGS)
+    for each in options:
+        _check_option(each)
+    flags = tuple(flag for flag in flags if flag in MOUNT_FLAGS)
+    return Capability(False, mode, flags, _group(wanted.mount.volume_mount_group), options)
+
+
+def _check_option(text: str) -> None:
+    """Refuses what is no option of the kernel's NFS client, or none that a claim may set.
+
+    Raises:
+        UsageError: it is none.
+    """
+    found = _NFS_FLAG.fullmatch(text)
+    if found is None or found[1] not in NFS_FLAGS:
+        there = ", ".join(sorted(MOUNT_FLAGS))
         raise UsageError(
-            f"no such mount flag: {unknown[0]!r:.40}", hint=f"there is: {', '.join(sorted(MOUNT_FLAGS))}"
+            f"no such mount flag: {text!r:.40}",
+            hint=f"there is: {there}; over NFS: {', '.join(sorted(NFS_FLAGS))}",
         )
-    return Capability(block=False, mode=mode, flags=flags, group=_group(wanted.mount.volume_mount_group))
+    if found[1] in {"vers", "nfsvers"} and (found[2] or "")[1:] not in _NFS_VERSIONS:
+        raise UsageError(f"{text!r:.40}: versions are {', '.join(sorted(_NFS_VERSIONS))}")
 
 
 def _group(text: str) -> int | None:
@@ -319,3 +382,115 @@ def page(token: str, entries: int) -> tuple[str, int]:
     if token and not is_id(token):
         raise UsageError("starting_token is none of ours: begin anew", status=Status.STALE)
     return token, min(entries or PAGE_MAX, PAGE_MAX)
+
+
+# --- over the network ------------------------------------------------------------------------------
+
+
+def transport(values: Mapping[str, str], *, block: bool) -> str:
+    """How a volume of these parameters is seen.
+
+    Raises:
+        UsageError: there is no such transport, or it is not one for that kind of volume.
+    """
+    found = values.get(TRANSPORT, TRANSPORTS[block][0])
+    if found not in TRANSPORTS[block]:
+        kind = "block devices" if block else "trees"
+        raise UsageError(
+            f"no transport {found!r:.40} of {kind}", hint=f"there is: {', '.join(TRANSPORTS[block])}"
+        )
+    return found
+
+
+def fits(volume: Volume, wanted: Capability) -> None:
+    """Refuses to use a volume as what it is not.
+
+    Raises:
+        UsageError: it is a device where a tree is wanted, or the other way; mount flags of another transport.
+    """
+    if volume.block != wanted.block:
+        kinds = ("a tree", "a block device")
+        raise UsageError(f"volume {volume.id} is {kinds[volume.block]}, not {kinds[wanted.block]}")
+    check_options(volume.transport, wanted)
+
+
+def check_options(way: str, wanted: Capability) -> None:
+    """Refuses options of the NFS client where there is none.
+
+    Raises:
+        UsageError: there is one.
+    """
+    if wanted.options and way != NFS:
+        raise UsageError(f"the mount flag {wanted.options[0]!r:.40} is for volumes over NFS, not over {way}")
+
+
+def server(text: str) -> tuple[str, int]:
+    """Host and port of a server.
+
+    Raises:
+        UsageError: it is not HOST:PORT.
+    """
+    found = _SERVER.fullmatch(text)
+    if found is None or not 0 < int(found[3]) < 1 << 16:
+        raise UsageError(f"not HOST:PORT: {text!r:.100}")
+    return found[1] or found[2], int(found[3])
+
+
+def reach(context: Mapping[str, str], volume: Volume) -> Reach | None:
+    """How a volume is reached, from its publish_context; None for one that is seen where the store is.
+
+    Raises:
+        UsageError: the context is not what a publication gives.
+    """
+    if volume.transport not in NETWORK:
+        return None
+    values = mapping(context, "publish_context")
+    found = Reach(*(values.get(each.name, "") for each in attrs.fields(Reach)))
+    if found.transport != volume.transport:
+        raise UsageError(
+            f"publish_context says nothing of {volume.transport}, through which volume {volume.id} is seen",
+            hint="ControllerPublishVolume gives it",
+        )
+    server(found.server)
+    if volume.transport == NFS:
+        whole = _SHARE.fullmatch(found.share)
+    else:
+        whole = _NQN.fullmatch(found.nqn) if _is_uuid(found.uuid) else None
+    if not whole:
+        raise UsageError(f"publish_context is not one of {volume.transport}")
+    return found
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        return str(UUID(text)) == text
+    except ValueError:
+        return False
+
+
+def told(volume: str, context: Mapping[str, str]) -> Volume:
+    """A volume as a node without a store knows it: from its volume_context.
+
+    Raises:
+        UsageError: the context is not what making a volume gives.
+        RefusedError: it is not seen over the network.
+    """
+    values = mapping(context, "volume_context")
+    kind = values.get(KIND, "")
+    if kind not in KINDS:
+        raise UsageError(f"volume_context has no {KIND} ({' or '.join(KINDS)})")
+    block = kind == KINDS[True]
+    way = transport(values, block=block)
+    if way not in NETWORK:
+        other = TRANSPORTS[block][1]
+        raise RefusedError(
+            f"volume {volume} is seen through {way}, where the store is; this node has none",
+            hint=f"a StorageClass with {TRANSPORT}: {other} reaches every node",
+            status=Status.NOT_PERMITTED,
+        )
+    return Volume(volume, "", 0, block, 0, parameters={TRANSPORT: way})
+
+
+def volume_context(volume: Volume) -> dict[str, str]:
+    """What :func:`told` reads."""
+    return {KIND: KINDS[volume.block], TRANSPORT: volume.transport}

@@ -1,8 +1,8 @@
 """The Controller service: volumes and snapshots made, found and removed.  No I/O of its own.
 
 Idempotency is the model's (:mod:`space.projections.csi.model`); here requests are checked and answers put into the
-specification's words.  A class's parameters are a policy's keys, and ``moment`` (with ``source-volume`` where the claim
-itself names no source): a volume as another one was at that moment.
+specification's words.  A class's parameters are a policy's keys, ``moment`` (with ``source-volume`` where the claim
+itself names no source): a volume as another one was at that moment, and ``transport``: how it is seen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from google.protobuf.wrappers_pb2 import Int64Value
 
 from space._errors import NotFoundError, SpaceError, Status, UsageError
 from space.projections.csi import check
-from space.projections.csi.model import TOPOLOGY_ZONE, Snapshot, Volume, Volumes, Wanted
+from space.projections.csi.model import (
+    NETWORK,
+    TOPOLOGY_ZONE,
+    TRANSPORT,
+    Snapshot,
+    Volume,
+    Volumes,
+    Wanted,
+)
 from space.projections.csi.pb import csi_pb2 as pb
 
 _RPC: Final = pb.ControllerServiceCapability.RPC
@@ -39,7 +47,7 @@ CAPABILITIES: Final = (
 
 
 class Controller:
-    """Volumes in one zone."""
+    """Volumes in one zone, except for those that are reached over the network: they are in none."""
 
     def __init__(self, volumes: Volumes, *, zone: str) -> None:
         self._volumes = volumes
@@ -58,11 +66,16 @@ class Controller:
         """Makes a volume: empty, or as a snapshot or another volume is or was."""
         check.mapping(request.secrets, "secrets")
         name = check.required(request.name, "name")
-        block = check.capabilities(request.volume_capabilities)[0].block
+        wanted = check.capabilities(request.volume_capabilities)
+        block = wanted[0].block
         capacity, limit = check.capacity(request.capacity_range, block=block)
         parameters = check.parameters(request.parameters)
         mutable = check.parameters(request.mutable_parameters, field="mutable_parameters")
-        if not self._reaches(request.accessibility_requirements):
+        transport = check.transport(parameters, block=block)
+        for each in wanted:
+            check.check_options(transport, each)
+        here = transport not in NETWORK
+        if here and not self._reaches(request.accessibility_requirements):
             # RESOURCE_EXHAUSTED says: another topology may do
             raise UsageError(f"volumes are reached in zone {self._zone} only", status=Status.NO_SPACE)
         source = await self._source(request.volume_content_source, parameters)
@@ -76,7 +89,7 @@ class Controller:
                 block,
                 source,
                 parameters.get("moment", ""),
-                self._zone,
+                self._zone if here else "",
                 parameters=parameters,
                 mutable=mutable,
             )
@@ -131,9 +144,9 @@ class Controller:
         wanted = check.capability(request.volume_capability)
         volume = check.known_id(request.volume_id, "volume")
         node = check.node_id(request.node_id)
-        check_kind(await self._volumes.volume(volume), wanted)
-        await self._volumes.publish(volume, node, wanted.published(readonly=request.readonly))
-        return pb.ControllerPublishVolumeResponse()
+        check.fits(await self._volumes.volume(volume), wanted)
+        reach = await self._volumes.publish(volume, node, wanted.published(readonly=request.readonly))
+        return pb.ControllerPublishVolumeResponse(publish_context=reach.context() if reach else {})
 
     async def controller_unpublish_volume(
         self, request: pb.ControllerUnpublishVolumeRequest
@@ -153,7 +166,8 @@ class Controller:
         wanted = check.capabilities(request.volume_capabilities)
         volume = await self._volumes.volume(check.known_id(request.volume_id, "volume"))
         try:
-            check_kind(volume, wanted[0])
+            for each in wanted:
+                check.fits(volume, each)
             check.parameters(request.parameters)
             check.parameters(request.mutable_parameters, field="mutable_parameters")
         except SpaceError as error:
@@ -198,8 +212,10 @@ class Controller:
         block = False
         if request.volume_capabilities:
             block = check.capabilities(request.volume_capabilities)[0].block
-        check.parameters(request.parameters)
-        here = self._reaches(pb.TopologyRequirement(requisite=[request.accessible_topology]))
+        parameters = check.parameters(request.parameters)
+        here = parameters.get(TRANSPORT) in NETWORK or self._reaches(
+            pb.TopologyRequirement(requisite=[request.accessible_topology])
+        )
         return pb.GetCapacityResponse(
             available_capacity=await self._volumes.room() if here else 0,
             maximum_volume_size=Int64Value(value=check.CAPACITY_MAX),
@@ -285,17 +301,6 @@ class Controller:
         return pb.GetSnapshotResponse(snapshot=snapshot_message(found))
 
 
-def check_kind(volume: Volume, wanted: check.Capability) -> None:
-    """Whether a volume is a device where one is wanted.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if volume.block != wanted.block:
-        kinds = ("a tree", "a block device")
-        raise UsageError(f"volume {volume.id} is {kinds[volume.block]}, not {kinds[wanted.block]}")
-
-
 def _healthy() -> pb.VolumeCondition:
     """What the log has is whole, or reading it says so: what can be wrong with a volume is seen on its node."""
     return pb.VolumeCondition(abnormal=False, message="in the log")
@@ -312,7 +317,7 @@ def volume_message(volume: Volume) -> pb.Volume:
     return pb.Volume(
         volume_id=volume.id,
         capacity_bytes=volume.capacity,
-        volume_context={"type": "block" if volume.block else "tree"},
+        volume_context=check.volume_context(volume),
         content_source=source,
         accessible_topology=[pb.Topology(segments={TOPOLOGY_ZONE: volume.zone})] if volume.zone else [],
     )

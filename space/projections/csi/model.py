@@ -8,6 +8,10 @@ Everything in it is kept in the log, so every answer is the same after any resta
 * A snapshot is a clone: it lives as long as it is wanted, whatever becomes of the volume it was taken of.
 * The snapshots of a group are of one position of the log: nothing came between any two of them.
 
+A volume is seen through a *transport*: ``fuse`` and ``loop`` on the machine that has the store, ``nfs`` and ``nvme``
+(NVMe/TCP) on any that reaches the store's owner.  What a machine needs to know for that is the volume's :class:`Reach`,
+which the orchestrator carries to it: such a machine asks nobody else.
+
 Sizes are bytes, times nanoseconds since 1970.  Every method raises :class:`space.SpaceError` with a neutral status.
 """
 
@@ -15,14 +19,72 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Final, Protocol
+from uuid import UUID
 
 import attrs
+from blake3 import blake3
 
 DRIVER_NAME: Final = "csi.space-store"
 TOPOLOGY_ZONE: Final = f"topology.{DRIVER_NAME}/zone"
 
 EPHEMERAL_ID_PREFIX: Final = "csi-"
 """Of the ids a kubelet draws for inline volumes: those it knows before the volume is made."""
+
+
+FUSE: Final = "fuse"
+NFS: Final = "nfs"
+LOOP: Final = "loop"
+NVME: Final = "nvme"
+TRANSPORT: Final = "transport"
+"""The parameter of a class, and the key of both contexts."""
+
+TRANSPORTS: Final = {False: (FUSE, NFS), True: (LOOP, NVME)}
+"""Of trees and of block devices; the first one where nobody says."""
+
+NETWORK: Final = frozenset({NFS, NVME})
+"""Those that reach other machines."""
+
+NODE_ADDRESS: Final = "@"
+"""In the id of a node without a store; then comes the address it has for the owner, or nothing if that is not known."""
+
+
+def node_address(node: str) -> str | None:
+    """The address in the id of a node without a store, perhaps empty; None for one that has the store."""
+    _, separator, address = node.partition(NODE_ADDRESS)
+    return address if separator else None
+
+
+def host_uuid(node: str) -> str:
+    """The identity of a node as an NVMe host (Host Identifier, and in its NQN): the same wherever it is asked."""
+    digest = blake3(node.encode(), derive_key_context="space csi nvme host v1").digest(16)
+    return str(UUID(bytes=digest, version=4))
+
+
+def host_nqn(node: str) -> str:
+    """The NVMe Qualified Name of a node as a host (Base Specification 2.0, section 4.5)."""
+    return f"nqn.2014-08.org.nvmexpress:uuid:{host_uuid(node)}"
+
+
+@attrs.frozen
+class Reach:
+    """How a volume is reached over the network.
+
+    Attributes:
+        transport: ``nfs`` or ``nvme``.
+        server: ``HOST:PORT``.
+        share: the path of the export; ``nfs`` only.
+        nqn, uuid: the subsystem, and which of its namespaces; ``nvme`` only.
+    """
+
+    transport: str
+    server: str
+    share: str = ""
+    nqn: str = ""
+    uuid: str = ""
+
+    def context(self) -> dict[str, str]:
+        """The same for the orchestrator to carry."""
+        return {key: value for key, value in attrs.asdict(self).items() if value}
 
 
 @attrs.frozen
@@ -59,6 +121,11 @@ class Volume:
     mutable: Mapping[str, str] = attrs.field(factory=dict)
     published: Mapping[str, Published] = attrs.field(factory=dict)
 
+    @property
+    def transport(self) -> str:
+        """How it is seen."""
+        return self.parameters.get(TRANSPORT, TRANSPORTS[self.block][0])
+
 
 @attrs.frozen
 class Snapshot:
@@ -94,11 +161,11 @@ class Node:
 
 @attrs.frozen
 class Usage:
-    """What a volume takes: ``used`` bytes of ``capacity``, and ``files``."""
+    """What a volume takes: ``used`` bytes of ``capacity``, and ``files``, if that is known."""
 
     used: int
     capacity: int
-    files: int
+    files: int | None = None
 
 
 @attrs.frozen
@@ -141,11 +208,12 @@ class Volumes(Protocol):
     async def volumes(self, after: str, limit: int) -> Sequence[Volume]:
         """Volumes in order of their ids, after one of them."""
 
-    async def publish(self, volume: str, node: str, published: Published) -> None:
-        """Notes that a volume is published on a node.
+    async def publish(self, volume: str, node: str, published: Published) -> Reach | None:
+        """Notes that a volume is published on a node; how that reaches it, if over the network.
 
         Raises:
-            RefusedError: its access mode does not allow that beside where it is published already.
+            RefusedError: its access mode does not allow that beside where it is published already; the node has no
+                store and the volume is seen only where that is; nobody serves its transport.
             ConflictError: it is published there in another way.
             NotFoundError: there is no such volume or node.
         """
@@ -198,19 +266,27 @@ class Volumes(Protocol):
 
 @attrs.frozen
 class Mounting:
-    """How a volume is to be seen at a path; ``group`` is who may write besides the owner, or None."""
+    """How a volume is to be seen at a path; ``group`` is who may write besides the owner, or None, and ``options`` are
+    those of the NFS client.
+    """
 
     readonly: bool = False
     flags: Sequence[str] = ()
     group: int | None = None
     mode: int = 0
+    options: Sequence[str] = ()
 
 
 class Host(Protocol):
     """The machine volumes are seen on.  Every method may be repeated; each call ends as if it had been the only one."""
 
-    async def stage(self, volume: Volume, path: str, how: Mounting) -> None:
-        """Makes a volume ready below a path of the orchestrator's."""
+    async def stage(self, volume: Volume, path: str, how: Mounting, reach: Reach | None = None) -> None:
+        """Makes a volume ready below a path of the orchestrator's; one of the network's as ``reach`` says.
+
+        Raises:
+            RefusedError: the kernel has no client for its transport.
+            UnavailableError: its server does not answer.
+        """
 
     async def unstage(self, volume: str, path: str) -> None:
         """Takes that back; what is not there is no error."""
@@ -230,3 +306,17 @@ class Host(Protocol):
 
     async def expand(self, volume: Volume, path: str) -> None:
         """Lets a volume be seen at its new size."""
+
+    async def seen(self, volume: str, path: str) -> Volume:
+        """What this machine itself knows of a volume seen at a path: its kind, transport, and size there.
+
+        Raises:
+            NotFoundError: it is not seen there.
+        """
+
+    async def usage(self, volume: str, path: str) -> Usage:
+        """What the volume takes, as its server tells this machine.
+
+        Raises:
+            UnavailableError: the server does not answer.
+        """

@@ -1,5 +1,8 @@
 """The Node service: volumes seen on this machine.  What that takes is the :class:`~space.projections.csi.model.Host`'s.
 
+A node that has the store asks its owner about volumes.  One that has not asks nobody: what it needs to know of a volume
+is in the contexts that the orchestrator carries from the controller, and later in the host's notes.
+
 Calls for one volume wait for each other; those for different volumes do not.
 """
 
@@ -8,15 +11,17 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from space._errors import RefusedError, UsageError
+import attrs
+
+from space._errors import RefusedError, Status, UnavailableError, UsageError
 from space.policy.units import parse_size
 from space.projections.csi import check
-from space.projections.csi.controller import check_kind
 from space.projections.csi.model import (
     EPHEMERAL_ID_PREFIX,
     TOPOLOGY_ZONE,
     Host,
     Node,
+    Usage,
     Volume,
     Volumes,
     Wanted,
@@ -40,7 +45,8 @@ CAPABILITIES: Final = (
 class NodeService:
     """Volumes on one node."""
 
-    def __init__(self, volumes: Volumes, host: Host, node: Node) -> None:
+    def __init__(self, volumes: Volumes | None, host: Host, node: Node) -> None:
+        """``volumes`` is None where there is no store."""
         self._volumes = volumes
         self._host = host
         self._node = node
@@ -55,7 +61,8 @@ class NodeService:
 
     async def node_get_info(self, request: pb.NodeGetInfoRequest) -> pb.NodeGetInfoResponse:
         """Which node this is; from now on volumes can be published on it."""
-        await self._volumes.register(self._node)
+        if self._volumes is not None:
+            await self._volumes.register(self._node)
         return pb.NodeGetInfoResponse(
             node_id=self._node.id,
             max_volumes_per_node=self._node.limit,
@@ -71,10 +78,31 @@ class NodeService:
         path = check.path(request.staging_target_path, "staging_target_path")
         wanted = check.capability(request.volume_capability)
         async with self._alone(request.volume_id):
-            volume = await self._volumes.volume(check.known_id(request.volume_id, "volume"))
-            check_kind(volume, wanted)
-            await self._host.stage(volume, path, wanted.mounting())
+            volume = await self._volume(request)
+            check.fits(volume, wanted)
+            await self._host.stage(
+                volume, path, wanted.mounting(), check.reach(request.publish_context, volume)
+            )
         return pb.NodeStageVolumeResponse()
+
+    async def _volume(self, request: pb.NodeStageVolumeRequest | pb.NodePublishVolumeRequest) -> Volume:
+        """The volume of a request.
+
+        Raises:
+            NotFoundError: there is none.
+            RefusedError: it is seen only where the store is, and that is not here.
+        """
+        volume = check.known_id(request.volume_id, "volume")
+        if self._volumes is None:
+            return check.told(volume, request.volume_context)
+        return await self._volumes.volume(volume)
+
+    async def _seen(self, volume: str, path: str) -> Volume:
+        """A volume that is asked about by where it is seen."""
+        known = check.known_id(volume, "volume")
+        if self._volumes is None:
+            return await self._host.seen(known, path)
+        return await self._volumes.volume(known)
 
     async def node_unstage_volume(self, request: pb.NodeUnstageVolumeRequest) -> pb.NodeUnstageVolumeResponse:
         """Takes that back, also of a volume that is gone."""
@@ -100,8 +128,8 @@ class NodeService:
                 if not request.staging_target_path:
                     raise RefusedError("staging_target_path is missing: the volume has to be staged first")
                 staging = check.path(request.staging_target_path, "staging_target_path")
-                volume = await self._volumes.volume(check.known_id(request.volume_id, "volume"))
-            check_kind(volume, wanted)
+                volume = await self._volume(request)
+            check.fits(volume, wanted)
             await self._host.publish(volume, staging, target, how)
         return pb.NodePublishVolumeResponse()
 
@@ -109,6 +137,12 @@ class NodeService:
         """The volume a pod has of its own, made now and gone with the pod."""
         if wanted.block:
             raise UsageError("an inline volume is a tree")
+        if self._volumes is None:
+            raise RefusedError(
+                "an inline volume is made where the store is; this node has none",
+                hint="use a claim: a generic ephemeral volume does",
+                status=Status.NOT_PERMITTED,
+            )
         context = check.mapping(request.volume_context, "volume_context")
         own = {k: v for k, v in context.items() if not k.startswith(check.ORCHESTRATOR_PREFIX)}
         size = parse_size(own.pop(SIZE, str(check.DEFAULT_BYTES)))
@@ -126,7 +160,8 @@ class NodeService:
         target = check.path(request.target_path, "target_path")
         async with self._alone(request.volume_id):
             await self._host.unpublish(request.volume_id, target)
-            if check.is_id(request.volume_id) and request.volume_id.startswith(EPHEMERAL_ID_PREFIX):
+            inline = check.is_id(request.volume_id) and request.volume_id.startswith(EPHEMERAL_ID_PREFIX)
+            if inline and self._volumes is not None:
                 await self._volumes.delete(request.volume_id)
         return pb.NodeUnpublishVolumeResponse()
 
@@ -135,22 +170,26 @@ class NodeService:
     async def node_get_volume_stats(
         self, request: pb.NodeGetVolumeStatsRequest
     ) -> pb.NodeGetVolumeStatsResponse:
-        """What a volume takes, from the store's own accounts, and whether it can be used where it is published."""
+        """What a volume takes, from the store's own accounts, and whether it can be used where it is published.
+
+        A node without the store asks the volume's server, which has the same accounts; one that does not answer is
+        what is wrong with the volume.
+        """
         check.required(request.volume_id, "volume_id")
         path = check.seen_path(request.volume_path, "volume_path")
-        volume = await self._volumes.volume(check.known_id(request.volume_id, "volume"))
+        volume = await self._seen(request.volume_id, path)
         wrong = await self._host.condition(volume.id, path)
-        usage = await self._volumes.usage(volume.id)
-        found = [
-            pb.VolumeUsage(
-                unit=pb.VolumeUsage.BYTES,
-                total=usage.capacity,
-                used=usage.used,
-                available=max(0, usage.capacity - usage.used),
-            )
-        ]
-        if not volume.block:
-            found.append(pb.VolumeUsage(unit=pb.VolumeUsage.INODES, used=usage.files))
+        found = []
+        try:
+            if self._volumes is None:
+                usage = await self._host.usage(volume.id, path)
+            else:
+                usage = await self._volumes.usage(volume.id)
+            found = _usage_messages(volume, usage)
+        except UnavailableError as error:
+            if self._volumes is not None:
+                raise
+            wrong = wrong or str(error)
         condition = pb.VolumeCondition(abnormal=bool(wrong), message=wrong or "in use")
         return pb.NodeGetVolumeStatsResponse(usage=found, volume_condition=condition)
 
@@ -162,11 +201,14 @@ class NodeService:
         if request.HasField("volume_capability"):
             check.capability(request.volume_capability)
         async with self._alone(request.volume_id):
-            volume = await self._volumes.volume(check.known_id(request.volume_id, "volume"))
+            volume = await self._seen(request.volume_id, path)
             await self._host.condition(volume.id, path)
             if request.HasField("capacity_range"):
                 capacity, limit = check.capacity(request.capacity_range, block=volume.block)
-                volume = await self._volumes.expand(volume.id, capacity, limit)
+                if self._volumes is None:
+                    volume = attrs.evolve(volume, capacity=max(volume.capacity, capacity))
+                else:
+                    volume = await self._volumes.expand(volume.id, capacity, limit)
             await self._host.expand(volume, path)
         return pb.NodeExpandVolumeResponse(capacity_bytes=volume.capacity)
 
@@ -174,6 +216,20 @@ class NodeService:
 
     def _alone(self, volume: str) -> _Turn:
         return _Turn(self._locks, volume)
+
+
+def _usage_messages(volume: Volume, usage: Usage) -> list[pb.VolumeUsage]:
+    found = [
+        pb.VolumeUsage(
+            unit=pb.VolumeUsage.BYTES,
+            total=usage.capacity,
+            used=usage.used,
+            available=max(0, usage.capacity - usage.used),
+        )
+    ]
+    if not volume.block and usage.files is not None:
+        found.append(pb.VolumeUsage(unit=pb.VolumeUsage.INODES, used=usage.files))
+    return found
 
 
 class _Turn:

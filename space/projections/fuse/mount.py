@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -268,7 +268,7 @@ def serve(
     *,
     fsname: str = "space",
     allow_other: bool = False,
-    on_ready: Callable[[Ready], None] = lambda _: None,
+    on_ready: Callable[[Ready], Awaitable[None] | None] = lambda _: None,
     ending: Ending | None = None,
 ) -> None:
     """Mounts ``files`` at ``target`` and serves it until it is unmounted, or told to end.
@@ -276,6 +276,9 @@ def serve(
     That is SIGTERM or SIGINT, and then this is called from the main thread; with ``ending`` it is that alone, and
     any thread will do.  A read-only file system is mounted so.  On return everything is durable and nothing is
     left mounted.
+
+    What ``on_ready`` returns, if it can be awaited, is at work as long as the mount is served: then it is cancelled,
+    and has ended before everything is made durable.  If it fails, so does the mount.
 
     Raises:
         UnavailableError: something is missing on this machine, or the kernel refuses.
@@ -289,8 +292,8 @@ def serve(
         pyfuse3 = _load_pyfuse3()
         from space.projections.fuse.ops import Operations
 
-        def ready() -> None:
-            on_ready(Ready(path, (time.monotonic() - started) * 1000, tuple(notices)))
+        def ready() -> Awaitable[None] | None:
+            return on_ready(Ready(path, (time.monotonic() - started) * 1000, tuple(notices)))
 
         begun = asyncio.Event()
         with _mounted(
@@ -343,7 +346,7 @@ async def _serve(
     pyfuse3: Any,
     files: FileSystem,
     begun: asyncio.Event,
-    ready: Callable[[], None],
+    ready: Callable[[], Awaitable[None] | None],
     ending: Ending | None,
 ) -> None:
     loop = asyncio.get_running_loop()
@@ -369,10 +372,14 @@ async def _serve(
             raise result
 
 
-async def _announce(begun: asyncio.Event, ready: Callable[[], None], pyfuse3: Any) -> None:
+async def _announce(begun: asyncio.Event, ready: Callable[[], Awaitable[None] | None], pyfuse3: Any) -> None:
     await begun.wait()
     try:
-        ready()
+        work = ready()
+        if work is not None:
+            await work
+    except asyncio.CancelledError:
+        raise
     except BaseException:
         pyfuse3.terminate()
         raise

@@ -1,0 +1,320 @@
+"""Volumes over the network: one NFS server and one NVMe/TCP target, in the loop that serves the mount of all volumes.
+
+A volume is offered from its first publication to the end of its last one, and only to the nodes it is published on:
+
+* A tree is an export of its own (its own fsid and handles) at ``/ID``, below a root that lists nothing.  It is open to
+  the addresses of its nodes, as far as all of them are known, within the rules of the whole server.
+* A block device is a subsystem of its own, with one namespace.  It is open to the hosts that its nodes are by their
+  ids (:func:`space.projections.csi.model.host_nqn`); connections of others are ended.
+
+So a node that was lost, and that the volume was taken from, is shut out whenever it comes back.
+
+What clients know a volume by follows from the store and the volume: it is the same whenever the owner starts again.
+Then everything is offered before anybody can connect: a client that was told of nothing would give its files up.
+
+The file model is the mount's: capacity is enforced, and a cut is between two requests of everybody's.  NVMe writes need
+no settling: what is acknowledged is in the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Final
+
+import attrs
+
+from space._errors import RefusedError, SpaceError, Status, UnavailableError, UsageError
+from space._node import nfs_view
+from space._node.csi_files import VolumeFiles
+from space._node.local_block import BlockWriter, LocalBlockDevice, namespace_identity
+from space._node.nfs_recovery import StoreRecovery
+from space._node.nfs_watch import Watch
+from space._node.nvme_view import SERIAL_BYTES, WATCH_SECONDS, joined, subsystem_name
+from space._node.store import Store
+from space.events.ids import CapsuleId
+from space.projections.csi.model import NFS, NVME, Reach, Volume, host_nqn, node_address
+from space.projections.nfs.exports import ChangingExports, Export, Rule, Squash, export_number
+from space.projections.nfs.server import Server as NfsServer
+from space.projections.nvme.server import Listener
+from space.projections.nvme.server import Server as NvmeServer
+from space.projections.nvme.target import Namespace, Subsystem, Target
+
+log: Final = logging.getLogger("space.csi")
+
+Address = tuple[str, int]
+
+
+@attrs.frozen
+class Listening:
+    """Where to serve: each transport at an address, or not at all; and the host that nodes are told.
+
+    Attributes:
+        rules: which clients may use NFS at all, the first that fits; none: everybody.
+    """
+
+    nfs: Address | None = None
+    nvme: Address | None = None
+    advertise: str = ""
+    rules: tuple[Rule, ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        for option, found in (("--nfs", self.nfs), ("--nvme", self.nvme)):
+            if found is not None and not self.advertise and _is_wildcard(found[0]):
+                raise UsageError(
+                    f"{option} {joined(*found)} says not where nodes reach it", hint="add --advertise HOST"
+                )
+
+    def told(self, listened: Address) -> str:
+        """An address as nodes are told it."""
+        return joined(self.advertise or listened[0], listened[1])
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+@attrs.define(eq=False)
+class _Device:
+    """A block volume that is offered, and the size hosts were told last."""
+
+    subsystem: Subsystem
+    namespace: Namespace
+    device: LocalBlockDevice
+    size: int
+
+
+class Servers:
+    """What is served of the volumes of one store."""
+
+    def __init__(self, store: Store, files: VolumeFiles, where: Listening) -> None:
+        """Nothing yet: see :meth:`open` and :meth:`listen`."""
+        self._store = store
+        self._files = files
+        self._where = where
+        self._told: dict[str, str] = {}
+        self._exports: ChangingExports | None = None
+        self._exported: dict[str, Export] = {}
+        self._nfs: NfsServer | None = None
+        self._target: Target | None = None
+        self._writer: BlockWriter | None = None
+        self._devices: dict[str, _Device] = {}
+
+    # --- from any thread -------------------------------------------------------------------------
+
+    def check(self, transport: str) -> None:
+        """Refuses a transport that is not served here.
+
+        Raises:
+            RefusedError: this one.
+        """
+        if getattr(self._where, transport) is None:
+            raise RefusedError(
+                f"the owner of the store serves no {transport}",
+                hint=f"start it with --{transport} HOST:PORT",
+                status=Status.NOT_PERMITTED,
+            )
+
+    def offer(self, volume: Volume, data: CapsuleId) -> Reach:
+        """Lets those nodes reach a volume that it is published on; says how.
+
+        Raises:
+            RefusedError: its transport is not served here.
+            UnavailableError: the loop does not get to it, or is not listening yet.
+        """
+        self.check(volume.transport)
+        self._files.in_loop(lambda: self.put(volume, data))
+        told = self._told.get(volume.transport)
+        if told is None:
+            raise UnavailableError(f"{volume.transport} is not served yet", hint="try again")
+        if volume.transport == NFS:
+            return Reach(NFS, told, share=f"/{volume.id}")
+        return Reach(NVME, told, nqn=_nqn(data), uuid=str(namespace_identity(data).uuid))
+
+    def withdraw(self, volume: str) -> None:
+        """Lets nobody reach a volume; one that is not offered is no error."""
+        self._files.in_loop(lambda: self._take(volume))
+
+    def forget(self, volume: str) -> None:
+        """As :meth:`withdraw`, of a volume that is deleted."""
+
+        def forget() -> None:
+            self._take(volume)
+            self._exported.pop(volume, None)
+
+        self._files.in_loop(forget)
+
+    # --- in the loop -----------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def serving(self, published: Iterable[tuple[Volume, CapsuleId]]) -> AsyncIterator[None]:
+        """Offers what is published and listens, while it is entered.
+
+        Raises:
+            UnavailableError: an address is in use, or not this machine's.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            if self._where.nfs is not None:
+                await self._open_nfs(stack)
+            if self._where.nvme is not None:
+                self._open_nvme(stack)
+            for volume, data in published:
+                self._put_or_say(volume, data)
+            await self._listen(stack)
+            yield
+
+    async def _open_nfs(self, stack: contextlib.AsyncExitStack) -> None:
+        store = self._store
+        recovery = await asyncio.to_thread(StoreRecovery, store, nfs_view.server_name(store))
+        self._exports = ChangingExports(key=nfs_view.handle_key(store), time_ns=time.time_ns())
+        self._nfs = nfs_view.server_of(store, self._exports, recovery, nfs_view.Options().config())
+        stack.push_async_callback(self._nfs.close)
+        watch = Watch(self._nfs.service.state, now=self._nfs.now)
+        store.watchers.append(watch)
+        stack.callback(store.watchers.remove, watch)
+
+    def _open_nvme(self, stack: contextlib.AsyncExitStack) -> None:
+        self._writer = BlockWriter(self._store)
+        stack.push_async_callback(self._writer.close)
+        self._target = Target(serial=subsystem_name(self._store.id)[:SERIAL_BYTES].hex())
+        stack.callback(self._close_devices)
+
+    def _close_devices(self) -> None:
+        for each in self._devices.values():
+            each.device.close()
+        self._devices.clear()
+
+    async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
+        if self._nfs is not None and self._where.nfs is not None:
+            self._told[NFS] = self._where.told(await nfs_view.listening(self._nfs, self._where.nfs))
+        if self._target is not None and self._where.nvme is not None:
+            server = NvmeServer(self._target)
+            stack.push_async_callback(server.close)
+            self._told[NVME] = self._where.told(await _listening(server, self._where.nvme))
+            watching = asyncio.create_task(self._watch())
+            stack.push_async_callback(_ended, watching)
+
+    def _put_or_say(self, volume: Volume, data: CapsuleId) -> None:
+        try:
+            self.check(volume.transport)
+            self.put(volume, data)
+        except SpaceError as error:
+            log.warning("volume %s is published, and not served: %s", volume.id, error)
+
+    def put(self, volume: Volume, data: CapsuleId) -> None:
+        """Offers a volume to the nodes it is published on, and to no others."""
+        if volume.transport == NFS:
+            self._put_export(volume, data)
+        else:
+            self._put_device(volume, data)
+
+    def _put_export(self, volume: Volume, data: CapsuleId) -> None:
+        assert self._exports is not None
+        export = self._exported.get(volume.id)
+        if export is None:
+            # kept as long as there is the volume: what clients have open is of this object
+            export = self._exported[volume.id] = Export(
+                export_number(self._store.id, data),
+                (volume.id.encode(),),
+                self._files.export(data),
+                squash=Squash.NONE,
+            )
+        export.allow(rules_of(volume, self._where.rules))
+        self._exports.add(export, time.time_ns())
+
+    def _put_device(self, volume: Volume, data: CapsuleId) -> None:
+        assert self._target is not None
+        hosts = frozenset(map(host_nqn, volume.published))
+        found = self._devices.get(volume.id)
+        if found is not None:
+            self._target.set_hosts(found.subsystem.nqn, hosts)
+            return
+        device = LocalBlockDevice(self._store, data, writer=self._writer)
+        identity = namespace_identity(data)
+        subsystem = Subsystem(_nqn(data), identity.uuid[-SERIAL_BYTES:].hex(), hosts=hosts)
+        namespace = Namespace(
+            1, device, identity.uuid, identity.nguid, identity.eui64, reservations=device.reservations
+        )
+        subsystem.add(namespace)
+        self._target.add(subsystem)
+        self._devices[volume.id] = _Device(subsystem, namespace, device, device.info().size)
+
+    def _take(self, volume: str) -> None:
+        export = self._exported.get(volume)
+        if export is not None and self._exports is not None:
+            self._exports.remove(export, time.time_ns())
+        found = self._devices.pop(volume, None)
+        if found is not None and self._target is not None:
+            self._target.remove(found.subsystem.nqn)
+            found.device.close()
+
+    async def _watch(self) -> None:
+        """Tells hosts of other sizes, and of what happened to reservations."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            for each in list(self._devices.values()):
+                with contextlib.suppress(SpaceError):  # a volume that is deleted meanwhile
+                    self._look(each)
+
+    def _look(self, each: _Device) -> None:
+        size = each.device.info().size
+        if size != each.size:
+            each.size = size
+            each.subsystem.changed(each.namespace.nsid)
+        each.subsystem.tell_reservations(each.namespace)
+
+
+def rules_of(volume: Volume, rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """Who may use the export of a volume: its nodes, within the server's rules; without rules: everybody.
+
+    Where the address of one node is not known, all that the server's rules let in are taken for that node.
+    """
+    found = []
+    for node, published in volume.published.items():
+        address = node_address(node)
+        if not address:
+            return tuple(rules)
+        network = ipaddress.ip_network(address)
+        rule = next(
+            (each for each in rules if network.version == each.network.version and _within(network, each)),
+            None,
+        )
+        if rule is not None or not rules:
+            readonly = published.readonly or (rule is not None and rule.read_only)
+            found.append(Rule(network, read_only=readonly))
+    return tuple(found) or (_NOBODY,)
+
+
+def _within(network: ipaddress.IPv4Network | ipaddress.IPv6Network, rule: Rule) -> bool:
+    return rule.network.network_address <= network.network_address <= rule.network.broadcast_address  # type: ignore[operator]
+
+
+_NOBODY: Final = Rule(ipaddress.ip_network("::/128"))
+
+
+def _nqn(data: CapsuleId) -> str:
+    """The subsystem of a volume: the same for as long as there is the volume, and of no other."""
+    return f"nqn.2014-08.org.nvmexpress:uuid:{data.derive(b'csi nvme subsystem')}"
+
+
+async def _listening(server: NvmeServer, listen: Address) -> Address:
+    try:
+        (port,) = await server.start([Listener(*listen)])
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot listen at {joined(*listen)}: {error.strerror or error}",
+            hint="say another --nvme HOST:PORT",
+        ) from None
+    return listen[0], port.service
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
