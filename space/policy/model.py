@@ -128,6 +128,7 @@ class Policy:
         latency_target_ns: wanted latency of one operation, in nanoseconds; None: no promise.
         sovereignty: how far content may travel.
         federation_targets: zones that receive it; ``federation_priority`` 0-100 orders capsules, high first.
+        federation_sealed: those zones hold encrypted content without being able to read it.
         federation_candidates: zones that may be made targets when there is reason to.
         federation_shards: the zones get one shard each instead of a replica; None: replicas.
         history_ns: how long overwritten content stays readable, in nanoseconds; None: for ever.
@@ -148,6 +149,7 @@ class Policy:
     sovereignty: Sovereignty = Sovereignty.ZONE
     federation_targets: tuple[str, ...] = ()
     federation_priority: int = 0
+    federation_sealed: bool = False
     federation_candidates: tuple[str, ...] = ()
     federation_shards: Shards | None = None
     history_ns: int | None = None
@@ -258,6 +260,10 @@ def _contradictions(policy: Policy) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("federation", "targets"), f"need sovereignty: global; {limit} content must not leave its zone"
     if not policy.federation_targets and policy.federation_priority:
         yield ("federation", "priority"), "means nothing without federation.targets"
+    if policy.federation_sealed and not policy.federation_targets:
+        yield ("federation", "sealed"), "means nothing without federation.targets"
+    elif policy.federation_sealed and policy.encryption is Encryption.NONE:
+        yield ("federation", "sealed"), "needs encryption: what is stored as it is can be read wherever it is"
     if not policy.federation_targets and policy.rpo_ns is not None:
         yield ("rpo",), "means nothing without federation.targets: there is no second zone to lag behind"
     yield from _shards_contradictions(policy)
@@ -315,9 +321,13 @@ def _choice(name: str, members: type[enum.StrEnum]) -> Callable[[object, str], d
 
 
 def _flag(value: object, key: str) -> dict[str, Any]:
+    return {key: _boolean(value, key)}
+
+
+def _boolean(value: object, *path: str) -> bool:
     if not isinstance(value, bool):
-        raise _InvalidKeyError(f"must be true or false, not {_shown(value)}", key)
-    return {key: value}
+        raise _InvalidKeyError(f"must be true or false, not {_shown(value)}", *path)
+    return value
 
 
 def _duration(value: object, *path: str) -> int:
@@ -345,11 +355,12 @@ def _history(value: object, key: str) -> dict[str, Any]:
 def _federation(value: object, key: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise _InvalidKeyError(f"must be a mapping with targets and priority, not {_shown(value)}", key)
-    _refuse_unknown(value, ("targets", "priority", "candidates", "shards"), key)
+    _refuse_unknown(value, ("targets", "priority", "sealed", "candidates", "shards"), key)
     priority = _number(value.get("priority", 0), 0, _PRIORITY_MAX, key, "priority")
     return {
         "federation_targets": _zones(value.get("targets", []), key, "targets"),
         "federation_priority": priority,
+        "federation_sealed": _boolean(value.get("sealed", False), key, "sealed"),
         "federation_candidates": _zones(value.get("candidates", []), key, "candidates"),
         "federation_shards": _shards(value.get("shards"), key, "shards"),
     }
@@ -463,6 +474,8 @@ def _federation_document(policy: Policy) -> dict[str, Any]:
         "targets": list(policy.federation_targets),
         "priority": policy.federation_priority,
     }
+    if policy.federation_sealed:
+        document["sealed"] = True
     if policy.federation_candidates:
         document["candidates"] = list(policy.federation_candidates)
     if policy.federation_shards is not None:

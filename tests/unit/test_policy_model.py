@@ -91,6 +91,16 @@ def test_document_round_trip(policy: Policy) -> None:
     assert Policy.from_document(msgpack.unpackb(msgpack.packb(document))) == policy
 
 
+def test_sealed_is_in_the_document_only_where_it_is_true() -> None:
+    """Documents of before the key are canonical still, and the key survives its document."""
+    sealed = parse_policy(
+        "encryption: aes-256-gcm\nsovereignty: global\nfederation: {targets: [a], sealed: true}"
+    )
+    assert sealed.to_document()["federation"] == {"targets": ["a"], "priority": 0, "sealed": True}
+    assert Policy.from_document(sealed.to_document()) == sealed
+    assert "sealed" not in attrs.evolve(sealed, federation_sealed=False).to_document()["federation"]
+
+
 def test_dedupe_has_to_be_asked_for_with_encryption() -> None:
     """Plain content is deduplicated by default, encrypted content only when the document says so."""
     assert parse_policy("compression: none").dedupe
@@ -147,6 +157,13 @@ BAD = [
     ("rpo: 30 parsecs", 1, "rpo: '30 parsecs' is not a duration"),
     ("rpo: 1:30", 1, "rpo: '1:30' is not a duration"),
     ("rpo: 30s", 1, "rpo: means nothing without federation.targets"),
+    ("federation: {sealed: true}", 1, "federation.sealed: means nothing without federation.targets"),
+    (
+        "sovereignty: global\nfederation: {targets: [a], sealed: true}",
+        2,
+        "federation.sealed: needs encryption",
+    ),
+    ("federation:\n  sealed: 1", 2, "federation.sealed: must be true or false, not 1"),
     ("latency_target: 0s", 1, "latency_target: must be more than 0"),
     ("latency_target: -1ms", 1, "is not a duration"),
     ("latency_target: 1e400", 1, "is not a duration"),
