@@ -1,4 +1,4 @@
-"""A driver with its owner of the store, and a client that says what an orchestrator says."""
+"""A driver with its owner of the store, and what an orchestrator does with it."""
 
 from __future__ import annotations
 
@@ -20,36 +20,16 @@ from space._node import csi_mounts
 from space._node.views import start_time
 from space.control import connect
 from space.projections.csi.pb import csi_pb2 as pb
-from space.projections.csi.server import STREAMING, message_class
+from tests.csi_client import MIB, Client, tree
 
 HERE: Final = Path(__file__).parent
 READY_SECONDS: Final = 60.0
-CALL_SECONDS: Final = 60.0
 POLL_SECONDS: Final = 0.02
-MIB: Final = 1 << 20
-
-_MODE: Final = pb.VolumeCapability.AccessMode
-_METHODS: Final = {
-    method.name: (service, method)
-    for service in pb.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-}
-
 
 NEEDS_KERNEL: Final = [
     pytest.mark.requires("/dev/fuse", "/dev/loop-control", "fusermount3", "py:pyfuse3", "py:grpc"),
     pytest.mark.skipif(os.geteuid() != 0, reason="bind mounts need root"),
 ]
-
-
-def tree(mode: Any = _MODE.SINGLE_NODE_WRITER, **mount: Any) -> pb.VolumeCapability:
-    """A tree is wanted."""
-    return pb.VolumeCapability(mount=pb.VolumeCapability.MountVolume(**mount), access_mode=_MODE(mode=mode))
-
-
-def device(mode: Any = _MODE.SINGLE_NODE_WRITER) -> pb.VolumeCapability:
-    """A block device is wanted."""
-    return pb.VolumeCapability(block=pb.VolumeCapability.BlockVolume(), access_mode=_MODE(mode=mode))
 
 
 def alive(pid: int) -> bool:
@@ -64,33 +44,6 @@ def wait_for(what: Any, seconds: float = READY_SECONDS) -> Any:
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(POLL_SECONDS)
     return found
-
-
-class Client:
-    """Calls of the specification by their names."""
-
-    def __init__(self, socket: Path) -> None:
-        self._channel = grpc.insecure_channel(f"unix:{socket}")
-
-    def __getattr__(self, name: str) -> Any:
-        service, method = _METHODS[name]
-        kind = self._channel.unary_stream if name in STREAMING else self._channel.unary_unary
-        call = kind(
-            f"/{service.full_name}/{name}",
-            request_serializer=message_class(method.input_type).SerializeToString,
-            response_deserializer=message_class(method.output_type).FromString,
-        )
-        request = getattr(pb, f"{name}Request")
-
-        def ask(**fields: Any) -> Any:
-            answer = call(request(**fields), timeout=CALL_SECONDS, wait_for_ready=True)
-            return list(answer) if name in STREAMING else answer
-
-        return ask
-
-    def close(self) -> None:
-        """Hangs up."""
-        self._channel.close()
 
 
 def code_of(work: Any) -> grpc.StatusCode:

@@ -20,7 +20,8 @@ from space._node.store import Store
 from space.control import ControlServer
 from space.projections.csi.pb import csi_pb2 as pb
 from tests.cli_support import finish, start
-from tests.csi_support import MIB, NEEDS_KERNEL, Client, Machine, code_of, device, machine, tree, wait_for
+from tests.csi_client import MIB, Client, device, tree
+from tests.csi_support import NEEDS_KERNEL, Machine, code_of, machine, wait_for
 
 pytestmark = NEEDS_KERNEL
 

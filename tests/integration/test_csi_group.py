@@ -10,7 +10,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.csi_support import MIB, NEEDS_KERNEL, Machine, code_of, device, machine, tree
+from tests.csi_client import MIB, device, tree
+from tests.csi_support import NEEDS_KERNEL, Machine, code_of, machine
 
 pytestmark = NEEDS_KERNEL
 

@@ -14,17 +14,8 @@ import pytest
 
 from space._node import csi_mounts
 from space.projections.csi.pb import csi_pb2 as pb
-from tests.csi_support import (
-    MIB,
-    NEEDS_KERNEL,
-    READY_SECONDS,
-    Machine,
-    alive,
-    device,
-    machine,
-    tree,
-    wait_for,
-)
+from tests.csi_client import MIB, device, tree
+from tests.csi_support import NEEDS_KERNEL, READY_SECONDS, Machine, alive, machine, wait_for
 
 pytestmark = NEEDS_KERNEL
 

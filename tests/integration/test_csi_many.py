@@ -8,7 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.csi_support import MIB, NEEDS_KERNEL, Machine, device, machine, tree
+from tests.csi_client import MIB, device, tree
+from tests.csi_support import NEEDS_KERNEL, Machine, machine
 
 pytestmark = NEEDS_KERNEL
 

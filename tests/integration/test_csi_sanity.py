@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.csi_support import MIB, NEEDS_KERNEL, machine
+from tests.csi_client import MIB
+from tests.csi_support import NEEDS_KERNEL, machine
 
 pytestmark = NEEDS_KERNEL
 
