@@ -1,0 +1,74 @@
+"""Selection: may a capsule go to a zone, and in which lane?
+
+The policy a capsule has at a position decides: ``sovereignty: global``, the zone among its ``federation.targets``,
+and no ``federation.shards`` (then targets get shards of a code, see :mod:`space.federation.parity`).  The lane is its
+``federation.priority``.  A capsule takes over its directory's policy when it is made, and a clone its source's; so the
+policy in its row is the one in force, inherited or not.  What is not understood does not go anywhere: a document that
+is none, one that another program wrote with keys this one does not know, a number without a document.
+"""
+
+from __future__ import annotations
+
+from typing import Final, final
+
+import msgpack
+
+from space._errors import UsageError
+from space.policy.model import DEFAULT_POLICY, Policy, Sovereignty
+from space.statemachine.tables import POLICY, U32, Overlay, Reader
+
+LANES: Final = 101
+"""Lanes a zone can have: priorities are 0 to 100."""
+
+_POLICIES_MAX: Final = 4096
+"""Policies remembered: stores have a handful; one that has more reads them again."""
+
+
+@final
+class Selection:
+    """What policies say about one zone; ``zone`` is the name policies call it.
+
+    Numbers of policies never change their meaning, so one selection serves every moment of one log.
+    """
+
+    def __init__(self, zone: str) -> None:
+        self.zone: Final = zone
+        self._known: dict[int, Policy] = {}
+
+    def policy(self, state: Reader | Overlay, number: int) -> Policy:
+        """The policy with that row number; one that keeps everything at home where there is none to be understood."""
+        if number == 0:
+            return DEFAULT_POLICY
+        found = self._known.get(number)
+        if found is None:
+            document = state.get(POLICY, U32.pack(number))
+            if document is None:
+                return DEFAULT_POLICY
+            if len(self._known) >= _POLICIES_MAX:
+                self._known.clear()
+            found = self._known[number] = _understood(document)
+        return found
+
+    def lane(self, state: Reader | Overlay, number: int) -> int | None:
+        """The lane in which capsules of that policy go to the zone; None if they must not."""
+        policy = self.policy(state, number)
+        allowed = (
+            policy.sovereignty is Sovereignty.GLOBAL
+            and self.zone in policy.federation_targets
+            and policy.federation_shards is None
+        )
+        return policy.federation_priority if allowed else None
+
+    def sealed(self, state: Reader | Overlay, number: int) -> bool:
+        """Whether the zone is to hold content of that policy without being able to read it."""
+        return self.policy(state, number).federation_sealed
+
+
+def _understood(document: bytes) -> Policy:
+    try:
+        found = msgpack.unpackb(document)
+        return Policy.from_document(found)
+    except UsageError:
+        return DEFAULT_POLICY
+    except Exception:  # noqa: BLE001 - msgpack raises a dozen classes for what is not msgpack
+        return DEFAULT_POLICY
