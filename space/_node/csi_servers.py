@@ -174,7 +174,7 @@ class Servers:
         store = self._store
         recovery = await asyncio.to_thread(StoreRecovery, store, nfs_view.server_name(store))
         self._exports = ChangingExports(key=nfs_view.handle_key(store), time_ns=time.time_ns())
-        self._nfs = nfs_view.server_of(store, self._exports, recovery, nfs_view.Options().config())
+        self._nfs = nfs_view.server_over(store, self._exports, recovery, nfs_view.Options().config())
         stack.push_async_callback(self._nfs.close)
         watch = Watch(self._nfs.service.state, now=self._nfs.now)
         store.watchers.append(watch)

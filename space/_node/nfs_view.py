@@ -139,9 +139,15 @@ def server_of(
     reading: Store | PastBeside, exports: Sequence[Export], recovery: Recovery, config: Config
 ) -> Server:
     """A server on the running loop; it does not listen yet."""
+    offered = Exports(exports, key=handle_key(reading), time_ns=time.time_ns())
+    return server_over(reading, offered, recovery, config)
+
+
+def server_over(reading: Store | PastBeside, exports: Exports, recovery: Recovery, config: Config) -> Server:
+    """As :func:`server_of`, of exports that are there already."""
     tasks, clock = Tasks(), Clock(asyncio.get_running_loop().time)
     service = Service(
-        Exports(exports, key=handle_key(reading), time_ns=time.time_ns()),
+        exports,
         make_shell(tasks),
         recovery,
         name=server_name(reading).encode(),
