@@ -1,7 +1,7 @@
 """The receiving side: an asyncio shell that hands what other zones send to a :class:`Receiver`.
 
-See :mod:`space.federation.exchange` for what is said.  A shipment is held in memory as a whole, never more than
-:data:`AHEAD` of one zone; who sends faster than they become durable waits in TCP.
+See :mod:`space.federation.exchange` for what is said.  A shipment is held in memory as a whole, and those of one zone
+that were read ahead take :data:`AHEAD_BYTES` besides; who sends faster than they become durable waits in TCP.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from space.federation.exchange import (
     parse_document,
 )
 
-AHEAD: Final = 4
-"""Shipments of one zone that are read while others become durable; they share an fdatasync."""
+AHEAD: Final = 64
+AHEAD_BYTES: Final = 16 << 20
+"""Frames of one zone that are read while others become durable; they share an fdatasync."""
 
 STATUSES: Final[dict[ErrorKind, int]] = {
     ErrorKind.FAILED: 500,
@@ -78,7 +79,7 @@ class Receiver(Protocol):
     def identity(self, peer: Peer) -> Document:
         """Who answers, and what it knows of ``peer``."""
 
-    def cursors(self, peer: Peer) -> list[Document]:
+    def cursors(self, peer: Peer) -> Document:
         """How far each stream of ``peer`` has come."""
 
     def receive(self, peer: Peer, shipments: Sequence[bytes]) -> Received:
@@ -147,7 +148,7 @@ class FederationServer:
 
     async def _cursors(self, request: web.Request) -> web.StreamResponse:
         peer = await self._peer(request)
-        return web.json_response({"cursors": await asyncio.to_thread(self._receiver.cursors, peer)})
+        return web.json_response(await asyncio.to_thread(self._receiver.cursors, peer))
 
     async def _authority(self, request: web.Request) -> web.StreamResponse:
         peer = await self._peer(request)
@@ -166,7 +167,7 @@ class FederationServer:
         await self._replace(peer)
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
-        queue: asyncio.Queue[_Frame] = asyncio.Queue(AHEAD)
+        queue = _Ahead()
         reading = asyncio.create_task(_read_frames(request.content, queue, self._limits))
         try:
             await self._take(peer, queue, response)
@@ -190,12 +191,10 @@ class FederationServer:
             before.cancel()
             await asyncio.wait([before])
 
-    async def _take(self, peer: Peer, queue: asyncio.Queue[_Frame], response: web.StreamResponse) -> None:
+    async def _take(self, peer: Peer, queue: _Ahead, response: web.StreamResponse) -> None:
         """Answers frames in order until they end or one is refused."""
         while True:
-            found = [await queue.get()]
-            while not queue.empty():
-                found.append(queue.get_nowait())
+            found = await queue.take()
             lines: list[Document] = []
             over = False
             try:
@@ -240,9 +239,33 @@ class _Frame:
     error: SpaceError | None = None
 
 
-async def _read_frames(
-    content: aiohttp.StreamReader, queue: asyncio.Queue[_Frame], limits: Mapping[int, int]
-) -> None:
+class _Ahead:
+    """Frames that were read and not looked at."""
+
+    def __init__(self) -> None:
+        self._frames: list[_Frame] = []
+        self._moved = asyncio.Condition()
+
+    async def put(self, found: _Frame) -> None:
+        """Adds a frame; returns when one more may be read."""
+        async with self._moved:
+            self._frames.append(found)
+            self._moved.notify_all()
+            await self._moved.wait_for(self._has_room)
+
+    def _has_room(self) -> bool:
+        return len(self._frames) < AHEAD and sum(len(each.body) for each in self._frames) < AHEAD_BYTES
+
+    async def take(self) -> list[_Frame]:
+        """All that there are, when there are some."""
+        async with self._moved:
+            await self._moved.wait_for(lambda: self._frames)
+            found, self._frames = self._frames, []
+            self._moved.notify_all()
+            return found
+
+
+async def _read_frames(content: aiohttp.StreamReader, queue: _Ahead, limits: Mapping[int, int]) -> None:
     """Frames of a body, and their end."""
     try:
         while True:

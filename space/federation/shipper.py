@@ -15,7 +15,7 @@ import logging
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Protocol, TypeVar
 
@@ -81,7 +81,7 @@ class Outgoing:
 class Source(Protocol):
     """What one zone is to be sent.  Every method may take its time; all are called on one thread, one by one."""
 
-    def connected(self, identity: Document, cursors: Sequence[Document]) -> None:
+    def connected(self, identity: Document, cursors: Document) -> None:
         """Takes note of who answers and how far its streams have come; shipping begins there.
 
         Raises:
@@ -158,6 +158,7 @@ class Shipper:
         self, target: Target, *, chance: Callable[[], float], monotonic: Callable[[], float] = time.monotonic
     ) -> None:
         self.status = LinkStatus()
+        self.retry_limit = RETRY_LIMIT_SECONDS
         self._target = target
         self._source = target.source
         self._chance = chance
@@ -177,7 +178,7 @@ class Shipper:
 
     async def run(self) -> None:
         """Ships until it is cancelled."""
-        backoff = Backoff(RETRY_FIRST_SECONDS, RETRY_LIMIT_SECONDS)
+        backoff = Backoff(RETRY_FIRST_SECONDS, self.retry_limit)
         try:
             await self._run(backoff)
         finally:
@@ -221,10 +222,9 @@ class Shipper:
                 document = {"authority": offer[0].decode("ascii"), "signature": offer[1].hex()}
                 await self._ask(http, "POST", AUTHORITY, document)
             began = self._monotonic()
-            answer = await self._ask(http, "GET", CURSORS)
+            cursors = await self._ask(http, "GET", CURSORS)
             self.status.rtt_seconds = self._monotonic() - began
-            cursors = answer.get("cursors")
-            await self._call(self._source.connected, identity, cursors if isinstance(cursors, list) else [])
+            await self._call(self._source.connected, identity, cursors)
             backoff.reset()
             await self._stream(http)
 
@@ -240,6 +240,7 @@ class Shipper:
         outbox: asyncio.Queue[bytes] = asyncio.Queue(2)
         for_as_long = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
         self._moved = self._monotonic()
+        await self._pulse(flight, outbox)  # the request is sent with the first bytes of its body
         headers = {"Content-Type": "application/x-space-shipments"}
         async with http.post(
             SHIP, data=self._pieces(outbox), headers=headers, allow_redirects=False, timeout=for_as_long
@@ -281,7 +282,7 @@ class Shipper:
 
     async def _send(self, flight: _Flight, outbox: asyncio.Queue[bytes]) -> None:
         """Hands on shipments as long as there is room for them, and a pulse when there has been none for a while."""
-        pulsed = -PULSE_SECONDS
+        pulsed = self._monotonic()
         while True:
             self._wake.clear()
             room = flight.bytes < FLIGHT_BYTES_MAX and len(flight.sent) < FLIGHT_SHIPMENTS_MAX
@@ -292,13 +293,16 @@ class Shipper:
                 await outbox.put(frame(SHIPMENT, outgoing.body))
             if (now := self._monotonic()) - pulsed >= PULSE_SECONDS:
                 pulsed = now
-                flight.add(None, now)
-                pulse = await self._call(self._source.pulse)
-                await outbox.put(frame(PULSE, json.dumps(pulse).encode()))
+                await self._pulse(flight, outbox)
             if outgoing is None:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(PULSE_SECONDS):
                         await self._wake.wait()
+
+    async def _pulse(self, flight: _Flight, outbox: asyncio.Queue[bytes]) -> None:
+        pulse = await self._call(self._source.pulse)
+        flight.add(None, self._monotonic())
+        await outbox.put(frame(PULSE, json.dumps(pulse).encode()))
 
     async def _answers(self, flight: _Flight, content: aiohttp.StreamReader) -> None:
         """Takes note of what the other side says about each frame, in order."""
