@@ -206,43 +206,44 @@ def _codecs(
     ]
     fit = " and ".join(template.format(name) for template, name in loose)
     twin = type(f"_{cls.__name__}", (), {"__slots__": tuple(names)})
+    # Names of the generated code begin with an underscore: no field's does.
     build = [
-        " event = new(twin)",
-        *(f" event.{field} = {field}" for field in names),
-        " event.__class__ = cls",
+        " _event = _new(_twin)",
+        *(f" _event.{field} = {field}" for field in names),
+        " _event.__class__ = _cls",
     ]
     lines = [
-        "def write(event):",
-        *(f" {field} = event.{field}" for field in names),
+        "def write(_event):",
+        *(f" {field} = _event.{field}" for field in names),
         f" if not ({fit}):",
-        "  raise unfit(event)",
+        "  raise _unfit(_event)",
         f" return [{number}, {version}, {', '.join(names)}]",
-        "def make(row):",
+        "def make(_row):",
         " try:",
-        f"  {', '.join(names)}, = row",
+        f"  {', '.join(names)}, = _row",
         " except (ValueError, TypeError):",
-        "  raise wrong(cls, row) from None",
+        "  raise _wrong(_cls, _row) from None",
         f" if not ({checks}):",
-        "  raise wrong(cls, row)",
+        "  raise _wrong(_cls, _row)",
         *build,
-        " return event",
-        "def read(row):",
+        " return _event",
+        "def read(_row):",
         " try:",
-        f"  _number, _version, link, {', '.join(names)}, = row",
+        f"  _number, _version, _link, {', '.join(names)}, = _row",
         " except ValueError:",
-        "  return other(row)",
-        f" if not (_version == {version} and type(link) is bytes and len(link) == {LINK_BYTES} and {checks}):",
-        "  return other(row)",
+        "  return _other(_row)",
+        f" if not (_version == {version} and type(_link) is bytes and len(_link) == {LINK_BYTES} and {checks}):",
+        "  return _other(_row)",
         *build,
-        " return link, event",
+        " return _link, _event",
     ]
     scope: dict[str, Any] = {
-        "new": object.__new__,
-        "twin": twin,
-        "cls": cls,
-        "other": other,
-        "wrong": _wrong,
-        "unfit": _unfit,
+        "_new": object.__new__,
+        "_twin": twin,
+        "_cls": cls,
+        "_other": other,
+        "_wrong": _wrong,
+        "_unfit": _unfit,
     }
     exec("\n".join(lines), scope)  # noqa: S102 - generated from field declarations above, as attrs does
     return scope["write"], scope["make"], scope["read"]

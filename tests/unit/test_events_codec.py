@@ -123,6 +123,7 @@ def test_every_version_ever_written_is_read_in_a_batch(key: str) -> None:
         [22, 0, LINK, ONE],
         [22, "1", LINK, ONE],
         [2, 1, LINK, ONE],
+        [6, 1, LINK, ONE, TWO, b"", THREE, FOUR, b"other"],
         [99, 1, LINK, ONE],
         ["22", 1, LINK, ONE],
         [[22], 1, LINK, ONE],
