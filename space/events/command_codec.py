@@ -243,6 +243,7 @@ _SPECIAL: Final[dict[tuple[type[Any], str], _Read]] = {
     (cmd.RecordShipment, "capsules"): _shipped,
     (cmd.RecordShipment, "withdrawn"): _ids,
     (cmd.PlaceCapsule, "names"): _places,
+    (cmd.PlaceCapsule, "gone"): _places,
     (cmd.DefineZone, "kind"): ZoneKind,
     (cmd.AddZone, "kind"): ZoneKind,
     (cmd.ChangeZone, "kind"): ZoneKind,

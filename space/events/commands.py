@@ -429,14 +429,17 @@ class Copied:
 
 @attrs.frozen
 class PlaceCapsule:
-    """Lets a replica have exactly these names (parent, name), at least one; only in a :class:`ReceiveShipment`.
+    """Lets a replica have exactly these names (parent, name); only in a :class:`ReceiveShipment`.
 
-    What else leads to the capsule is unlinked, what else has one of the names loses it.  For a parent that is not
-    here the directory of capsules without a shipped place stands in (:func:`space.events.ids.zone_capsules`).
+    What else leads to the capsule is unlinked, what else has one of the names loses it (unless it has come further
+    than this shipment).  For a parent that is not here, and where there is no name, the capsule is named by its id in
+    the directory for those (:func:`space.events.ids.zone_capsules`).  ``gone`` are names it is known to have had:
+    where they are all there is, nothing has to be searched for others.
     """
 
     capsule: bytes
     names: Sequence[tuple[bytes, bytes]]
+    gone: Sequence[tuple[bytes, bytes]] = ()
 
 
 @attrs.frozen

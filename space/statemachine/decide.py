@@ -7,7 +7,7 @@ does (the kernel for FUSE, the server for NFS), because only they know the calle
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 import attrs
@@ -25,7 +25,7 @@ from space.events.registry import (
     U63_MAX,
     XATTR_BYTES_MAX,
 )
-from space.statemachine import reservations
+from space.statemachine import homes, reservations, shipments
 from space.statemachine.apply import (
     RECLAIMED_RANGE,
     Context,
@@ -38,6 +38,7 @@ from space.statemachine.apply import (
     policy_hash,
     tree_nodes,
 )
+from space.statemachine.decision import Decision, PayloadPlacer, Rejected, Rule, capsule_text, inside
 from space.statemachine.tables import (
     COUNTER,
     ENTRY,
@@ -71,57 +72,12 @@ _FRAME_LENGTHS: Final = struct.Struct("<II")  # plain_length, stored_length at i
 _FRAME_BYTES: Final = 48
 
 
-@attrs.frozen
-class Rejected:
-    """The command is refused; nothing happens."""
-
-    status: Status
-    message: str
-
-
-class PayloadPlacer:
-    """Lays stored frames out in a batch's payload area.
-
-    Pieces of a block or more start on a block boundary, so that they can be sent from the page cache
-    and punched out without touching a neighbour; smaller ones are packed.
-    """
-
-    BLOCK: Final = 4096
-
-    def __init__(self) -> None:
-        self.buffers: list[cmd.Buffer] = []
-        self.length = 0
-
-    def place(self, piece: cmd.Buffer) -> int:
-        """Adds a piece and returns its offset in the payload area."""
-        size = len(piece)
-        if size >= self.BLOCK and (gap := -self.length % self.BLOCK):
-            self.buffers.append(bytes(gap))
-            self.length += gap
-        offset = self.length
-        self.buffers.append(piece)
-        self.length += size
-        return offset
-
-    def mark(self) -> tuple[int, int]:
-        return len(self.buffers), self.length
-
-    def rewind(self, mark: tuple[int, int]) -> None:
-        """Forgets what was placed after ``mark``."""
-        del self.buffers[mark[0] :]
-        self.length = mark[1]
-
-
-Decision = Sequence[ev.Event] | Rejected
-Rule = Callable[[Overlay, Any, PayloadPlacer], Decision]
-
-
 def decide(state: Overlay, command: cmd.Command, payload: PayloadPlacer) -> Decision:
     """The events that carry out ``command``, or why not.
 
     Stored frames of a write are placed into ``payload``; on rejection the caller rewinds it.
     """
-    return _RULES[type(command)](state, command, payload)
+    return homes.elsewhere(state, command) or _RULES[type(command)](state, command, payload)
 
 
 def check_name(name: bytes) -> Rejected | None:
@@ -138,12 +94,7 @@ def check_name(name: bytes) -> Rejected | None:
 
 
 def _missing(capsule: bytes) -> Rejected:
-    return Rejected(Status.NOT_FOUND, f"no capsule {_text(capsule)}")
-
-
-def _text(capsule: bytes) -> str:
-    raw = capsule.hex()
-    return f"{raw[:8]}-{raw[8:12]}-{raw[12:16]}-{raw[16:20]}-{raw[20:]}" if len(capsule) == ID_BYTES else raw
+    return Rejected(Status.NOT_FOUND, f"no capsule {capsule_text(capsule)}")
 
 
 def _shown(name: bytes) -> str:
@@ -161,7 +112,7 @@ def _directory(state: Overlay, capsule: bytes) -> CapsuleRow | Rejected:
     if row is None or row.deleted:
         return _missing(capsule)
     if row.kind != _DIRECTORY:
-        return Rejected(Status.NOT_DIRECTORY, f"not a directory: {_text(capsule)}")
+        return Rejected(Status.NOT_DIRECTORY, f"not a directory: {capsule_text(capsule)}")
     return row
 
 
@@ -170,9 +121,9 @@ def _content(state: Overlay, capsule: bytes) -> CapsuleRow | Rejected:
     if row is None:
         return _missing(capsule)
     if row.kind == _DIRECTORY:
-        return Rejected(Status.IS_DIRECTORY, f"a directory holds no bytes: {_text(capsule)}")
+        return Rejected(Status.IS_DIRECTORY, f"a directory holds no bytes: {capsule_text(capsule)}")
     if row.kind != ev.Kind.FILE:
-        return Rejected(Status.INVALID, f"not a file: {_text(capsule)}")
+        return Rejected(Status.INVALID, f"not a file: {capsule_text(capsule)}")
     return row
 
 
@@ -214,7 +165,7 @@ def _create(state: Overlay, command: cmd.CreateCapsule, payload: PayloadPlacer) 
     if len(capsule) != ID_BYTES or capsule == NIL:
         return Rejected(Status.INVALID, "not a usable capsule id")
     if state.capsule(capsule) is not None:
-        return Rejected(Status.EXISTS, f"capsule {_text(capsule)} exists already")
+        return Rejected(Status.EXISTS, f"capsule {capsule_text(capsule)} exists already")
     if bool(command.parent) != bool(command.name):
         return Rejected(Status.INVALID, "a parent needs a name, and a name a parent")
     if command.kind == _DIRECTORY and not command.parent:
@@ -287,7 +238,7 @@ def _link(state: Overlay, command: cmd.Link, payload: PayloadPlacer) -> Decision
     if row.kind == _DIRECTORY:
         return Rejected(Status.NOT_PERMITTED, "a directory has one name only")
     if row.deleted:
-        return Rejected(Status.NOT_FOUND, f"capsule {_text(command.capsule)} is deleted: undelete it")
+        return Rejected(Status.NOT_FOUND, f"capsule {capsule_text(command.capsule)} is deleted: undelete it")
     if row.nlink >= LINKS_MAX:
         return Rejected(Status.TOO_MANY_LINKS, f"a capsule has at most {LINKS_MAX} names")
     refused = _free_name(state, command.parent, command.name)
@@ -332,21 +283,10 @@ def _delete(state: Overlay, command: cmd.DeleteCapsule, payload: PayloadPlacer) 
     if isinstance(row, Rejected):
         return row
     if row.deleted:
-        return Rejected(Status.NOT_FOUND, f"capsule {_text(command.capsule)} is deleted already")
+        return Rejected(Status.NOT_FOUND, f"capsule {capsule_text(command.capsule)} is deleted already")
     if row.nlink:
-        return Rejected(Status.STALE, f"capsule {_text(command.capsule)} has a name: remove that")
+        return Rejected(Status.STALE, f"capsule {capsule_text(command.capsule)} has a name: remove that")
     return [ev.CapsuleDeleted(command.capsule)]
-
-
-def _inside(state: Overlay, directory: bytes, ancestor: bytes) -> bool:
-    """Whether ``directory`` is ``ancestor`` or lies below it."""
-    at = directory
-    while at != ancestor:
-        row = state.capsule(at)
-        if row is None or row.parent == at:
-            return False
-        at = row.parent
-    return True
 
 
 def _rename(state: Overlay, command: cmd.Rename, payload: PayloadPlacer) -> Decision:
@@ -361,7 +301,7 @@ def _rename(state: Overlay, command: cmd.Rename, payload: PayloadPlacer) -> Deci
         return Rejected(Status.NOT_FOUND, f"no entry {_shown(command.name)}")
     there = _entry(state, command.new_parent, command.new_name)
     moved = command.parent != command.new_parent
-    if moved and entry.kind == _DIRECTORY and _inside(state, command.new_parent, entry.capsule):
+    if moved and entry.kind == _DIRECTORY and inside(state, command.new_parent, entry.capsule):
         return Rejected(Status.INVALID, "a directory cannot move into itself")
     if command.exchange:
         return _exchange(state, command, entry, there, moved)
@@ -387,7 +327,7 @@ def _exchange(
 ) -> Decision:
     if there is None:
         return Rejected(Status.NOT_FOUND, f"no entry {_shown(command.new_name)}")
-    if moved and there.kind == _DIRECTORY and _inside(state, command.parent, there.capsule):
+    if moved and there.kind == _DIRECTORY and inside(state, command.parent, there.capsule):
         return Rejected(Status.INVALID, "a directory cannot move into itself")
     if there.capsule == entry.capsule:
         return []
@@ -409,7 +349,9 @@ def _write(state: Overlay, command: cmd.WriteExtent, payload: PayloadPlacer) -> 
     if refused := _out_of_bounds(row, command.offset, command.length):
         return refused
     if command.change is not None and command.change != row.change:
-        return Rejected(Status.STALE, f"capsule {_text(command.capsule)} changed meanwhile: read it again")
+        return Rejected(
+            Status.STALE, f"capsule {capsule_text(command.capsule)} changed meanwhile: read it again"
+        )
     if command.reserved is not None and (refused := _reserved_meanwhile(state, command)):
         return refused
     if not _covers(command):
@@ -454,7 +396,7 @@ def _copy_range(state: Overlay, command: cmd.CopyRange, payload: PayloadPlacer) 
     if not 0 <= command.source_offset <= source.size - command.length:
         return Rejected(
             Status.INVALID,
-            f"not a range of the {source.size} bytes of {_text(command.source)}: "
+            f"not a range of the {source.size} bytes of {capsule_text(command.source)}: "
             f"{command.source_offset}+{command.length}",
         )
     if row.key != source.key:
@@ -645,7 +587,7 @@ def _drop_snapshot(state: Overlay, command: cmd.DropSnapshot, payload: PayloadPl
 
 def _clone(state: Overlay, command: cmd.Clone, payload: PayloadPlacer) -> Decision:
     if state.capsule(command.capsule) is not None:
-        return Rejected(Status.EXISTS, f"capsule {_text(command.capsule)} exists already")
+        return Rejected(Status.EXISTS, f"capsule {capsule_text(command.capsule)} exists already")
     if refused := _free_name(state, command.parent, command.name):
         return refused
     if len(command.manifest) > MANIFEST_BYTES_MAX:
@@ -664,7 +606,7 @@ def _clone(state: Overlay, command: cmd.Clone, payload: PayloadPlacer) -> Decisi
             return row
         if row.deleted:
             return _missing(command.source)
-        if row.kind == _DIRECTORY and _inside(state, command.parent, command.source):
+        if row.kind == _DIRECTORY and inside(state, command.parent, command.source):
             return Rejected(Status.INVALID, "a tree cannot be cloned into itself")
         nodes = tree_nodes(state, command.source)
         members = b"".join(node.capsule for node in nodes)
@@ -688,10 +630,10 @@ def _undelete(state: Overlay, command: cmd.Undelete, payload: PayloadPlacer) -> 
     if isinstance(row, Rejected):
         return row
     if not row.deleted:
-        return Rejected(Status.EXISTS, f"capsule {_text(command.capsule)} is not deleted")
+        return Rejected(Status.EXISTS, f"capsule {capsule_text(command.capsule)} is not deleted")
     if refused := _free_name(state, command.parent, command.name):
         return refused
-    if row.kind == _DIRECTORY and _inside(state, command.parent, command.capsule):
+    if row.kind == _DIRECTORY and inside(state, command.parent, command.capsule):
         return Rejected(Status.INVALID, "a directory cannot come back inside itself")
     return [ev.CapsuleUndeleted(command.capsule, command.parent, command.name)]
 
@@ -752,7 +694,7 @@ def _reserved_meanwhile(
     if reservations.position_of(state.get(RESERVATION, command.capsule)) == command.reserved:
         return None
     return Rejected(
-        Status.EXISTS, f"the reservations of {_text(command.capsule)} changed meanwhile: look again"
+        Status.EXISTS, f"the reservations of {capsule_text(command.capsule)} changed meanwhile: look again"
     )
 
 
@@ -774,8 +716,8 @@ _JOINABLE: Final = frozenset(
         cmd.Undelete,
     }
 )
-_TRIED: Final = Context(0, 0, 0)
-"""Where events are applied to see what the next command of the same group meets: that depends on no position."""
+_TRIED: Final = Context(shipments.TRIED, 0, 0)
+"""Where events are applied to see what the next command of the same group meets."""
 
 
 def _together(state: Overlay, command: cmd.Together, payload: PayloadPlacer) -> Decision:
@@ -829,7 +771,19 @@ def _start_nfs_server(state: Overlay, command: cmd.StartNfsServer, payload: Payl
     return [ev.NfsServerStarted(bytes(ROOT), command.server, epoch)]
 
 
-_RULES: Final[dict[type[Any], Rule]] = {
+def _receive_shipment(state: Overlay, command: cmd.ReceiveShipment, payload: PayloadPlacer) -> Decision:
+    return shipments.receive(state, command, payload, _RULES)
+
+
+def _lose_home(state: Overlay, command: cmd.LoseHome, payload: PayloadPlacer) -> Decision:
+    return homes.lose(state, command, payload, _RULES)
+
+
+def _only_in_a_shipment(state: Overlay, command: object, payload: PayloadPlacer) -> Decision:
+    return Rejected(Status.INVALID, f"{type(command).__name__} comes in a shipment only")
+
+
+_RULES: Final[Mapping[type[Any], Rule]] = {
     cmd.Together: _together,
     cmd.InitialiseStore: _initialise,
     cmd.CreateCapsule: _create,
@@ -859,4 +813,17 @@ _RULES: Final[dict[type[Any], Rule]] = {
     cmd.RecordNfsClient: _record_nfs_client,
     cmd.ForgetNfsClient: _forget_nfs_client,
     cmd.StartNfsServer: _start_nfs_server,
+    cmd.DefineZone: homes.define,
+    cmd.AddZone: homes.add,
+    cmd.ChangeZone: homes.change,
+    cmd.RemoveZone: homes.remove,
+    cmd.Copied: _only_in_a_shipment,
+    cmd.PlaceCapsule: _only_in_a_shipment,
+    cmd.WithdrawCapsule: _only_in_a_shipment,
+    cmd.ReceiveShipment: _receive_shipment,
+    cmd.RecordShipment: homes.record_shipment,
+    cmd.RecordRefusal: homes.record_refusal,
+    cmd.RecordRpo: homes.record_rpo,
+    cmd.PromoteZone: homes.promote,
+    cmd.LoseHome: _lose_home,
 }

@@ -6,6 +6,8 @@ fdatasync.  A command with a client id that was answered before is answered from
 of being decided again, refusals included: they are events (:class:`space.events.types.CommandRefused`), so that no
 attempt that was delayed on its way is carried out after its caller was told that it was refused.
 
+What comes from another zone happened when it happened there: the time of such an entry is the home's.
+
 Pure: the caller logs the batch and then calls :meth:`Prepared.flush`, or drops it if the log refused.
 """
 
@@ -29,13 +31,14 @@ from space.events.codec import (
     encode_linked,
     join_entries,
 )
-from space.events.commands import Buffer, Receipt, Request
+from space.events.commands import Buffer, Receipt, ReceiveShipment, Request
 from space.events.ids import CLUSTER, ID_BYTES
 from space.events.registry import U63_MAX
 from space.events.types import REFUSAL_BYTES_MAX, CommandRefused, Event
 from space.statemachine import replies
 from space.statemachine.apply import Context, apply
-from space.statemachine.decide import PayloadPlacer, Rejected, decide
+from space.statemachine.decide import decide
+from space.statemachine.decision import PayloadPlacer, Rejected
 from space.statemachine.tables import Overlay, Reader
 
 COMMANDS_MAX: Final = 4096
@@ -127,6 +130,8 @@ def _one(batch: Prepared, request: Request, payload: PayloadPlacer) -> Receipt |
     events = decide(overlay, request.command, payload)
     if isinstance(events, Rejected):
         return _refuse(batch, request, rejection(events.status, events.message))
+    if not events and isinstance(request.command, ReceiveShipment):
+        return Receipt(batch.position - 1, repeated=True)
     try:
         encoded = [encode_event(event) for event in events]
     except UsageError as error:
@@ -137,10 +142,11 @@ def _one(batch: Prepared, request: Request, payload: PayloadPlacer) -> Receipt |
         return UsageError(f"one command of more than {METADATA_BYTES_MAX} bytes of events")
     linked = []
     rows = []
+    time_ns = request.command.time_ns if isinstance(request.command, ReceiveShipment) else batch.time_ns
     for event, raw in zip(events, encoded, strict=True):
         row = overlay.capsule(event.capsule)
         link = chain_link(row.link if row else NO_LINK, raw)
-        apply(overlay, Context(batch.position, batch.events, batch.time_ns), link, event)
+        apply(overlay, Context(batch.position, batch.events, time_ns), link, event)
         linked.append((link, event))
         rows.append(encode_linked(raw, link))
         batch.events += 1
@@ -148,7 +154,7 @@ def _one(batch: Prepared, request: Request, payload: PayloadPlacer) -> Receipt |
         return Receipt(batch.position - 1)  # nothing to change: true as of the batch before
     replies.keep(overlay, request.client, request.sequence, batch.position)
     actor = request.actor[:ACTOR_CHARACTERS_MAX]
-    batch.add(Entry(request.client, request.sequence, batch.time_ns, actor, tuple(linked)), rows)
+    batch.add(Entry(request.client, request.sequence, time_ns, actor, tuple(linked)), rows)
     return batch.receipt
 
 

@@ -57,7 +57,7 @@ SAMPLES: list[cmd.Command] = [
     cmd.RemoveZone(B),
     cmd.Copied(A, 5, 0, True, [cmd.CreateCapsule(A)], (1, 2, 3, -4)),
     cmd.WithdrawCapsule(A),
-    cmd.PlaceCapsule(A, [(B, b"n")]),
+    cmd.PlaceCapsule(A, [(B, b"n")], [(A, b"old")]),
     cmd.ReceiveShipment(
         B,
         1,

@@ -1,0 +1,540 @@
+"""Deciding what comes from another zone: a shipment may do to that zone's replicas what commands can, and no more.
+
+Everything in a shipment is decided by the rules all commands are decided by, one after the other, each on what those
+before it did.  Three things are decided here beyond that:
+
+* **Exactly once, in order.**  The stream's cursor has to be where the shipment begins.
+* **Whose.**  What a command changes has its home in the shipping zone, or is made by the command and gets it.  Names go
+  into replicas, ``/zones/NAME`` (which stands for the home's root directory) and ``/zones/NAME/.capsules``.
+* **Never back.**  A capsule may come by more than one way: another stream when its priority changes, a copy beside the
+  stream.  What it has come to is kept with it, and what is older is passed over without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import attrs
+
+from space._errors import Status, UsageError
+from space.events import commands as cmd
+from space.events import types as ev
+from space.events.codec import EVENTS_MAX, NO_LINK, chain_link, encode_event
+from space.events.ids import ID_BYTES, ROOT, ZONES, zone_capsules, zone_root
+from space.events.registry import U32_MAX, U63_MAX
+from space.statemachine import zones
+from space.statemachine.apply import Context, apply, clone_id
+from space.statemachine.decision import Decision, PayloadPlacer, Rejected, Rules, capsule_text, inside
+from space.statemachine.tables import ENTRY, KEY, U32, XATTR, ZONE_KEY, CapsuleRow, EntryRow, Overlay
+from space.statemachine.zones import HomeRow, ZoneRow
+
+TRIED: Final = U63_MAX
+"""Position at which events are tried: later than all there are, as the one they will have."""
+
+_DIRECTORY: Final = ev.Kind.DIRECTORY
+_KEY_AT: Final = slice(16, 20)  # key id inside a frame record
+
+_CONTENT: Final = (cmd.WriteExtent, cmd.Deallocate, cmd.Resize, cmd.SetAttributes, cmd.SetXattr)
+"""What a copy of a capsule consists of, after its creation."""
+_SUBJECTS: Final = (
+    *_CONTENT,
+    cmd.RemoveXattr,
+    cmd.SetPolicy,
+    cmd.CopyRange,
+    cmd.Link,
+    cmd.DeleteCapsule,
+    cmd.Undelete,
+)
+"""Commands about one capsule that is there, and say which."""
+
+Name = tuple[bytes, bytes]
+
+
+def touched(state: Overlay, command: Any) -> Iterable[bytes]:
+    """Capsules a command would change that are there already, directories that get or lose a name included."""
+    match command:
+        case cmd.CreateCapsule():
+            return [command.parent] if command.parent else []
+        case cmd.Clone():
+            return [command.parent]
+        case cmd.Link() | cmd.Undelete():
+            return [command.capsule, command.parent]
+        case cmd.Unlink():
+            return [command.parent, *_at(state, command.parent, command.name)]
+        case cmd.Rename():
+            there = _at(state, command.new_parent, command.new_name)
+            return [command.parent, command.new_parent, *_at(state, command.parent, command.name), *there]
+        case _:
+            return [command.capsule]
+
+
+def _at(state: Overlay, parent: bytes, name: bytes) -> list[bytes]:
+    data = state.get(ENTRY, parent + name)
+    return [] if data is None else [EntryRow.decode(data).capsule]
+
+
+def receive(state: Overlay, command: cmd.ReceiveShipment, payload: PayloadPlacer, rules: Rules) -> Decision:
+    """The events of a shipment: none for one that has come before."""
+    zone = zones.zone_row(state, command.zone)
+    if zone is None or zone.role != zones.PEER:
+        return Rejected(
+            Status.NOT_PERMITTED, f"nothing is taken from zone {capsule_text(command.zone)}: add it first"
+        )
+    if refused := _malformed(command):
+        return refused
+    if command.epoch != zone.epoch:
+        return Rejected(
+            Status.NOT_PERMITTED,
+            f"{zone} ships in epoch {command.epoch}, and here it is epoch {zone.epoch}: one of the two zones "
+            "was promoted in the other's place",
+        )
+    cursor = zones.cursor_row(state, command.zone, command.shard, command.lane)
+    here = (cursor.position, cursor.step)
+    if (command.through_position, command.through_step) <= here:
+        return []
+    if (command.from_position, command.from_step) != here:
+        return Rejected(
+            Status.STALE,
+            f"the stream of {zone} stands at position {here[0]}, step {here[1]}, and the shipment begins "
+            f"at {command.from_position}, step {command.from_step}",
+        )
+    return _Delivery(state, command, zone, payload, rules).decide()
+
+
+def _malformed(command: cmd.ReceiveShipment) -> Rejected | None:
+    small = (command.shard, command.lane, command.from_step, command.through_step)
+    large = (command.from_position, command.through_position, command.time_ns)
+    fits = all(0 <= each <= U32_MAX for each in small) and all(0 <= each <= U63_MAX for each in large)
+    if fits and len(command.resume) <= ev.RESUME_BYTES_MAX and len(command.commands) <= EVENTS_MAX:
+        return None
+    return Rejected(
+        Status.INVALID, "not a shipment: a number or the count of its commands is out of its range"
+    )
+
+
+class _RefusedError(Exception):
+    """One of the commands is refused, and the whole shipment with it."""
+
+    def __init__(self, rejected: Rejected) -> None:
+        super().__init__(rejected.message)
+        self.rejected = rejected
+
+
+def _refuse(status: Status, message: str) -> _RefusedError:
+    return _RefusedError(Rejected(status, message))
+
+
+class _Delivery:
+    """A shipment while it is decided."""
+
+    def __init__(
+        self,
+        state: Overlay,
+        command: cmd.ReceiveShipment,
+        zone: ZoneRow,
+        payload: PayloadPlacer,
+        rules: Rules,
+    ) -> None:
+        self._state = state  # as it was before the shipment
+        self._tried = Overlay(state)
+        self._command = command
+        self._zone = bytes(command.zone)
+        self._row = zone
+        self._payload = payload
+        self._rules = rules
+        self._context = Context(TRIED, 0, command.time_ns)
+        self._links = any(isinstance(each, cmd.CopyRange) for each in command.commands)
+        self._events: list[ev.Event] = []
+        self._carried: dict[
+            bytes, bool
+        ] = {}  # capsule → whether commands on it are carried out or passed over
+        self._made: set[bytes] = set()
+
+    def decide(self) -> Decision:
+        command = self._command
+        try:
+            self._make_directories()
+            for each in command.commands:
+                self._carry_out(each)
+        except _RefusedError as error:
+            return error.rejected
+        except UsageError as error:
+            return Rejected(error.status, str(error))
+        if len(self._events) >= EVENTS_MAX:
+            return Rejected(Status.TOO_LARGE, f"a shipment of {len(self._events)} events")
+        moved = [each for each, carried in self._carried.items() if carried and each not in self._made]
+        received = ev.ShipmentReceived(
+            bytes(ROOT),
+            self._zone,
+            command.shard,
+            command.lane,
+            command.from_position,
+            command.through_position,
+            command.through_step,
+            bytes(command.resume),
+            b"".join(moved),
+        )
+        return [received, *self._events]
+
+    # --- events ----------------------------------------------------------------------------------
+
+    def _happen(self, *events: ev.Event) -> None:
+        """Takes events and applies them, so that the next command is decided on what they do."""
+        for event in events:
+            link = NO_LINK
+            if self._links:  # RangeCopied carries the head of its source's chain
+                row = self._tried.capsule(event.capsule)
+                link = chain_link(row.link if row else NO_LINK, encode_event(event))
+            apply(self._tried, self._context, link, event)
+        self._events += events
+
+    def _rule(self, command: Any) -> list[ev.Event]:
+        decided = self._rules[type(command)](self._tried, command, self._payload)
+        if isinstance(decided, Rejected):
+            raise _RefusedError(decided)
+        return list(decided)
+
+    def _homed(self, capsule: bytes, position: int) -> ev.CapsuleHomed:
+        self._made.add(capsule)
+        return ev.CapsuleHomed(capsule, self._zone, position, 0, 0, None, None, None, None)
+
+    def _make_directories(self) -> None:
+        """Makes ``/zones``, ``/zones/NAME`` and ``/zones/NAME/.capsules``, the first time."""
+        root, capsules = bytes(zone_root(self._zone)), bytes(zone_capsules(self._zone))
+        if self._tried.capsule(capsules) is not None:
+            return
+        if self._tried.capsule(ZONES) is None:
+            self._happen(*self._rule(_directory(bytes(ZONES), bytes(ROOT), b"zones")))
+        for capsule, parent, name in (
+            (root, bytes(ZONES), self._row.name.encode()),
+            (capsules, root, b".capsules"),
+        ):
+            created, linked = self._rule(_directory(capsule, parent, name))
+            self._happen(created, self._homed(capsule, 0), linked)
+
+    # --- whose, and as of when -------------------------------------------------------------------
+
+    def _ours(self, capsule: bytes) -> CapsuleRow:
+        """The row of a replica of the shipping zone."""
+        row = self._tried.capsule(capsule)
+        if row is None:
+            raise _refuse(Status.NOT_FOUND, f"no capsule {capsule_text(capsule)}")
+        if zones.home_of(self._tried, capsule, row) != self._zone:
+            raise _refuse(Status.NOT_PERMITTED, f"{self._row} is not the home of {capsule_text(capsule)}")
+        return row
+
+    def _names_here(self, parent: bytes) -> bool:
+        """Whether names in a directory come from the shipping zone."""
+        row = self._tried.capsule(parent)
+        if row is None or row.kind != _DIRECTORY or row.deleted:
+            return False
+        home = zones.home_of(self._tried, parent, row)
+        # What was this store's own goes on where it always was, also in directories that never left.
+        return home == self._zone or (home is None and bool(self._row.lost) and parent != ZONES)
+
+    def _reached(self, capsule: bytes) -> HomeRow:
+        """What a capsule had come to before this shipment."""
+        home = zones.home_row(self._state, capsule)
+        return HomeRow(self._zone, self._row.base) if home is None else home
+
+    def _passed_over(self, capsule: bytes) -> bool:
+        """Whether a capsule has come as far by another way."""
+        carried = self._carried.get(capsule)
+        if carried is None:
+            if capsule in self._made:
+                return False
+            self._ours(capsule)
+            carried = self._carried[capsule] = (
+                self._reached(capsule).position < self._command.through_position
+            )
+            if carried and zones.home_row(self._tried, capsule) is None:
+                self._happen(self._homed(capsule, self._command.through_position))
+        return not carried
+
+    # --- commands --------------------------------------------------------------------------------
+
+    def _carry_out(self, command: Any) -> None:
+        match command:
+            case cmd.Copied():
+                self._copied(command)
+            case cmd.CreateCapsule():
+                if self._tried.capsule(command.capsule) is None or not self._passed_over(command.capsule):
+                    self._create(command)
+            case cmd.Clone():
+                if self._tried.capsule(command.capsule) is None or not self._passed_over(command.capsule):
+                    self._clone(command)
+            case cmd.PlaceCapsule():
+                if not self._passed_over(command.capsule):
+                    self._place(command.capsule, command.names, command.gone)
+            case cmd.WithdrawCapsule():
+                if self._tried.capsule(command.capsule) is not None and not self._passed_over(
+                    command.capsule
+                ):
+                    self._withdraw(command.capsule)
+            case cmd.TakeSnapshot() | cmd.DropSnapshot():
+                self._snapshot(command)
+            case cmd.Unlink() | cmd.Rename():
+                leads_to = _at(self._tried, command.parent, command.name)
+                if not leads_to or not self._passed_over(leads_to[0]):
+                    self._change(command)
+            case _ if isinstance(command, _SUBJECTS):
+                if not self._passed_over(command.capsule):
+                    self._change(command)
+            case _:
+                raise _refuse(Status.INVALID, f"{type(command).__name__} cannot come in a shipment")
+
+    def _change(self, command: Any) -> None:
+        """Carries out a command on what is there."""
+        directories = _directories(command)
+        for capsule in touched(self._tried, command):
+            if capsule not in directories:
+                self._ours(capsule)
+        self._check_names(directories)
+        if isinstance(command, cmd.CopyRange):
+            self._ours(command.source)
+        self._check_unconditional(command)
+        key = command.key if isinstance(command, cmd.SetPolicy) else None
+        if key is None:
+            self._happen(*self._rule(command))
+        else:
+            self._happen(*self._rule(attrs.evolve(command, key=None)), self._key(command.capsule, key))
+
+    def _check_names(self, directories: Iterable[bytes]) -> None:
+        for directory in directories:
+            if not self._names_here(directory):
+                raise _refuse(
+                    Status.NOT_PERMITTED, f"{self._row} gives no names in directory {capsule_text(directory)}"
+                )
+
+    def _check_unconditional(self, command: Any) -> None:
+        """What depends on this store's own positions, or names frames under a key of this store, is no shipment."""
+        if getattr(command, "change", None) is not None or getattr(command, "reserved", None) is not None:
+            raise _refuse(Status.INVALID, "a shipment depends on nothing the other zone cannot know")
+        if isinstance(command, cmd.WriteExtent):
+            row = self._tried.capsule(command.capsule)
+            keys = {int.from_bytes(frame.record[_KEY_AT], "little") for frame in command.frames}
+            if row is not None and not keys <= {0, row.key}:
+                raise _refuse(Status.NOT_PERMITTED, "frames under a key that is not the capsule's")
+
+    def _key(self, capsule: bytes, key: cmd.NewKey) -> ev.KeyCreated:
+        """Gives a capsule a data key: a new one, or one that came from the same zone before."""
+        if not (0 < key.key <= U32_MAX and 0 < key.version <= U32_MAX):
+            raise _refuse(Status.INVALID, f"not a key: {key.key}, version {key.version}")
+        number = U32.pack(key.key)
+        known = self._tried.get(KEY, number + U32.pack(key.version))
+        taken = next(self._tried.scan(KEY, number), None) is not None
+        if taken and self._tried.get(ZONE_KEY, number) != self._zone:
+            raise _refuse(Status.STALE, f"key {key.key} exists already: encrypt with another")
+        return ev.KeyCreated(capsule, key.key, key.version, bytes(key.wrapped) if known is None else known)
+
+    def _create(self, command: cmd.CreateCapsule) -> None:
+        self._check_names([command.parent] if command.parent else [])
+        if command.kind == _DIRECTORY and not command.parent:
+            parent, name = self._apart(command.capsule)
+            command = attrs.evolve(command, parent=parent, name=name)
+        plain = attrs.evolve(command, key=None, policy=command.policy or b"")
+        created, *others = self._rule(plain)
+        position = self._command.through_position
+        self._happen(created, self._homed(bytes(command.capsule), position))
+        if command.key is not None:
+            self._happen(self._key(bytes(command.capsule), command.key))
+        self._happen(*others)
+
+    def _clone(self, command: cmd.Clone) -> None:
+        """A clone of a replica by its home is a replica too, with all that is in it."""
+        if command.manifest:
+            raise _refuse(Status.INVALID, "a past moment of another zone cannot be cloned by its positions")
+        self._ours(command.source)
+        self._check_names([command.parent])
+        (cloned,) = self._rule(command)
+        assert isinstance(cloned, ev.CapsuleCloned)
+        members = [cloned.members[at : at + ID_BYTES] for at in range(0, len(cloned.members), ID_BYTES)]
+        copies = [clone_id(cloned.capsule, cloned.source, member) for member in members]
+        for member, copy in zip(members, copies, strict=True):
+            self._ours(member)
+            if self._tried.capsule(copy) is not None:
+                raise _refuse(Status.EXISTS, f"capsule {capsule_text(copy)} exists already")
+        self._happen(cloned)
+        self._happen(*(self._homed(copy, self._command.through_position) for copy in copies))
+
+    def _snapshot(self, command: cmd.TakeSnapshot | cmd.DropSnapshot) -> None:
+        if not command.snapshot.startswith(f"{self._row.name}:"):
+            raise _refuse(Status.NOT_PERMITTED, f"a snapshot of {self._row} is called {self._row.name}:…")
+        if isinstance(command, cmd.TakeSnapshot):
+            self._ours(command.capsule)
+        self._happen(*self._rule(command))
+
+    # --- names -----------------------------------------------------------------------------------
+
+    def _apart(self, capsule: bytes) -> Name:
+        """Where a capsule hangs whose own directory is not shipped."""
+        return bytes(zone_capsules(self._zone)), capsule_text(capsule).encode()
+
+    def _place(self, capsule: bytes, names: Iterable[Name], gone: Iterable[Name]) -> None:
+        row = self._ours(capsule)
+        asked = [(bytes(parent), bytes(name)) for parent, name in names]
+        has = self._names_of(capsule, row, [*asked, *gone, self._apart(capsule)])
+        wanted = {name: None for name in asked if name in has or self._free(capsule, name)}
+        if not wanted:
+            wanted[self._apart(capsule)] = None
+        new = [name for name in wanted if name not in has]
+        old = [name for name in has if name not in wanted]
+        if row.kind == _DIRECTORY:
+            if len(wanted) > 1:
+                raise _refuse(Status.NOT_PERMITTED, "a directory has one name only")
+            if new and old:
+                self._happen(*self._rule(cmd.Rename(*old[0], *new[0], replace=False)))
+                return
+        for name in new:
+            self._link(capsule, name)
+        self._happen(*(ev.NameUnlinked(capsule, *name) for name in old))
+
+    def _link(self, capsule: bytes, name: Name) -> None:
+        row = self._tried.capsule(capsule)
+        if row is not None and row.deleted:
+            self._happen(*self._rule(cmd.Undelete(capsule, *name)))
+        else:
+            self._happen(*self._rule(cmd.Link(capsule, *name)))
+
+    def _free(self, capsule: bytes, name: Name) -> bool:
+        """Whether a capsule can have a name, which whoever has it loses: another one may have come further."""
+        parent, _ = name
+        if not self._names_here(parent) or inside(self._tried, parent, capsule):
+            return False
+        for holder in _at(self._tried, *name):
+            row = self._tried.capsule(holder)
+            if (
+                row is None
+                or zones.home_of(self._tried, holder, row) != self._zone
+                or self._passed_over(holder)
+            ):
+                return False
+            self._happen(ev.NameUnlinked(holder, *name))
+        return True
+
+    def _names_of(self, capsule: bytes, row: CapsuleRow, likely: Iterable[Name]) -> list[Name]:
+        """Every name of a capsule; those that are ``likely``, and those in its last directory, are found quickly."""
+        count = min(row.nlink, 1) if row.kind == _DIRECTORY else row.nlink
+        found: dict[Name, None] = {}
+        for parent, name in likely:
+            if len(found) < count and _at(self._tried, parent, name) == [capsule]:
+                found[parent, name] = None
+        for prefix in (row.parent, b""):
+            if len(found) >= count:
+                break
+            found |= dict.fromkeys(self._search(capsule, prefix))
+        return list(found)
+
+    def _search(self, capsule: bytes, prefix: bytes) -> Iterator[Name]:
+        for key, value in self._tried.scan(ENTRY, prefix):
+            if EntryRow.decode(value).capsule == capsule:
+                yield key[:ID_BYTES], key[ID_BYTES:]
+
+    def _withdraw(self, capsule: bytes) -> None:
+        """Deletes a replica; what is in a directory, and still shipped, hangs apart."""
+        row = self._ours(capsule)
+        if row.kind == _DIRECTORY:
+            inner = [
+                (key[ID_BYTES:], EntryRow.decode(v).capsule) for key, v in self._tried.scan(ENTRY, capsule)
+            ]
+            for name, child in inner:
+                self._ours(child)
+                self._move_apart(child, (capsule, name))
+        names = self._names_of(capsule, row, [self._apart(capsule)])
+        self._happen(*(ev.NameUnlinked(capsule, *name) for name in names))
+        self._happen(ev.CapsuleWithdrawn(capsule, self._zone, self._command.through_position))
+
+    def _move_apart(self, child: bytes, name: Name) -> None:
+        apart = self._apart(child)
+        if _at(self._tried, *apart):
+            self._happen(ev.NameUnlinked(child, *name))
+        else:
+            self._happen(ev.CapsuleRenamed(child, *name, *apart, b""))
+
+    # --- copies ----------------------------------------------------------------------------------
+
+    def _copied(self, copied: cmd.Copied) -> None:
+        capsule = bytes(copied.capsule)
+        if not self._next_part(copied):
+            return
+        commands = list(copied.commands)
+        if copied.step == 0:
+            first = commands.pop(0) if commands else None
+            if (
+                not isinstance(first, cmd.CreateCapsule)
+                or first.capsule != capsule
+                or first.parent
+                or first.name
+            ):
+                raise _refuse(
+                    Status.INVALID, "a copy begins with the creation of its capsule, without a name"
+                )
+            self._begin_copy(first)
+        for each in commands:
+            if not isinstance(each, (*_CONTENT, cmd.PlaceCapsule)) or each.capsule != capsule:
+                raise _refuse(
+                    Status.INVALID, f"{type(each).__name__} is no part of a copy of {capsule_text(capsule)}"
+                )
+            if isinstance(each, cmd.PlaceCapsule):
+                self._place(capsule, each.names, each.gone)
+            else:
+                self._change(each)
+        home = zones.home_row(self._tried, capsule)
+        position = copied.position if home is None or not copied.step else max(home.position, copied.position)
+        going_on = (0, 0) if copied.last else (copied.position, copied.step + 1)
+        self._happen(ev.CapsuleHomed(capsule, self._zone, position, *going_on, *copied.times))
+
+    def _next_part(self, copied: cmd.Copied) -> bool:
+        """Whether a part of a copy is the next one; False if a newer state came by another way."""
+        if not (0 < copied.position <= U63_MAX and 0 <= copied.step < U32_MAX):
+            raise _refuse(
+                Status.INVALID, f"not a part of a copy: position {copied.position}, step {copied.step}"
+            )
+        row = self._tried.capsule(copied.capsule)
+        if row is not None:
+            self._ours(copied.capsule)
+        home = zones.home_row(self._tried, copied.capsule)
+        if copied.step == 0:
+            reached = self._row.base if home is None else home.position
+            unfinished = home is not None and home.copy != 0
+            return row is None or copied.position > reached or (unfinished and copied.position == reached)
+        if row is None or home is None or home.copy != copied.position or home.step > copied.step:
+            return False
+        if home.step < copied.step:
+            raise _refuse(
+                Status.STALE, f"part {home.step} of the copy of {capsule_text(copied.capsule)} is missing"
+            )
+        return True
+
+    def _begin_copy(self, command: cmd.CreateCapsule) -> None:
+        capsule = bytes(command.capsule)
+        row = self._tried.capsule(capsule)
+        if row is None:
+            self._create(command)
+            return
+        fixed = (int(command.kind), command.rdev, command.block_size, command.target)
+        if fixed != (row.kind, row.rdev, row.block_size, row.target):
+            raise _refuse(Status.STALE, f"capsule {capsule_text(capsule)} was something else before")
+        if row.deleted:
+            self._happen(*self._rule(cmd.Undelete(capsule, *self._apart(capsule))))
+        if row.size:
+            self._happen(ev.RangeDeallocated(capsule, 0, row.size))
+        if row.size != command.size:
+            self._happen(*self._rule(cmd.Resize(capsule, command.size)))
+        names = [key[ID_BYTES:] for key, _ in self._tried.scan(XATTR, capsule)]
+        self._happen(*(ev.XattrRemoved(capsule, name) for name in names))
+        self._happen(*self._rule(cmd.SetAttributes(capsule, command.mode, command.uid, command.gid)))
+        self._happen(*self._rule(cmd.SetPolicy(capsule, command.policy or b"")))
+        if command.key is not None:
+            self._happen(self._key(capsule, command.key))
+
+
+def _directory(capsule: bytes, parent: bytes, name: bytes) -> cmd.CreateCapsule:
+    return cmd.CreateCapsule(capsule, _DIRECTORY, 0o755, parent=parent, name=name, policy=b"")
+
+
+def _directories(command: Any) -> list[bytes]:
+    """Directories in which a command gives or takes names."""
+    fields = ("parent", "new_parent")
+    return [getattr(command, field) for field in fields if hasattr(command, field)]
