@@ -42,6 +42,7 @@ from space.cli_session import (
     system_error,
     to_json,
 )
+from space.cli_zone import federation_app, zone_app
 
 if TYPE_CHECKING:
     from space._node.service import Service
@@ -71,6 +72,8 @@ policy_app = typer.Typer(no_args_is_help=True, help="Check, show and set policie
 app.add_typer(policy_app, name="policy")
 app.add_typer(project_app, name="project")
 app.add_typer(cluster_app, name="cluster")
+app.add_typer(zone_app, name="zone")
+app.add_typer(federation_app, name="federation")
 app.command()(serve)
 app.command()(csi)
 

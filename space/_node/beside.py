@@ -18,6 +18,7 @@ from typing import Final
 
 from space._errors import CorruptionError, NotFoundError, UsageError
 from space._node import history
+from space._node.federation_moments import zone_moment
 from space._node.reading import Reading
 from space._node.store import (
     CACHE_BYTES,
@@ -114,28 +115,29 @@ class PastBeside(Reading):
         if not isinstance(moment, str):
             return moment
         if not moment.startswith(_BARE):
-            return self._snapshot(moment) or parse_moment(moment, now_ns=time.time_ns())
+            return self._named(moment) or parse_moment(moment, now_ns=time.time_ns())
         try:
             return parse_moment(moment, now_ns=time.time_ns())
         except UsageError:
-            if found := self._snapshot(moment):
+            if found := self._named(moment):
                 return found
             raise
 
-    def _snapshot(self, name: str) -> Moment | None:
-        """The moment a snapshot names, as of the end of the log."""
+    def _named(self, name: str) -> Moment | None:
+        """The moment a snapshot names, or a position of another zone, as of the end of the log."""
         scratch = history.past_directory(self.path)
         try:
             tables = self._tables_at(scratch, history.Target(self.last))
             try:
                 with tables.read() as txn:
                     data = txn.get(SNAPSHOT, name.encode(errors="surrogatepass"))
+                    shipped = None if data is not None else zone_moment(txn, self.wal, self.last, name)
             finally:
                 tables.close(seal=False)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         if data is None:
-            return None
+            return shipped
         row = SnapshotRow.decode(data)
         return AtPosition(row.position, row.event)
 

@@ -22,6 +22,7 @@ import attrs
 from space._errors import ConflictError, NotFoundError, SpaceError, Status, StorageError, UsageError
 from space._node import maintenance, transfer
 from space._node.caller import CHUNK_BYTES, Caller, Document, Terms
+from space._node.federation_calls import FederationCalls
 from space._node.reading import split_path
 from space.events.codec import decode_batch
 from space.events.commands import Receipt
@@ -49,7 +50,7 @@ class _Done:
         return {"id": str(self.capsule), "position": self.position}
 
 
-class Service:
+class Service(FederationCalls):
     """The operations on one store, for one caller."""
 
     def __init__(self, store: Store, caller: Caller, terms: Terms = Terms()) -> None:  # noqa: B008 - frozen
@@ -565,7 +566,8 @@ class _Sink:
 
 def methods() -> dict[str, Callable[..., Any]]:
     """What can be asked for: the public methods of :class:`Service`, by name."""
-    return {name: method for name, method in vars(Service).items() if callable(method) and name[0] != "_"}
+    found = {**vars(FederationCalls), **vars(Service)}
+    return {name: method for name, method in found.items() if callable(method) and name[0] != "_"}
 
 
 __all__ = ["Caller", "Document", "Service", "methods", "permissions", "shown"]

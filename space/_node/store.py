@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, TextIO
 
 import attrs
 import msgpack
@@ -47,6 +47,7 @@ from space._errors import (
     UsageError,
 )
 from space._node import history, maintenance, transfer
+from space._node.federation_moments import zone_moment
 from space._node.reading import Deleted, Reading, split_path
 from space.content.cache import FrameCache
 from space.content.frames import FrameRef, pack_frames, unpack_frames
@@ -71,6 +72,9 @@ from space.wal.log import Log
 from space.wal.raft_state import read_raft_state
 from space.wal.segment_format import SEGMENT_HEADER_BYTES
 from space.wal.segment_reader import parse_segment_header
+
+if TYPE_CHECKING:
+    from space._node.federation import Federation
 
 logger = logging.getLogger("space")
 
@@ -178,6 +182,8 @@ class Store(Reading):
         self.views = list(registered_views() if views is None else views)
         self.watchers: list[Callable[[Sequence[Entry]], None]] = []
         """Told what each batch did once it is in the log, on whatever thread that is; must neither wait nor raise."""
+        self.federation: Federation | None = None
+        """What ships to other zones and takes what they ship, while this process does."""
         self._lock_file = _lock_directory(self.path, create)
         try:
             with clear_errors(self.path):
@@ -533,10 +539,18 @@ class Store(Reading):
         """A wrapped data key if ``policy`` encrypts."""
         if policy.encryption is Encryption.NONE:
             return None
+        key = int.from_bytes(self._random_bytes(4), "little") | 1
+        return cmd.NewKey(key, 1, self.wrap_key(key, 1, self._keyring.new_data_key()))
+
+    def wrap_key(self, key: int, version: int, data_key: bytes) -> bytes:
+        """The row that holds a data key, wrapped by the master key; makes that if there is none.
+
+        Raises:
+            UsageError: not the number of a key, or not a key.
+        """
         if not self._has_master_key:
             self._make_master_key()
-        key = int.from_bytes(self._random_bytes(4), "little") | 1
-        return cmd.NewKey(key, 1, self._keyring.wrap(key, 1, self._keyring.new_data_key()))
+        return self._keyring.wrap(key, version, data_key)
 
     def _open_keyring(self) -> None:
         master = master_key(self.path)
@@ -807,7 +821,8 @@ class Store(Reading):
     def at(self, moment: str | Moment) -> Reading:
         """The store as it was: the same read API on tables made for that moment, gone when closed.
 
-        ``moment`` is ``@POSITION``, an ISO-8601 time, relative such as ``-5m``, or the name of a snapshot.
+        ``moment`` is ``@POSITION``, an ISO-8601 time, relative such as ``-5m``, the name of a snapshot, or
+        ``ZONE@POSITION``: what the log of another zone held there, as far as it was shipped.
 
         Raises:
             NotFoundError: the log does not reach it.
@@ -821,6 +836,10 @@ class Store(Reading):
             for snapshot in named:
                 if snapshot.name == moment:
                     return Past(self, AtPosition(snapshot.position, snapshot.event))
+            with self._read() as txn:
+                shipped = zone_moment(txn, self.wal, self.position, moment)
+            if shipped is not None:
+                return Past(self, shipped)
         return Past(self, moment)
 
     def checkpoint(self) -> None:

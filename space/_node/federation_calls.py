@@ -1,0 +1,95 @@
+"""What can be asked of a store about zones and shipping, as plain data."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+from space._errors import UnavailableError
+from space._node.caller import Document
+
+if TYPE_CHECKING:
+    from space._node.federation_zones import Zones
+    from space._node.store import Store
+
+
+class FederationCalls:
+    """A part of :class:`space._node.service.Service`."""
+
+    store: Store
+
+    @property
+    def _zones(self) -> Zones:
+        from space._node.federation_zones import Zones  # certificates take long to load
+
+        return Zones(self.store)
+
+    def zone_init(self, *, name: str, kind: str = "metro", url: str = "") -> Document:
+        """Makes the zone of the store."""
+        return self._zones.init(name, kind, url)
+
+    def zone_authority(self) -> Document:
+        """What other zones are told of this one."""
+        keys = self._zones.keys()
+        return {"zone": keys.identity.name, "authority": keys.offer()[0].decode("ascii")}
+
+    def zone_add(
+        self, *, name: str, url: str, authority: str, kind: str | None = None, offline: bool = False
+    ) -> Document:
+        """Makes another zone known."""
+        return self._zones.add(name, url, authority.encode(errors="replace"), kind, offline=offline)
+
+    def zones(self) -> list[Document]:
+        """All zones that are known, this one first."""
+        return self._zones.documents()
+
+    def zone_remove(self, *, name: str, sure: bool = False) -> Document:
+        """Ends shipping to and from a zone."""
+        return self._zones.remove(name, sure=sure)
+
+    def zone_renew(self) -> Document:
+        """Gives this zone another certificate of the same authority."""
+        renewed = self._zones.renew()
+        self._reload()
+        return renewed
+
+    def zone_roll_over(self, *, force: bool = False) -> Document:
+        """Gives this zone another authority."""
+        rolled = self._zones.roll_over(force=force)
+        self._reload()
+        return rolled
+
+    def _reload(self) -> None:
+        if self.store.federation is not None:
+            self.store.federation.reload()
+
+    def federation_begin(self, *, listen: str | None = None, bandwidth: int = 0) -> Document:
+        """Lets the process that has the store open ship to other zones, and listen at ``HOST:PORT`` for theirs."""
+        if importlib.util.find_spec("aiohttp") is None:
+            raise UnavailableError(
+                "federation needs the Python package aiohttp", hint="pip install 'space-store[federation]'"
+            )
+        from space._node.federation import Federation
+
+        running = Federation(self.store, listen, bandwidth=bandwidth)
+        return {
+            "zone": self._zones.keys().identity.name,
+            "listen": running.url,
+            "pid": os.getpid(),
+            "data": str(self.store.path.absolute()),
+            "zones": [zone.name for zone in self._zones.others()],
+        }
+
+    def federation_end(self) -> Document:
+        """Ends what :meth:`federation_begin` began."""
+        running = self.store.federation
+        if running is not None:
+            running.close()
+        return {"ended": running is not None}
+
+    def federation_status(self, *, capsules: bool = False) -> Document:
+        """How far each zone has come; ``capsules`` lists those that have not all they are to have."""
+        from space._node.federation_status import status
+
+        return status(self.store, capsules=capsules)

@@ -1,0 +1,169 @@
+"""Shipments on their way into the log: who may send them, and what is made of them before they are decided.
+
+Everything a shipment holds is decided like anybody's commands (:class:`space.events.commands.ReceiveShipment`), so a
+zone can do no more here than commands on its own replicas can.  What is done before: the bytes are checked, they have
+to be from whom the connection is and for this zone, and data keys that were sealed for this zone on the way are opened
+and wrapped by this store's master key.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from space._errors import ConflictError, RefusedError, SpaceError
+from space._node.caller import Document
+from space._node.federation_keys import ZoneAuthority, claimed, proves
+from space.events import commands as cmd
+from space.events.commands import Command, Durability, Request
+from space.federation.exchange import VERSION, Peer
+from space.federation.sealing import is_for_home, open_key
+from space.federation.server import Received
+from space.federation.shipment import Shipment, decode_shipment
+from space.statemachine import zones as rows
+
+if TYPE_CHECKING:
+    from space._node.federation_zones import Zone, Zones
+    from space._node.store import Store
+
+POSITION_MAX: Final = (1 << 63) - 1
+
+
+class ZoneReceiver:
+    """The zone as others see it: a :class:`space.federation.server.Receiver`; called on any thread."""
+
+    def __init__(self, store: Store, zones: Zones) -> None:
+        self._store = store
+        self._zones = zones
+        self._lock = threading.Lock()
+        self._heard: dict[bytes, Document] = {}
+
+    def recognise(self, certificate: bytes) -> Peer:
+        identity = claimed(certificate)
+        zone = None if identity is None else self._known(identity.id)
+        if zone is None or not proves(ZoneAuthority.parse(zone.authorities), certificate):
+            raise RefusedError(
+                "the certificate shown is of no zone that was added here", hint="space zone add, on this side"
+            )
+        return Peer(zone.id, zone.name)
+
+    def _known(self, number: bytes) -> Zone | None:
+        return next((zone for zone in self._zones.others() if zone.id == number), None)
+
+    def _sender(self, peer: Peer) -> Zone:
+        zone = self._known(peer.id)
+        if zone is None:
+            raise RefusedError(f"zone {peer.name} was removed here", hint="space zone add, on this side")
+        return zone
+
+    def identity(self, peer: Peer) -> Document:
+        keys = self._zones.keys()
+        return {
+            "zone": keys.identity.name,
+            "id": str(uuid.UUID(bytes=keys.identity.id)),
+            "kind": keys.identity.kind,
+            "versions": [VERSION],
+            "position": self._store.position,
+            "fingerprints": keys.authority.fingerprints,
+            "knows": {"fingerprints": ZoneAuthority.parse(self._sender(peer).authorities).fingerprints},
+        }
+
+    def cursors(self, peer: Peer) -> Document:
+        with self._store._read() as txn:
+            row = rows.zone_row(txn, peer.id)
+            streams = rows.cursors(txn, peer.id)
+        return {
+            "epoch": 0 if row is None else row.epoch,
+            "base": 0 if row is None else row.base,
+            "cursors": [
+                {
+                    "shard": shard,
+                    "lane": lane,
+                    "position": cursor.position,
+                    "step": cursor.step,
+                    "resume": cursor.resume.hex(),
+                }
+                for shard, lane, cursor in streams
+            ],
+        }
+
+    def receive(self, peer: Peer, shipments: Sequence[bytes]) -> Received:
+        cursors: list[Document] = []
+        error = None
+        for body in shipments:
+            try:
+                cursors.append(self._take(peer, body))
+            except SpaceError as failed:
+                error = failed
+                break
+        if cursors:
+            self._store.sync()
+        return Received(cursors, error)
+
+    def _take(self, peer: Peer, body: bytes) -> Document:
+        shipment = decode_shipment(body)
+        self._check(peer, shipment)
+        requests = [
+            Request(self._adopted(command, peer.id), f"zone:{peer.name}") for command in shipment.received()
+        ]
+        for outcome in self._store.execute_all(requests, durability=Durability.BUFFERED):
+            if isinstance(outcome, SpaceError):
+                raise outcome
+        with self._store._read() as txn:
+            cursor = rows.cursor_row(txn, peer.id, shipment.shard, shipment.lane)
+        return {
+            "shard": shipment.shard,
+            "lane": shipment.lane,
+            "position": cursor.position,
+            "step": cursor.step,
+        }
+
+    def _check(self, peer: Peer, shipment: Shipment) -> None:
+        """Refuses what is not from the zone that sends it, or not for this one."""
+        self._sender(peer)
+        own = self._zones.own()
+        if shipment.home != peer.id:
+            raise RefusedError(f"zone {peer.name} ships what is zone {uuid.UUID(bytes=shipment.home)}'s")
+        if own is None or shipment.zone != own.id:
+            raise ConflictError(f"a shipment for zone {uuid.UUID(bytes=shipment.zone)} came here")
+
+    # --- keys ------------------------------------------------------------------------------------
+
+    def _adopted(self, command: Any, home: bytes) -> Any:
+        """A command with the keys in it wrapped for this store; those sealed for their home stay as they are."""
+        if isinstance(command, cmd.ReceiveShipment | cmd.Copied | cmd.Together):
+            inside: list[Command] = [self._adopted(each, home) for each in command.commands]
+            return attrs.evolve(command, commands=inside)
+        key = getattr(command, "key", None)
+        if isinstance(key, cmd.NewKey) and not is_for_home(key.wrapped):
+            return attrs.evolve(command, key=self._opened(key, home))
+        return command
+
+    def _opened(self, key: cmd.NewKey, home: bytes) -> cmd.NewKey:
+        keys = self._zones.keys()
+        number = (key.key, key.version)
+        data_key = open_key(
+            key.wrapped, number, home=home, zone=keys.identity.id, private=keys.sealing.private_bytes_raw()
+        )
+        return attrs.evolve(key, wrapped=self._store.wrap_key(*number, data_key))
+
+    # --- beside shipments --------------------------------------------------------------------------
+
+    def heard(self, peer: Peer, pulse: Document) -> None:
+        position = pulse.get("position")
+        if isinstance(position, int) and 0 <= position <= POSITION_MAX:
+            with self._lock:
+                self._heard[peer.id] = {"heard_position": position, "heard_ns": time.time_ns()}
+
+    def heard_of(self, zone: bytes) -> Document:
+        """Where a zone's log ended when it last said so, and when that was."""
+        with self._lock:
+            return dict(self._heard.get(zone, {}))
+
+    def take_authority(self, peer: Peer, pem: bytes, signature: bytes) -> Document:
+        return self._zones.take_authority(self._sender(peer), pem, signature)

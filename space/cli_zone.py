@@ -1,0 +1,275 @@
+"""``space zone`` and ``space federation``: who other zones are, and what is shipped to them."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from space._errors import UsageError
+from space._node.caller import Caller, Document
+from space.cli_session import (
+    Session,
+    answering,
+    clean,
+    emit,
+    formatted,
+    note,
+    open_or_ask,
+    parse_size_option,
+    system_error,
+    to_json,
+)
+
+if TYPE_CHECKING:
+    from space._node.service import Service
+
+zone_app = typer.Typer(no_args_is_help=True, help="Zones: this one, and those that content is shipped to.")
+federation_app = typer.Typer(no_args_is_help=True, help="Shipping to other zones: serve, status.")
+
+LISTEN_DEFAULT: Final = "127.0.0.1:7440"
+AUTHORITY_BYTES_MAX: Final = 1 << 20
+POLL_SECONDS: Final = 0.5
+SOON_DAYS: Final = 60
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="As policies call it.")]
+Kind = Annotated[str | None, typer.Option("--kind", metavar="KIND", help="metro, geo or edge.")]
+
+
+@zone_app.command("init")
+def init(
+    context: typer.Context,
+    name: Name,
+    kind: Kind = None,
+    url: Annotated[
+        str | None, typer.Option("--url", metavar="URL", help="Where other zones reach this one.")
+    ] = None,
+) -> None:
+    """Make this store a zone, with keys of its own; where it is one, set its address."""
+    session: Session = context.obj
+    with session.service(create=True) as service:
+        result = service.zone_init(name=name, kind=kind or "metro", url=url or "")
+    session.show(result, f"this store is the {result['kind']} zone {name}; others need: space zone ca")
+
+
+@zone_app.command("ca")
+def authority(context: typer.Context) -> None:
+    """Print what other zones need to add this one (PEM)."""
+    session: Session = context.obj
+    with session.service() as service:
+        result = service.zone_authority()
+    session.show(result, result["authority"].rstrip())
+
+
+@zone_app.command("add")
+def add(
+    context: typer.Context,
+    name: Name,
+    url: Annotated[str, typer.Option("--url", metavar="URL", help="Where it answers: https://HOST:PORT.")],
+    ca: Annotated[str, typer.Option("--ca", metavar="FILE|-", help="What `space zone ca` printed there.")],
+    kind: Kind = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not ask it who it is.")] = False,
+) -> None:
+    """Add another zone, or change its address or authority; it is asked who it is."""
+    session: Session = context.obj
+    text = _read(ca)
+    with session.service() as service:
+        result = service.zone_add(name=name, url=url, authority=text, kind=kind, offline=offline)
+    if notice := result.pop("notice"):
+        note(notice)
+    session.show(result, f"zone {name} ({result['kind']}) at {url}")
+
+
+def _read(file: str) -> str:
+    if file == "-":
+        return sys.stdin.read(AUTHORITY_BYTES_MAX)
+    try:
+        with Path(file).open(encoding="ascii", errors="replace") as source:
+            return source.read(AUTHORITY_BYTES_MAX)
+    except OSError as error:
+        raise system_error(error, file) from None
+
+
+@zone_app.command("ls")
+def ls(context: typer.Context) -> None:
+    """List zones, this one first."""
+    session: Session = context.obj
+    with session.service() as service:
+        session.show_list(service.zones(), _zone_line)
+
+
+def _zone_line(each: Document) -> str:
+    mark = "*" if each["own"] else " "
+    soon = (
+        f"  its authority ends in {each['authority_days']} days" if each["authority_days"] < SOON_DAYS else ""
+    )
+    return clean(f"{mark} {each['zone']:<20} {each['kind']:<6} {each['url'] or '-':<32} {each['id']}{soon}")
+
+
+@zone_app.command("rm")
+def rm(
+    context: typer.Context,
+    name: Name,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Though replicas of it stay that get nothing new.")
+    ] = False,
+) -> None:
+    """End shipping to and from a zone; replicas stay as they are."""
+    session: Session = context.obj
+    with session.service() as service:
+        result = service.zone_remove(name=name, sure=yes)
+    session.show(result, f"zone {name} is removed; {result['replicas']} replicas stay as they are")
+
+
+@zone_app.command("rollover")
+def rollover(
+    context: typer.Context,
+    authority: Annotated[
+        bool, typer.Option("--authority", help="Another authority too: the other zones are told first.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on without zones that cannot be told now.")
+    ] = False,
+) -> None:
+    """Replace the certificate of this zone, while it is in use."""
+    session: Session = context.obj
+    if force and not authority:
+        raise UsageError("--force is about telling other zones of a new authority", hint="--authority")
+    with session.service() as service:
+        if not authority:
+            result = service.zone_renew()
+            session.show(
+                result, f"zone {result['zone']} has a new certificate until {result['expires'][:10]}"
+            )
+            return
+        result = service.zone_roll_over(force=force)
+    if result["without"]:
+        note(f"these zones refuse this one until they get `space zone ca`: {', '.join(result['without'])}")
+    session.show(result, f"zone {result['zone']} has a new authority, and a certificate of it")
+
+
+# --- shipping ----------------------------------------------------------------------------------------
+
+
+@federation_app.command("serve")
+def serve(
+    context: typer.Context,
+    listen: Annotated[
+        str, typer.Option("--listen", metavar="HOST:PORT", help="Where other zones reach this one.")
+    ] = LISTEN_DEFAULT,
+    bandwidth: Annotated[
+        str, typer.Option("--bandwidth", metavar="SIZE", help="Bytes a second to each zone, at most.")
+    ] = "0",
+    http: Annotated[
+        str | None, typer.Option("--http", metavar="HOST:PORT", help="Answer /metrics and calls there.")
+    ] = None,
+) -> None:
+    """Ship to the zones that were added, and take what they ship, until interrupted."""
+    import logging
+
+    session: Session = context.obj
+    if session.node:
+        raise UsageError("a zone is served where its store is", hint="leave --node out, and say --data DIR")
+    rate = parse_size_option(bandwidth, "--bandwidth") or 0
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    over = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: over.set())
+    with _owner(session) as (service, ours), _metrics(service if ours else None, http):
+        ready = service.federation_begin(listen=listen, bandwidth=rate)
+        try:
+            emit(to_json(ready) if session.json else _ready_text(ready))
+            sys.stdout.flush()
+            while not over.wait(POLL_SECONDS):
+                if not ours and not service.federation_status()["running"]:
+                    return
+        finally:
+            service.federation_end()
+
+
+@contextlib.contextmanager
+def _owner(session: Session) -> Iterator[tuple[Service, bool]]:
+    """The process that has the store open, and whether it is this one, which then answers others."""
+    store, asked = open_or_ask(session.data, Caller(), create=False)
+    if store is None:
+        assert asked is not None
+        yield asked, False
+        return
+    from space._node.service import Service
+
+    with store:
+        service = Service(store, Caller())
+        with answering(service):
+            yield service, True
+
+
+@contextlib.contextmanager
+def _metrics(service: Service | None, address: str | None) -> Iterator[None]:
+    """Answers over HTTP, where that is asked for."""
+    if address is None:
+        yield
+        return
+    if service is None:
+        raise UsageError(
+            "the store is another process's, which answers over HTTP itself", hint="space serve --http"
+        )
+    from space._node.calls import StoreTarget
+    from space._node.http import HttpServer
+
+    server = HttpServer(StoreTarget(service.store), address, node=None)
+    note(f"metrics at {server.url}/metrics")
+    try:
+        yield
+    finally:
+        server.retire(0)
+        server.close()
+
+
+def _ready_text(ready: Document) -> str:
+    others = ", ".join(ready["zones"]) or "no other zone yet: space zone add"
+    return f"zone {ready['zone']} answers at {ready['listen']}, pid {ready['pid']}; it knows {others}"
+
+
+@federation_app.command("status")
+def status(
+    context: typer.Context,
+    capsules: Annotated[
+        bool, typer.Option("--capsules", help="What each zone does not have all of yet.")
+    ] = False,
+) -> None:
+    """Show how far each zone has come."""
+    session: Session = context.obj
+    with session.service() as service:
+        found = service.federation_status(capsules=capsules)
+    session.show(found, "\n".join(_status_lines(found)))
+
+
+def _status_lines(found: Document) -> list[str]:
+    state = f"at {found['listen']}" if found["running"] else "not running: space federation serve"
+    lines = [f"zone {found['zone'] or '-'}: position {found['position']}, {state}"]
+    if found["zones"]:
+        lines.append(
+            f"  {'zone':<16} {'position':>12} {'events':>10} {'bytes':>10} {'seconds':>9} {'rpo':<7} {'received':>10}"
+        )
+    for zone in found["zones"]:
+        lines.append(f"  {_status_line(zone)}")
+        lines += [f"    copying {each['capsule']}: {formatted(each['bytes'])}" for each in zone["copies"]]
+        for each in zone.get("capsules", ()):
+            lines.append(f"    {each['capsule']} position {each['position']} of {each['last']}")
+    return [clean(line) for line in lines]
+
+
+def _status_line(zone: Document) -> str:
+    rpo = "-" if zone["rpo_seconds"] is None else "kept" if zone["rpo_ok"] else "BROKEN"
+    error = "" if zone["connected"] else f"  {zone['error'] or 'connecting'}"
+    position = "-" if zone["position"] is None else zone["position"]
+    return (
+        f"{zone['zone']:<16} {position:>12} {zone['lag_events']:>10} {formatted(zone['lag_bytes']):>10} "
+        f"{zone['lag_seconds']:>9.1f} {rpo:<7} {zone['received']['position']:>10}{error}"
+    )
