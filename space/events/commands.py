@@ -502,6 +502,16 @@ class RecordRefusal:
 
 
 @attrs.frozen
+class RecordAction:
+    """Says that an action of the policy compiler is carried out; ``capsule`` is the root directory if it is on nodes."""
+
+    capsule: bytes
+    action: str
+    argument: str
+    reason: str
+
+
+@attrs.frozen
 class RecordRpo:
     """Says that a stream lags further behind than promised, or (``kept``) does so no longer."""
 
@@ -578,6 +588,7 @@ Command = (
     | ReceiveShipment
     | RecordShipment
     | RecordRefusal
+    | RecordAction
     | RecordRpo
     | PromoteZone
     | LoseHome

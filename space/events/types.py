@@ -83,6 +83,9 @@ RESUME_BYTES_MAX: Final = 256
 SHIPPED_BYTES_MAX: Final = 3 << 20
 """Capsules one shipment names: as many as a batch has events, 24 bytes each."""
 
+ARGUMENT_CHARACTERS_MAX: Final = 4096
+"""Longest argument of an action: the names of as many zones as a policy may name."""
+
 CURSOR: Final = struct.Struct("<IIQ")
 """A stream and a position in it (shard, lane, position), as ZonePromoted and HomeLost hold them."""
 
@@ -633,6 +636,19 @@ class HomeLost:
     cursors: bytes = blob(DOCUMENT_BYTES_MAX)
 
 
+@event(63)
+class ActionTaken:
+    """The policy compiler's ``action`` is carried out: on the capsule, or, if that is the root directory, on nodes.
+
+    ``argument`` says where to (zones, a node); ``reason`` which key of the policy and what that was noticed led to it.
+    """
+
+    capsule: bytes = identifier()
+    action: str = text(32)
+    argument: str = text(ARGUMENT_CHARACTERS_MAX)
+    reason: str = text(REFUSAL_BYTES_MAX)
+
+
 Event = (
     StoreInitialised
     | CapsuleCreated
@@ -679,4 +695,5 @@ Event = (
     | RpoKept
     | ZonePromoted
     | HomeLost
+    | ActionTaken
 )

@@ -69,7 +69,7 @@ class Node:
     xattrs: list[tuple[bytes, bytes]]
 
 
-Noted = ev.PolicyRefused | ev.RpoBroken | ev.RpoKept
+Noted = ev.PolicyRefused | ev.ActionTaken | ev.RpoBroken | ev.RpoKept
 Handler = Callable[[Overlay, Context, bytes, Any], None]
 
 
@@ -559,4 +559,5 @@ HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.RpoKept: _noted,
     ev.ZonePromoted: zones.promoted,
     ev.HomeLost: zones.lost,
+    ev.ActionTaken: _noted,
 }

@@ -823,6 +823,7 @@ _RULES: Final[Mapping[type[Any], Rule]] = {
     cmd.ReceiveShipment: _receive_shipment,
     cmd.RecordShipment: homes.record_shipment,
     cmd.RecordRefusal: homes.record_refusal,
+    cmd.RecordAction: homes.record_action,
     cmd.RecordRpo: homes.record_rpo,
     cmd.PromoteZone: homes.promote,
     cmd.LoseHome: _lose_home,

@@ -239,6 +239,14 @@ def record_refusal(state: Overlay, command: cmd.RecordRefusal, payload: PayloadP
     return [ev.PolicyRefused(capsule, command.action[:32], command.target[:255], reason)]
 
 
+def record_action(state: Overlay, command: cmd.RecordAction, payload: PayloadPlacer) -> Decision:
+    """What is done because a policy asks for it."""
+    if state.capsule(command.capsule) is None:
+        return Rejected(Status.NOT_FOUND, f"no capsule {capsule_text(command.capsule)}")
+    argument, reason = command.argument[: ev.ARGUMENT_CHARACTERS_MAX], command.reason[: ev.REFUSAL_BYTES_MAX]
+    return [ev.ActionTaken(bytes(command.capsule), command.action[:32], argument, reason)]
+
+
 def record_rpo(state: Overlay, command: cmd.RecordRpo, payload: PayloadPlacer) -> Decision:
     """A promise broken, or kept again."""
     if _peer(state, command.zone) is None:

@@ -76,6 +76,7 @@ SAMPLES: list[cmd.Command] = [
     ),
     cmd.RecordShipment(B, 0, 1, 2, 3, 4, [(A, 3), (B, 2)], 100, [A]),
     cmd.RecordRefusal(A, "view", "nfs", "sovereignty: local"),
+    cmd.RecordAction(A, "Federate", "paris", "federation.targets: paris"),
     cmd.RecordRpo(B, 0, 1, 2, 10**9, kept=False),
     cmd.PromoteZone(B),
     cmd.LoseHome(B, 1, 9, [(0, 1, 7)], [cmd.Clone(A, B, A, b"c"), cmd.Resize(B, 1)], [A]),

@@ -69,6 +69,7 @@ SAMPLES: Final[dict[str, ev.Event]] = {
     "60.1": ev.RpoKept(ONE, TWO, 1, 100, 9, 0),
     "61.1": ev.ZonePromoted(ONE, TWO, 1, bytes(16)),
     "62.1": ev.HomeLost(ONE, TWO, 1, 9, bytes(16)),
+    "63.1": ev.ActionTaken(ONE, "Federate", "paris", "federation.targets: paris"),
     "29.1": ev.ReservationChanged(ONE, 3, TWO, b""),
     "27.1": ev.CommandRefused(ONE, TWO, 7, "EXISTS", "it exists"),
     "26.1": ev.NamespaceAssigned(ONE, "nqn.2014-08.org.nvmexpress:uuid:x", TWO, 1),
@@ -195,6 +196,7 @@ def test_numbers_are_frozen() -> None:
         60: "RpoKept",
         61: "ZonePromoted",
         62: "HomeLost",
+        63: "ActionTaken",
         27: "CommandRefused",
         26: "NamespaceAssigned",
     }
