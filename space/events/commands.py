@@ -503,7 +503,7 @@ class RecordRefusal:
 
 @attrs.frozen
 class RecordAction:
-    """Says that an action of the policy compiler is carried out; ``capsule`` is the root directory if it is on nodes."""
+    """Says that an action of the policy compiler is carried out; ``capsule`` is the root if it is about nodes."""
 
     capsule: bytes
     action: str
