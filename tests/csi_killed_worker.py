@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from space._node import csi_host, csi_mounts
+from space._node import csi_host, csi_mounts, csi_network
 from space._node.views import start_time
 from space.cli import main
 
@@ -66,6 +66,7 @@ def watch() -> None:
     """Counts from now on."""
     for owner, names in (
         (csi_mounts, ("_call", "unmount", "_configure", "detach_loop")),
+        (csi_network, ("_mount", "_ask_fabrics", "_delete")),
         (csi_host, ("_make_file", "_remove", "give_to_group")),
         (csi_host.Notes, ("keep", "drop")),
     ):

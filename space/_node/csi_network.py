@@ -228,8 +228,8 @@ def _node(found: Path) -> str:
 
 
 def is_device(root: str) -> bool:
-    """Whether this is how mountinfo shows a bind mount of an NVMe device's node."""
-    return _DEVICE.fullmatch(root.removeprefix("/")) is not None
+    """Whether this is how mountinfo shows a bind mount of an NVMe device's node, of one that has gone too."""
+    return _DEVICE.fullmatch(root.removeprefix("/").removesuffix("//deleted")) is not None
 
 
 def device_size(device: str) -> int:
