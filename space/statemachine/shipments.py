@@ -26,8 +26,8 @@ from space.events.registry import U32_MAX, U63_MAX
 from space.statemachine import zones
 from space.statemachine.apply import Context, apply, clone_id
 from space.statemachine.decision import Decision, PayloadPlacer, Rejected, Rules, capsule_text, inside
-from space.statemachine.tables import ENTRY, KEY, U32, XATTR, ZONE_KEY, CapsuleRow, EntryRow, Overlay
-from space.statemachine.zones import HomeRow, ZoneRow
+from space.statemachine.tables import ENTRY, KEY, REPLICA, U32, XATTR, ZONE_KEY, CapsuleRow, EntryRow, Overlay
+from space.statemachine.zones import ZoneRow
 
 TRIED: Final = U63_MAX
 """Position at which events are tried: later than all there are, as the one they will have."""
@@ -220,23 +220,26 @@ class _Delivery:
         row = self._tried.capsule(capsule)
         if row is None:
             raise _refuse(Status.NOT_FOUND, f"no capsule {capsule_text(capsule)}")
-        if zones.home_of(self._tried, capsule, row) != self._zone:
+        if not self._is_home(capsule, row):
             raise _refuse(Status.NOT_PERMITTED, f"{self._row} is not the home of {capsule_text(capsule)}")
         return row
+
+    def _is_home(self, capsule: bytes, row: CapsuleRow) -> bool:
+        """Whether the shipping zone is a capsule's home: :func:`zones.home_of`, with the zone at hand."""
+        if row.flags & REPLICA:
+            home = zones.home_row(self._tried, capsule)
+            return home is not None and home.zone == self._zone and row.ino > self._row.taken
+        return zones.home_of(self._tried, capsule, row) == self._zone
 
     def _names_here(self, parent: bytes) -> bool:
         """Whether names in a directory come from the shipping zone."""
         row = self._tried.capsule(parent)
         if row is None or row.kind != _DIRECTORY or row.deleted:
             return False
-        home = zones.home_of(self._tried, parent, row)
+        if self._is_home(parent, row):
+            return True
         # What was this store's own goes on where it always was, also in directories that never left.
-        return home == self._zone or (home is None and bool(self._row.lost) and parent != ZONES)
-
-    def _reached(self, capsule: bytes) -> HomeRow:
-        """What a capsule had come to before this shipment."""
-        home = zones.home_row(self._state, capsule)
-        return HomeRow(self._zone, self._row.base) if home is None else home
+        return bool(self._row.lost) and parent != ZONES and zones.home_of(self._tried, parent, row) is None
 
     def _passed_over(self, capsule: bytes) -> bool:
         """Whether a capsule has come as far by another way."""
@@ -245,12 +248,16 @@ class _Delivery:
             if capsule in self._made:
                 return False
             self._ours(capsule)
-            carried = self._carried[capsule] = (
-                self._reached(capsule).position < self._command.through_position
-            )
+            carried = self._carried[capsule] = not self._further(capsule)
             if carried and zones.home_row(self._tried, capsule) is None:
                 self._happen(self._homed(capsule, self._command.through_position))
         return not carried
+
+    def _further(self, capsule: bytes) -> bool:
+        """Whether a capsule that no command here was about yet has come as far by another way."""
+        if capsule in self._made or self._carried.get(capsule):
+            return False
+        return zones.reached(self._state, self._row, capsule) >= self._command.through_position
 
     # --- commands --------------------------------------------------------------------------------
 
@@ -404,11 +411,7 @@ class _Delivery:
             return False
         for holder in _at(self._tried, *name):
             row = self._tried.capsule(holder)
-            if (
-                row is None
-                or zones.home_of(self._tried, holder, row) != self._zone
-                or self._passed_over(holder)
-            ):
+            if row is None or not self._is_home(holder, row) or self._further(holder):
                 return False
             self._happen(ev.NameUnlinked(holder, *name))
         return True
@@ -496,7 +499,7 @@ class _Delivery:
             self._ours(copied.capsule)
         home = zones.home_row(self._tried, copied.capsule)
         if copied.step == 0:
-            reached = self._row.base if home is None else home.position
+            reached = zones.reached(self._tried, self._row, copied.capsule)
             unfinished = home is not None and home.copy != 0
             return row is None or copied.position > reached or (unfinished and copied.position == reached)
         if row is None or home is None or home.copy != copied.position or home.step > copied.step:

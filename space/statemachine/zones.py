@@ -63,7 +63,8 @@ class ZoneRow:
 
     ``role`` is OWN, PEER or REMOVED.  ``epoch`` counts promotions of one of the two zones in the other's place.
     Replicas of the zone with inode numbers up to ``taken`` have their home here by now; capsules of this store that
-    were sent to the zone up to position ``lost`` (of this log) have it there, as of position ``base`` of that log.
+    were sent to the zone up to position ``lost`` (of this log) have it there, as of position ``base`` of that log; so
+    have replicas with inode numbers up to ``returned``, which had been taken over before.
     """
 
     role: int
@@ -76,6 +77,7 @@ class ZoneRow:
     taken: int = 0
     lost: int = 0
     base: int = 0
+    returned: int = 0
 
     def encode(self) -> bytes:
         packed: bytes = msgpack.packb(attrs.astuple(self))
@@ -171,6 +173,17 @@ def _sent(state: Overlay, zone: bytes, capsule: bytes) -> int:
     return 0 if data is None else int(U64.unpack(data)[0])
 
 
+def reached(state: Overlay, zone: ZoneRow, capsule: bytes) -> int:
+    """The position of its home's log that a replica of ``zone`` has come to; 0 for what is not here."""
+    row = state.capsule(capsule)
+    if row is None:
+        return 0
+    home = home_row(state, capsule)
+    if home is None:
+        return zone.base
+    return max(home.position, zone.base) if row.ino <= zone.returned else home.position
+
+
 def sent_capsules(state: Reader | Overlay, zone: bytes) -> Iterator[tuple[bytes, int]]:
     """Capsules a zone was sent and not told to delete since, each with the position it was last sent as of."""
     for key, value in state.scan(SENT, zone):
@@ -225,7 +238,8 @@ def defined(state: Overlay, context: Context, link: bytes, event: ev.ZoneDefined
     role = OWN if isinstance(event, ev.ZoneDefined) else PEER
     row = ZoneRow(role, event.name, event.kind, event.url, event.authorities, event.sealing)
     if before is not None:
-        row.epoch, row.taken, row.lost, row.base = before.epoch, before.taken, before.lost, before.base
+        row.epoch, row.taken = before.epoch, before.taken
+        row.lost, row.base, row.returned = before.lost, before.base, before.returned
     _put(state, event.zone, row)
 
 
@@ -313,7 +327,7 @@ def promoted(state: Overlay, context: Context, link: bytes, event: ev.ZonePromot
     state.edit(event.capsule).link = link
     row = _known(state, event.zone)
     row.epoch, row.taken = event.epoch, state.counter(b"ino")
-    row.lost = row.base = 0
+    row.lost = row.base = row.returned = 0
     _put(state, event.zone, row)
     _flag_lost(state)
 
@@ -322,7 +336,8 @@ def lost(state: Overlay, context: Context, link: bytes, event: ev.HomeLost) -> N
     """All that the zone was sent until now has its home there."""
     state.edit(event.capsule).link = link
     row = _known(state, event.zone)
-    row.epoch, row.base, row.lost, row.taken = event.epoch, event.position, context.position, 0
+    row.epoch, row.base, row.lost = event.epoch, event.position, context.position
+    row.returned, row.taken = row.taken, 0
     _put(state, event.zone, row)
     _flag_lost(state)
 
