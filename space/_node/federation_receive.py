@@ -140,7 +140,7 @@ class ZoneReceiver:
             inside: list[Command] = [self._adopted(each, home) for each in command.commands]
             return attrs.evolve(command, commands=inside)
         key = getattr(command, "key", None)
-        if isinstance(key, cmd.NewKey) and not is_for_home(key.wrapped):
+        if isinstance(key, cmd.NewKey) and key.wrapped and not is_for_home(key.wrapped):
             return attrs.evolve(command, key=self._opened(key, home))
         return command
 

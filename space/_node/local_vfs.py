@@ -25,6 +25,7 @@ from space._errors import ConflictError, NotFoundError, RefusedError, SpaceError
 from space._node.listing import COOKIE_MIN, Window, Windows, window
 from space._node.reading import Reading, Stat
 from space._node.store import Store
+from space._node.view_policy import ViewPolicy, enforce_view_policy
 from space.events import commands as cmd
 from space.events.commands import Buffer, Command, Durability, Request
 from space.events.ids import ID_BYTES, CapsuleId
@@ -123,11 +124,20 @@ class LocalFileSystem:
         self._seen_at: tuple[object, int] = None, 0
         self._root = reading.root if root is None else root
         self._single: CapsuleId | None = None
+        self._policy: ViewPolicy | None = None
         kind = reading.stat(self._root).kind
         if kind == Kind.FILE:
             self._single, self._root = self._root, SYNTHETIC_ROOT
         elif kind != Kind.DIRECTORY:
             raise UsageError(f"neither a file nor a directory: {root}")
+
+    def limit(self, view: str, host: str) -> None:
+        """Shows only what policies let be seen from where a view that listens at ``host`` can be reached.
+
+        Raises:
+            RefusedError: there is something in the tree that must not be; later, each use of such a file is.
+        """
+        self._policy = enforce_view_policy(self._reading, [self._single or self._root], view, host)
 
     @property
     def root(self) -> CapsuleId:
@@ -268,6 +278,8 @@ class LocalFileSystem:
         return self._reading.readlink(node)
 
     def read(self, node: CapsuleId, offset: int, length: int) -> bytes:
+        if self._policy is not None:
+            self._policy.check(node)
         self._settle(node)
         return self._reading.read(node, offset, length)
 
@@ -399,6 +411,10 @@ class LocalFileSystem:
             raise UsageError(
                 f"beyond the end of a block capsule of {found.size} bytes", status=Status.NO_SPACE
             )
+        if self._policy is not None:
+            self._policy.check(found.id)
+        if self._store is not None:
+            self._store.check_home(found.id)
         if caller.uid and (mode := _without_set_id(found)) != found.mode:
             await self._execute(cmd.SetAttributes(found.id, mode=mode), caller)
 

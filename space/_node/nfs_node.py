@@ -244,7 +244,9 @@ class NfsViews(NodeViews[NfsOptions]):
                 )
 
         def opened(root: CapsuleId) -> MemberFileSystem:
-            return MemberFileSystem(store, root, tenure.guard, read_only=options.offer.read_only)
+            files = MemberFileSystem(store, root, tenure.guard, read_only=options.offer.read_only)
+            files.limit("nfs", options.listen[0])
+            return files
 
         return exports_of(store, options.sources, options.offer, opened)
 

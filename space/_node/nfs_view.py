@@ -110,7 +110,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, over.set)
-    found = _exports(reading, sources, options)
+    found = _exports(reading, sources, options, listen[0])
     if isinstance(reading, Store):
         recovery: Recovery = await asyncio.to_thread(StoreRecovery, reading, server_name(reading))
     else:
@@ -171,12 +171,15 @@ def handle_key(reading: Store | PastBeside) -> bytes:
     return blake3(_store_id(reading), derive_key_context="space nfs handles v1").digest()
 
 
-def _exports(reading: Store | PastBeside, sources: Sequence[str], options: Options) -> list[Export]:
+def _exports(
+    reading: Store | PastBeside, sources: Sequence[str], options: Options, host: str
+) -> list[Export]:
     files: LocalFileSystem | None = None
 
     def opened(root: CapsuleId) -> LocalFileSystem:
         nonlocal files
         files = LocalFileSystem(reading, root, read_only=options.read_only, beside=files)
+        files.limit("nfs", host)
         return files
 
     return exports_of(reading, sources, options, opened)

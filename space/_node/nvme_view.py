@@ -30,6 +30,7 @@ from space._node.local_block import BlockWriter, LocalBlockDevice, namespace_ide
 from space._node.loops import run_loop
 from space._node.nvme_tree import Source
 from space._node.store import Store
+from space._node.view_policy import ViewPolicy
 from space.events.ids import AtPosition, CapsuleId
 from space.projections.nvme.auth import ANYBODY, Access
 from space.projections.nvme.reservations import MemoryKeeper
@@ -231,6 +232,8 @@ class View:
         self._server: Server | None = None
         self._offered: dict[CapsuleId, _Offered] = {}
         self._refused: set[CapsuleId] = set()
+        self._host: str | None = None
+        self._policies: dict[int, ViewPolicy] = {}
 
     @classmethod
     async def open(cls, place: Place, texts: Sequence[str], access: Access) -> Self:
@@ -254,8 +257,11 @@ class View:
         """Lets hosts connect.
 
         Raises:
+            RefusedError: a policy forbids to show something from there.
             UnavailableError: the address is in use, or not this machine's.
         """
+        self._host, self._policies = listen[0], {}
+        await _looking(self._place, self._check_policies, list(self._offered))
         self._server, self.ports = await _listening(self.target, listen, first_port)
 
     async def follow(self, over: asyncio.Event) -> None:
@@ -266,6 +272,12 @@ class View:
                 await asyncio.wait_for(over.wait(), WATCH_SECONDS)
             try:
                 self._look()
+                for forbidden in await _looking(self._place, self._forbidden, list(self._offered)):
+                    log.warning(
+                        "%s is not served any more: its policy forbids it", self._offered[forbidden].source
+                    )
+                    self._withdraw(forbidden)
+                    self._refused.add(forbidden)
                 if await _looking(self._place, _any_changed, trees):
                     await self._follow_sources()
             except SpaceError as error:
@@ -314,18 +326,35 @@ class View:
         """
         wanted = await _looking(self._place, _capsules, self._sources)
         for gone in self._offered.keys() - wanted.keys():
-            ended = self._offered.pop(gone)
-            self.subsystem.remove(ended.namespace.nsid)
-            ended.device.close()
+            self._withdraw(gone)
         for capsule, source in wanted.items():
             if capsule in self._offered or capsule in self._refused:
                 continue
             try:
+                await _looking(self._place, self._check_policies, [capsule])
                 await self._add(source, capsule)
             except SpaceError as error:
                 self._refused.add(capsule)
                 log.warning("%s is not served: %s", source, error)
         self._refused &= wanted.keys()
+
+    def _withdraw(self, capsule: CapsuleId) -> None:
+        """Offers a namespace no longer."""
+        ended = self._offered.pop(capsule)
+        self.subsystem.remove(ended.namespace.nsid)
+        ended.device.close()
+
+    def _policy(self, capsule: CapsuleId) -> ViewPolicy:
+        reading = self._place.home(capsule).reading
+        return self._policies.setdefault(id(reading), ViewPolicy(reading, "nvme", self._host))
+
+    def _check_policies(self, capsules: list[CapsuleId]) -> None:
+        for capsule in capsules:
+            self._policy(capsule).check(capsule)
+
+    def _forbidden(self, capsules: list[CapsuleId]) -> list[CapsuleId]:
+        """Those whose policy has become one that forbids to show them from here."""
+        return [each for each in capsules if self._policy(each).refusal(each)]
 
     async def close(self) -> None:
         """Ends every connection, makes everything acknowledged durable, and lets go of the capsules."""

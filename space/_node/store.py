@@ -45,6 +45,7 @@ from space._errors import (
     StorageError,
     UnavailableError,
     UsageError,
+    rejection,
 )
 from space._node import history, maintenance, transfer
 from space._node.federation_moments import zone_moment
@@ -62,11 +63,11 @@ from space.policy.model import Encryption, Policy
 from space.projections import dedup
 from space.projections.contract import View, registered_views
 from space.projections.feed import Progress
-from space.statemachine import replies
+from space.statemachine import homes, replies
 from space.statemachine.sequencer import Prepared, prepare
 from space.statemachine.store import Applied, ReadTransaction, WriteTransaction, peek_seal
 from space.statemachine.store import Store as LmdbStore
-from space.statemachine.tables import KEY, RECLAIMED, U32, U64
+from space.statemachine.tables import KEY, RECLAIMED, U32, U64, Overlay
 from space.wal.disk import Disk, RealDisk
 from space.wal.log import Log
 from space.wal.raft_state import read_raft_state
@@ -481,6 +482,17 @@ class Store(Reading):
             frames = [cmd.StoredFrame(pack_frames((frame.ref,)), frame.stored) for frame in encoded]
             commands.append(cmd.WriteExtent(capsule, offset + at, len(piece), frames))
         return commands
+
+    def check_home(self, capsule: CapsuleId) -> None:
+        """Refuses a replica, before anything is made of what was to be written to it.
+
+        Raises:
+            RefusedError: another zone is its home.
+        """
+        with self._read() as txn:
+            refused = homes.elsewhere(Overlay(txn), cmd.Resize(capsule, 0))
+        if refused is not None:
+            raise rejection(refused.status, refused.message)
 
     def write(
         self,

@@ -57,10 +57,10 @@ def test_options_have_bounds() -> None:
 
 def test_one_export_is_the_root_and_several_have_their_paths(store: Store) -> None:
     """A single source has no way to it; several are where they are in the tree, or under their ids."""
-    (alone,) = nfs_view._exports(store, ["/a"], options())
+    (alone,) = nfs_view._exports(store, ["/a"], options(), "127.0.0.1")
     assert alone.path == ()
     root = str(store.resolve("/b"))
-    exports = nfs_view._exports(store, ["/a", root], options(read_only=True))
+    exports = nfs_view._exports(store, ["/a", root], options(read_only=True), "127.0.0.1")
     assert [each.path for each in exports] == [(b"a",), (root.encode(),)]
     assert all(each.read_only for each in exports)
     assert exports[0].number == alone.number
@@ -68,7 +68,7 @@ def test_one_export_is_the_root_and_several_have_their_paths(store: Store) -> No
 
 def test_what_two_exports_have_in_common_is_the_same_at_once(store: Store) -> None:
     """Bytes held back in one of them are seen through the other."""
-    one, two = [each.files for each in nfs_view._exports(store, ["/a", "/b"], options())]
+    one, two = [each.files for each in nfs_view._exports(store, ["/a", "/b"], options(), "127.0.0.1")]
     node = one.lookup(one.root, b"f").id
     asyncio.run(one.write(node, 0, b"SHARED", Caller()))
     assert two.read(node, 0, 100) == b"SHARED"
@@ -77,9 +77,9 @@ def test_what_two_exports_have_in_common_is_the_same_at_once(store: Store) -> No
 
 def test_the_past_is_another_server(store: Store) -> None:
     """An export of a past moment has a number of its own, and its server a name: nobody takes them for the present."""
-    (now,) = nfs_view._exports(store, ["/a"], options())
+    (now,) = nfs_view._exports(store, ["/a"], options(), "127.0.0.1")
     with open_beside(store.path, f"@{store.last}") as past:
-        (then,) = nfs_view._exports(past, ["/a"], options())
+        (then,) = nfs_view._exports(past, ["/a"], options(), "127.0.0.1")
         assert then.read_only
         assert then.number != now.number
         assert nfs_view.handle_key(past) == nfs_view.handle_key(store)
