@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import msgpack
+from blake3 import blake3
 
 from space._errors import CorruptionError, UsageError
 from space._node import history
@@ -59,6 +61,9 @@ SERVED_FROM: Final = dict.fromkeys(
     ("fuse", "vfs", "tree", "nfs", "nvme", "csi", "block"), (STATE_VIEW, "content")
 )
 """Protocol views have no rows of their own: they are served from these."""
+
+_ID: Final = struct.Struct(f"{ID_BYTES}s")
+_ZONE_KINDS: Final = (ev.ZoneDefined, ev.ZoneAdded, ev.ZoneChanged)
 
 OnProgress = Callable[[Progress], None]
 
@@ -128,6 +133,9 @@ def _record_events(position: int, metadata: bytes, capsule: CapsuleId | None) ->
 
 
 def _concerns(event: ev.Event, capsule: CapsuleId) -> bool:
+    if isinstance(event, ev.ShipmentReceived | ev.ShipmentSent):
+        unit = ev.SHIPPED.size if isinstance(event, ev.ShipmentSent) else ID_BYTES
+        return any(event.capsules.startswith(capsule, at) for at in range(0, len(event.capsules), unit))
     return any(getattr(event, field, None) == capsule for field in ("capsule", "other", "replaced", "source"))
 
 
@@ -138,19 +146,28 @@ def detail_of(event: ev.Event) -> dict[str, Any]:
         value = getattr(event, field)
         if field == "capsule" or value is None or value == b"":
             continue
-        detail[field] = _shown(field, value)
+        detail[field] = _shown(event, field, value)
     return detail
 
 
-def _shown(field: str, value: Any) -> Any:
+def _shown(event: ev.Event, field: str, value: Any) -> Any:
+    if field == "kind":
+        kinds = ev.ZoneKind if isinstance(event, _ZONE_KINDS) else Kind
+        return kinds(value).name.lower() if value in list(kinds) else value
     if not isinstance(value, bytes):
-        return Kind(value).name.lower() if field == "kind" and value in list(Kind) else value
+        return value
     if field == "frames":
         stored = sum(length for _, _, length in stored_ranges(value))
         return {"count": len(value) // FRAME_RECORD_BYTES, "stored_bytes": stored}
     if field == "document":
         return msgpack.unpackb(value)
     if field == "source_link":
+        return value.hex()
+    if field in {"capsules", "withdrawn", "cursors"}:
+        return _packed(event, field, value)
+    if field in {"sealing", "authorities"}:
+        return f"blake3:{blake3(value).hexdigest(16)}"
+    if field == "resume":
         return value.hex()
     if field in {"wrapped", "manifest", "members", "ranges", "purged", "registered", "removed", "told"}:
         return f"{len(value)} bytes"
@@ -164,9 +181,25 @@ def _shown(field: str, value: Any) -> Any:
         "source",
         "namespace",
         "holder",
+        "zone",
     }:
         return str(CapsuleId(value))
     return value.decode(errors="backslashreplace")
+
+
+def _packed(event: ev.Event, field: str, value: bytes) -> Any:
+    """Capsules and streams of a shipment or promotion, one by one; what is not whole as its length."""
+    unit = ev.CURSOR if field == "cursors" else ev.SHIPPED
+    if field == "withdrawn" or (field == "capsules" and isinstance(event, ev.ShipmentReceived)):
+        unit = _ID
+    if len(value) % unit.size:
+        return f"{len(value)} bytes"
+    rows = list(unit.iter_unpack(value))
+    if unit is ev.CURSOR:
+        return [dict(zip(("shard", "lane", "position"), row, strict=True)) for row in rows]
+    if unit is _ID:
+        return [str(CapsuleId(capsule)) for (capsule,) in rows]
+    return [{"capsule": str(CapsuleId(capsule)), "position": position} for capsule, position in rows]
 
 
 # --- replay ----------------------------------------------------------------------------------------
