@@ -35,6 +35,7 @@ from space.federation.exchange import (
     Peer,
     parse_document,
 )
+from space.federation.shelf import Shelf, ShelfRoutes
 
 AHEAD: Final = 64
 AHEAD_BYTES: Final = 16 << 20
@@ -99,10 +100,12 @@ class Receiver(Protocol):
 class FederationServer:
     """Answers other zones, in the loop it was made in."""
 
-    def __init__(self, receiver: Receiver, tls: ssl.SSLContext, *, shipment_bytes_max: int) -> None:
+    def __init__(self, receiver: Receiver, tls: ssl.SSLContext, *, shipment_bytes_max: int, shelf: Shelf | None = None
+    ) -> None:
         self._receiver = receiver
         self._limits = {SHIPMENT: shipment_bytes_max, PULSE: PULSE_BYTES_MAX}
         self._tls = tls
+        self._shelf = shelf
         self._streams: dict[bytes, asyncio.Task[Any]] = {}
         self._runner: web.AppRunner | None = None
 
@@ -117,6 +120,8 @@ class FederationServer:
         application.router.add_get(CURSORS, self._cursors)
         application.router.add_post(AUTHORITY, self._authority)
         application.router.add_post(SHIP, self._ship)
+        if self._shelf is not None:
+            ShelfRoutes(self._shelf, self._peer).add_to(application)
         runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
         await runner.setup()
         try:
