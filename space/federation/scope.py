@@ -1,0 +1,203 @@
+"""Scope: what one zone may see of the home at one moment.
+
+In scope is a capsule that policy allows there (:mod:`space.federation.selection`), that has its home here, and that is
+*alive*: not deleted, and not in a directory that is.  Its names are those in directories that are in scope, and in the
+root, for which ``/zones/NAME`` stands at the receiver; one without any hangs in ``/zones/NAME/.capsules``.  Names in
+other directories, and their ids, get into no command: :meth:`Scope.places` leaves them out.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Final, Protocol, final
+
+from space.events.ids import ID_BYTES, NIL, ROOT, zone_capsules, zone_root
+from space.events.types import Kind
+from space.federation.selection import Selection
+from space.statemachine import zones
+from space.statemachine.decision import capsule_text
+from space.statemachine.tables import ENTRY, XATTR, CapsuleRow, EntryRow, Overlay, Reader
+
+DIRECTORY: Final = int(Kind.DIRECTORY)
+
+REMEMBERED: Final = 100_000
+"""Capsules a look through a whole store remembers: some 50 MB."""
+
+Slot = tuple[bytes, bytes]
+"""A directory and a name in it."""
+
+
+class Extent(Protocol):
+    """``length`` bytes at ``offset``: what ``frames`` hold (of batch ``position``) less their first ``skip`` bytes."""
+
+    @property
+    def offset(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def skip(self) -> int: ...
+    @property
+    def frames(self) -> bytes: ...
+
+
+class Moment(Protocol):
+    """The home as of one position: stays what it is for as long as somebody holds it."""
+
+    @property
+    def state(self) -> Reader: ...
+
+    def extents(self, capsule: bytes, offset: int, length: int) -> Iterator[Extent]:
+        """What a range of a capsule is made of, in order; gaps are zeros."""
+
+
+@final
+class Scope:
+    """What a zone may see of one state; ``home`` is the id of the zone whose state it is.
+
+    Looks at most rows once: it is for one moment and thrown away with it.
+    """
+
+    def __init__(self, state: Reader, selection: Selection, home: bytes) -> None:
+        self.state = Overlay(state)
+        self._below = state
+        self._selection = selection
+        self._root = bytes(zone_root(home))
+        self._capsules = bytes(zone_capsules(home))
+        self._lanes: dict[bytes, int | None] = {}
+        self._alive: dict[bytes, bool] = {}
+
+    def forget(self) -> None:
+        """Bounds what is remembered, for those who look through a whole store."""
+        if len(self._lanes) + len(self._alive) > REMEMBERED:
+            self.state = Overlay(self._below)
+            self._lanes.clear()
+            self._alive.clear()
+
+    def row(self, capsule: bytes) -> CapsuleRow:
+        """The row of a capsule that is in scope."""
+        row = self.state.capsule(capsule)
+        assert row is not None, "what is in scope is there"
+        return row
+
+    def lane(self, capsule: bytes) -> int | None:
+        """The lane of a capsule; None if it is not in scope."""
+        try:
+            return self._lanes[capsule]
+        except KeyError:
+            lane = self._lanes[capsule] = self._lane(capsule)
+            return lane
+
+    def _lane(self, capsule: bytes) -> int | None:
+        row = self.state.capsule(capsule)
+        if row is None or capsule == ROOT:
+            return None
+        lane = self._selection.lane(self.state, row.policy)
+        if lane is None or zones.home_of(self.state, capsule, row) is not None:
+            return None
+        return lane if self.alive(capsule) else None
+
+    def alive(self, capsule: bytes) -> bool:
+        """Whether a capsule can be reached: it is not deleted, nor is any directory above all of its names."""
+        if self._reached(capsule):
+            return True
+        row = self.state.capsule(capsule)
+        if row is None or row.deleted or row.kind == DIRECTORY or row.nlink < 2:
+            return False
+        return any(self._reached(parent) for parent, _ in self.names(capsule))
+
+    def _reached(self, capsule: bytes) -> bool:
+        """Whether the way up from a capsule leads to the root, or to what never had a name."""
+        trail = []
+        at = capsule
+        while (found := self._alive.get(at)) is None:
+            trail.append(at)
+            row = self.state.capsule(at)
+            if row is None or row.deleted:
+                found = False
+                break
+            if at == ROOT or row.parent == NIL:
+                found = True
+                break
+            at = row.parent
+        for each in trail:
+            self._alive[each] = found
+        return found
+
+    def place(self, parent: bytes) -> bytes | None:
+        """The directory at the receiver that stands for one of the home; None if names in it do not leave."""
+        if parent == ROOT:
+            return self._root
+        return parent if self.lane(parent) is not None else None
+
+    def places(self, slots: list[Slot]) -> list[Slot]:
+        """Those of some names that a capsule has at the receiver."""
+        found = [(self.place(parent), name) for parent, name in slots]
+        return [(parent, name) for parent, name in found if parent is not None]
+
+    def apart(self, capsule: bytes) -> Slot:
+        """The name a capsule has at the receiver that has no other there."""
+        return self._capsules, capsule_text(capsule).encode()
+
+    def entry(self, slot: Slot) -> bytes | None:
+        """The capsule a name leads to."""
+        data = self.state.get(ENTRY, slot[0] + slot[1])
+        return None if data is None else EntryRow.decode(data).capsule
+
+    def children(self, directory: bytes) -> Iterator[tuple[bytes, EntryRow]]:
+        """Names in a directory, and what they lead to."""
+        for key, value in self.state.scan(ENTRY, directory):
+            yield key[ID_BYTES:], EntryRow.decode(value)
+
+    def count(self, capsule: bytes) -> int:
+        """How many names a capsule has that is there."""
+        row = self.state.capsule(capsule)
+        assert row is not None
+        return min(row.nlink, 1) if row.kind == DIRECTORY else row.nlink
+
+    def names(self, capsule: bytes) -> list[Slot]:
+        """Every name of a capsule: a look through the directory of its last one, and through all for what is left."""
+        row = self.state.capsule(capsule)
+        if row is None or row.deleted:
+            return []
+        count = self.count(capsule)
+        found: dict[Slot, None] = {}
+        for prefix in (row.parent, b""):
+            if len(found) >= count:
+                break
+            for key, value in self.state.scan(ENTRY, prefix):
+                if value[:ID_BYTES] == capsule:
+                    found[key[:ID_BYTES], key[ID_BYTES:]] = None
+                    if len(found) == count:
+                        break
+        return list(found)
+
+    def depth(self, capsule: bytes) -> int:
+        """How many directories are above a capsule."""
+        depth = 0
+        row = self.state.capsule(capsule)
+        while row is not None and row.parent not in (NIL, capsule):
+            depth, capsule = depth + 1, row.parent
+            row = self.state.capsule(capsule)
+        return depth
+
+    def below(self, directory: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Everything in a directory, at any depth, parents first: (its directory, capsule), once for each name."""
+        queue = deque([directory])
+        while queue:
+            parent = queue.popleft()
+            for _, child in self.children(parent):
+                yield parent, child.capsule
+                if child.kind == DIRECTORY:
+                    queue.append(child.capsule)
+
+    def xattrs(self, capsule: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Extended attributes of a capsule."""
+        for key, value in self.state.scan(XATTR, capsule):
+            yield key[ID_BYTES:], value
+
+    def xattr(self, capsule: bytes, name: bytes) -> bytes | None:
+        """One extended attribute; None if it is not set."""
+        return self.state.get(XATTR, capsule + name)
