@@ -33,6 +33,10 @@ def serve(
     http: Annotated[
         str | None, typer.Option("--http", metavar=LISTEN_METAVAR, help="Metrics, status page, calls.")
     ] = None,
+    federation: Annotated[
+        str | None,
+        typer.Option("--federation", metavar=LISTEN_METAVAR, help="For other zones; ships to them."),
+    ] = None,
     join: Annotated[
         str | None, typer.Option("--join", metavar="CLUSTER", help="Wait to be added to this cluster.")
     ] = None,
@@ -59,6 +63,7 @@ def serve(
         raise UsageError("a node is run where its data is", hint="leave --node out, and say --data DIR")
     given: Document = {
         "listen": listen, "advertise": advertise, "shards": shards, "http": http, "join": join,
+        "federation": federation,
         "node-id": node_id, "tls": tls, "insecure": insecure or None, "mount": mount,
     }  # fmt: skip
     options = _options(config, given)
@@ -88,6 +93,7 @@ def _options(config: str | None, given: Document) -> ServeOptions:
         advertise=found.get("advertise"),
         shards=found.get("shards"),
         http=found.get("http"),
+        federation=found.get("federation"),
         join=found.get("join"),
         node=found.get("node-id"),
         tls=Path(found["tls"]).expanduser() if found.get("tls") else None,

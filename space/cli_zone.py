@@ -259,10 +259,17 @@ def _status_lines(found: Document) -> list[str]:
         )
     for zone in found["zones"]:
         lines.append(f"  {_status_line(zone)}")
-        lines += [f"    copying {each['capsule']}: {formatted(each['bytes'])}" for each in zone["copies"]]
+        lines += [f"    {zone['remark']}"] if zone["remark"] else []
+        lines += [_stream_line(each) for each in zone["streams"] if each["waiting_bytes"] or each["copying"]]
         for each in zone.get("capsules", ()):
-            lines.append(f"    {each['capsule']} position {each['position']} of {each['last']}")
+            lines.append(f"    {each['capsule']} priority {each['lane']}: lacks position {each['position']}")
     return [clean(line) for line in lines]
+
+
+def _stream_line(stream: Document) -> str:
+    copying = ", a copy is under way" if stream["copying"] else ""
+    waiting = formatted(stream["waiting_bytes"])
+    return f"    priority {stream['lane']}: position {stream['position']}, {waiting} to send{copying}"
 
 
 def _status_line(zone: Document) -> str:

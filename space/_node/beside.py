@@ -33,6 +33,7 @@ from space._node.store import (
     read_store_id,
     refuse_reclaimed,
     store_key,
+    usable_key,
 )
 from space.content.cache import FrameCache
 from space.content.keys import Keyring
@@ -152,7 +153,7 @@ class PastBeside(Reading):
 
     def _wrapped_key(self, key: int, version: int) -> bytes | None:
         with self._read() as txn:
-            return txn.get(KEY, U32.pack(key) + U32.pack(version))
+            return usable_key(txn.get(KEY, U32.pack(key) + U32.pack(version)), key)
 
     def _located(self, error: CorruptionError) -> CorruptionError:
         """Raises RefusedError for bytes that are gone because gc gave them back, at any time."""

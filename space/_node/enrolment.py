@@ -41,6 +41,7 @@ class ServeOptions:
         mounts: ``(target, path)`` to mount when it is ready.
         nvme: what to serve to NVMe hosts as soon as it can be; at most one, as a node has one subsystem.
         nfs: what to serve to NFS clients when it is this node's turn; at most one, as a cluster is one server.
+        federation: HOST:PORT for other zones; it ships to them too.
     """
 
     listen: str | None = None
@@ -54,6 +55,7 @@ class ServeOptions:
     mounts: tuple[tuple[str, str], ...] = ()
     nvme: tuple[NvmeOptions, ...] = ()
     nfs: tuple[NfsOptions, ...] = ()
+    federation: str | None = None
 
 
 def prepare(home: Path, options: ServeOptions) -> NodeConfig:

@@ -10,8 +10,25 @@ from space._errors import UnavailableError
 from space._node.caller import Document
 
 if TYPE_CHECKING:
+    from space._node.federation import Federation
     from space._node.federation_zones import Zones
     from space._node.store import Store
+
+
+def begin_federation(store: Store, listen: str | None, *, bandwidth: int = 0) -> Federation:
+    """Ships to other zones and takes what they ship until the store is closed.
+
+    Raises:
+        NotFoundError: the store is in no zone.
+        UnavailableError: the address cannot be listened on, or aiohttp is not installed.
+    """
+    if importlib.util.find_spec("aiohttp") is None:
+        raise UnavailableError(
+            "federation needs the Python package aiohttp", hint="pip install 'space-store[federation]'"
+        )
+    from space._node.federation import Federation
+
+    return Federation(store, listen, bandwidth=bandwidth)
 
 
 class FederationCalls:
@@ -66,13 +83,7 @@ class FederationCalls:
 
     def federation_begin(self, *, listen: str | None = None, bandwidth: int = 0) -> Document:
         """Lets the process that has the store open ship to other zones, and listen at ``HOST:PORT`` for theirs."""
-        if importlib.util.find_spec("aiohttp") is None:
-            raise UnavailableError(
-                "federation needs the Python package aiohttp", hint="pip install 'space-store[federation]'"
-            )
-        from space._node.federation import Federation
-
-        running = Federation(self.store, listen, bandwidth=bandwidth)
+        running = begin_federation(self.store, listen, bandwidth=bandwidth)
         return {
             "zone": self._zones.keys().identity.name,
             "listen": running.url,

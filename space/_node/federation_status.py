@@ -164,18 +164,18 @@ def _zone(
 
 def _quiet(store: Store, note: Document) -> Document:
     """What can be said of a zone while nothing is shipped to it."""
-    position = note.get("position")
+    position: int | None = note.get("position")
     behind = position is not None and position < store.position
     return {
         "connected": False,
         "error": "not running: space federation serve",
         "position": position,
         "waiting": behind,
-        "oldest_ns": store.wal.time_ns(position + 1) if behind else 0,
+        "oldest_ns": store.wal.time_ns(position + 1) if position is not None and behind else 0,
         "rpo_ns": None,
         "rpo_ok": False,
+        "remark": "",
         "streams": [],
-        "copies": [],
         "capsules": [],
     }
 

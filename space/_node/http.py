@@ -50,6 +50,7 @@ from space._errors import (
 from space._node import pages
 from space._node.caller import CHUNK_BYTES, Caller, Document, Terms
 from space._node.calls import Target, carry_out
+from space._node.federation_status import samples as federation_samples
 from space._node.messages import (
     ANSWER_BYTES_MAX,
     LENGTH,
@@ -596,6 +597,10 @@ class HttpServer:
             yield from pages.peer_samples(found["peers"])
             for number, store in enumerate(self._node.stores):
                 yield "space_log_bytes", {"shard": number}, store.wal.bytes_on_disk()
+        with contextlib.suppress(SpaceError):
+            found = self._target.call("federation_status", {}, Caller(), Terms(stale=True))
+            if found["running"]:
+                yield from federation_samples(found)
         yield "space_calls_total", {"way": "http"}, self.answered
         yield from _process_samples()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import signal
 import threading
@@ -19,6 +20,7 @@ from space._errors import UnavailableError
 from space._node.caller import Document
 from space._node.calls import StoreTarget, Target
 from space._node.enrolment import ServeOptions, prepare
+from space._node.federation_calls import begin_federation
 from space._node.mounts import Mounts
 from space._node.node_target import NodeTarget
 
@@ -130,6 +132,9 @@ class Running:
                 node.nvme.keep_serving(view)
             for offered in options.nfs:
                 node.nfs.keep_serving(offered)
+            if options.federation is not None:
+                with self.node.store.relaxed(math.inf):  # it may start before there is a leader
+                    begin_federation(self.node.store, options.federation)
         except BaseException:
             self.stop()
             raise
@@ -157,6 +162,8 @@ class Running:
 
     def stop(self) -> None:
         """Hands over, ends what is being answered, and closes; callers go on with another node."""
+        if self.node.store.federation is not None:
+            self.node.store.federation.close()
         if self._listener is not None:
             self._listener.retire(RETIRE_SECONDS)
         if self._http is not None:
@@ -200,12 +207,17 @@ class RunningAlone:
                 "views of a node need the consensus engine", hint=f"space project --view {kind}"
             )
         self._http: HttpServer | None = None
+        self._listener: Listener | None = None
         self._store: Store = Store(home)
         try:
             target = StoreTarget(self._store)
             self._http = _http(target, options, None) if options.http is not None else None
             self._listener = listen(target)
+            if options.federation is not None:
+                begin_federation(self._store, options.federation)
         except BaseException:
+            if self._listener is not None:
+                self._listener.close()
             if self._http is not None:
                 self._http.retire(0)
                 self._http.close()
@@ -219,11 +231,13 @@ class RunningAlone:
 
     def stop(self) -> None:
         """Ends what is being answered, and closes."""
-        self._listener.retire(RETIRE_SECONDS)
+        if self._listener is not None:
+            self._listener.retire(RETIRE_SECONDS)
         if self._http is not None:
             self._http.retire(RETIRE_SECONDS)
             self._http.close()
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
         self._store.close()
 
 

@@ -68,6 +68,7 @@ KEYS: Final[dict[str, type]] = {
     "advertise": str,
     "shards": int,
     "http": str,
+    "federation": str,
     "join": str,
     "node-id": int,
     "tls": str,

@@ -59,6 +59,7 @@ from space.events.codec import Entry
 from space.events.commands import Buffer, Command, Durability, Receipt, Request
 from space.events.ids import AtPosition, CapsuleId, Moment
 from space.events.types import EXTENT_BYTES_MAX, Kind
+from space.federation.sealing import is_for_home
 from space.policy.model import Encryption, Policy
 from space.projections import dedup
 from space.projections.contract import View, registered_views
@@ -264,7 +265,7 @@ class Store(Reading):
 
     def _wrapped_key(self, key: int, version: int) -> bytes | None:
         with self._tables.read() as txn:
-            return txn.get(KEY, U32.pack(key) + U32.pack(version))
+            return usable_key(txn.get(KEY, U32.pack(key) + U32.pack(version)), key)
 
     def _find_frame(self, content_hash: bytes) -> FrameRef | None:
         with self._tables.read() as txn:
@@ -882,6 +883,8 @@ class Store(Reading):
 
     def close(self) -> None:
         """Makes everything durable and closes; closing twice does nothing."""
+        if self.federation is not None:
+            self.federation.close()
         with self._lock:
             if self._closed:
                 return
@@ -920,6 +923,21 @@ def located(wal: Log, error: CorruptionError) -> CorruptionError:
         position=error.position,
         hint="`space verify` lists all damage; restore the file from a backup or a replica",
     )
+
+
+def usable_key(row: bytes | None, key: int) -> bytes | None:
+    """A row of the key table.
+
+    Raises:
+        RefusedError: it can be opened in the home zone of what it is for, and not here.
+    """
+    if row is not None and is_for_home(row):
+        raise RefusedError(
+            f"key {key} is sealed for its home zone: this zone holds the content and cannot read it",
+            hint="federation.sealed in the policy, there",
+            status=Status.NOT_PERMITTED,
+        )
+    return row
 
 
 def refuse_reclaimed(txn: ReadTransaction, damaged: CorruptionError) -> None:

@@ -375,4 +375,6 @@ def _reason(error: Exception) -> str:
         return "it does not know this zone: add this one there (space zone add)"
     if "CERTIFICATE_VERIFY_FAILED" in text:
         return f"who answers there is not that zone: {text:.200}"
+    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError | ConnectionResetError):
+        return "the other side ended the connection"
     return f"{type(error).__name__}: {text:.200}" if text else type(error).__name__

@@ -1,0 +1,300 @@
+"""Shipping to other zones and taking what they ship, as long as this process has the store open.
+
+One thread with one loop does both: a server for zones that ship here, and for each added zone a
+:class:`space.federation.shipper.Shipper`.  Zones that are added, changed or removed meanwhile are taken up as soon
+as the log says so, whoever said it.  Deciding, reading the log and everything else that may wait is done on other
+threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import attrs
+
+from space._errors import SpaceError, UnavailableError, UsageError
+from space._node.caller import Document
+from space._node.federation_keys import ZoneAuthority, trust
+from space._node.federation_receive import ZoneReceiver
+from space._node.federation_send import ZoneSource
+from space._node.federation_status import Backlog, load_notes, save_notes
+from space._node.federation_zones import Zone, Zones
+from space.events.types import ZoneAdded, ZoneChanged, ZoneDefined, ZoneRemoved
+from space.federation.exchange import Throttle
+from space.federation.server import FederationServer
+from space.federation.shipment import SHIPMENT_BYTES_MAX
+from space.federation.shipper import Shipper, Target
+
+if TYPE_CHECKING:
+    from space._node.store import Store
+    from space.events.codec import Entry
+
+READY_SECONDS: Final = 30.0
+WATCH_SECONDS: Final = 1.0
+"""How often promises (rpo) are looked at."""
+
+_ABOUT_ZONES: Final = (ZoneDefined, ZoneAdded, ZoneChanged, ZoneRemoved)
+
+log: Final = logging.getLogger("space.federation")
+
+
+@attrs.define(eq=False)
+class _Link:
+    """What ships to one zone."""
+
+    zone: Zone
+    source: ZoneSource
+    shipper: Shipper
+    task: asyncio.Task[None]
+
+
+class Federation:
+    """See the module's text."""
+
+    def __init__(
+        self,
+        store: Store,
+        listen: str | None,
+        *,
+        bandwidth: int = 0,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        """Begins to ship, and to listen at ``HOST:PORT`` if that is given.
+
+        Args:
+            store: whose log it is.
+            listen: where other zones reach this one; None only ships.
+            bandwidth: bytes a second that may leave for each zone; 0 is any number.
+            chance: random numbers from 0 to 1.
+
+        Raises:
+            NotFoundError: the store is in no zone.
+            UnavailableError: the address cannot be listened on, or the process federates already.
+            UsageError: not an address.
+        """
+        if store.federation is not None:
+            raise UnavailableError(f"store {store.path} federates already")
+        self._address = None if listen is None else parse_listen(listen)
+        self._store = store
+        self._zones = Zones(store)
+        self._keys = self._zones.keys()
+        self._bandwidth = bandwidth
+        self._chance = chance
+        self._links: dict[bytes, _Link] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._receiver = ZoneReceiver(store, self._zones)
+        self._notes: dict[str, Document] = load_notes(store.path)
+        self.backlog = Backlog(store.wal)
+        self._tls = self._keys.server_context()
+        self._begun: Future[int] = Future()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._changed = asyncio.Event()
+        self._stirred = False
+        self._thread = threading.Thread(target=self._run, name="space-federation", daemon=True)
+        self._thread.start()
+        self.port = self._begun.result(READY_SECONDS)
+        store.watchers.append(self._watch)
+        store.federation = self
+        self._soon(self._look)
+
+    @property
+    def url(self) -> str | None:
+        """Where it listens."""
+        if self._address is None:
+            return None
+        host = self._address[0]
+        return f"https://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def reload(self) -> None:
+        """Takes the keys as they are now, for connections made from now on."""
+        self._soon(self._take_keys)
+
+    def close(self) -> None:
+        """Hangs up, and returns when nothing of it runs any more."""
+        self._store.federation = None
+        if self._watch in self._store.watchers:
+            self._store.watchers.remove(self._watch)
+        if self._stop is not None:
+            self._soon(self._stop.set)
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- the loop ----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())  # not uvloop's: it does not wait for TLS connections to end
+        except BaseException as error:  # whoever waits for the start is told; else it is in the log
+            if self._begun.done():
+                log.exception("federation has ended")
+            else:
+                self._begun.set_exception(error)
+
+    async def _main(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        server = FederationServer(self._receiver, self._tls, shipment_bytes_max=SHIPMENT_BYTES_MAX)
+        port = 0 if self._address is None else await server.start(*self._address)
+        self._changed.set()
+        tasks = [asyncio.create_task(self._follow_zones()), asyncio.create_task(self._watch_links())]
+        try:
+            self._begun.set_result(port)
+            await self._stop.wait()
+        finally:
+            tasks += [link.task for link in self._links.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for zone in list(self._links):
+                self._end(zone)
+            await asyncio.gather(*self._closing, return_exceptions=True)
+            await server.close()
+
+    def _soon(self, work: Callable[[], Any]) -> None:
+        """Has the loop do something, from any thread."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(work)
+        except RuntimeError:  # it is closed
+            return
+
+    def _watch(self, entries: Sequence[Entry]) -> None:
+        """Told of every batch, under the store's lock."""
+        for entry in entries:
+            if any(isinstance(event, _ABOUT_ZONES) for _, event in entry.events):
+                self._soon(self._look)
+        if not self._stirred:
+            self._stirred = True
+            self._soon(self._stir)
+
+    def _stir(self) -> None:
+        self._stirred = False
+        for link in self._links.values():
+            link.shipper.wake()
+
+    def _take_keys(self) -> None:
+        try:
+            self._keys = self._zones.keys()
+            self._keys.reload(self._tls)
+        except SpaceError as error:
+            log.warning("the keys of this zone cannot be loaded, so the ones before stay in use: %s", error)
+            return
+        for zone in list(self._links):
+            self._end(zone)
+        self._look()
+
+    def _look(self) -> None:
+        """Has the zones looked at."""
+        self._changed.set()
+
+    async def _follow_zones(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            self._refresh(await asyncio.to_thread(self._others))
+
+    def _others(self) -> list[Zone]:
+        with self._store.still():  # a batch that is being written is in the tables then
+            return self._zones.others()
+
+    def _refresh(self, zones: Sequence[Zone]) -> None:
+        """Begins to ship to zones that are new, and ends with those that have gone."""
+        others = {zone.id: zone for zone in zones}
+        for number, link in list(self._links.items()):
+            if others.get(number) != link.zone:
+                self._end(number)
+        for number, zone in others.items():
+            if number not in self._links:
+                self._begin(zone)
+
+    def _begin(self, zone: Zone) -> None:
+        authority = ZoneAuthority.parse(zone.authorities)
+        trust(self._tls, authority)
+        source = ZoneSource(
+            self._store, self._zones, zone, self._notes.get(str(uuid.UUID(bytes=zone.id)), {})
+        )
+        tls = self._keys.client_context(authority)
+        target = Target(zone.name, zone.url, tls, source, Throttle(self._bandwidth))
+        shipper = Shipper(target, chance=self._chance)
+        task = asyncio.create_task(shipper.run(), name=f"ship to {zone.name}")
+        task.add_done_callback(_complain)
+        self._links[zone.id] = _Link(zone, source, shipper, task)
+
+    def _end(self, zone: bytes) -> None:
+        link = self._links.pop(zone)
+        link.task.cancel()
+        closing = asyncio.create_task(asyncio.to_thread(link.source.close))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    async def _watch_links(self) -> None:
+        """Looks every second whether promises are kept, and keeps what is known of the zones."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            await asyncio.to_thread(self._look_at_links)
+
+    def _look_at_links(self) -> None:
+        notes = {}
+        for link in list(self._links.values()):
+            try:
+                link.source.look_at_promises()
+            except SpaceError as error:
+                log.warning("the promises to zone %s cannot be looked at: %s", link.zone.name, error)
+            notes[str(uuid.UUID(bytes=link.zone.id))] = {
+                **link.source.note(),
+                **self._receiver.heard_of(link.zone.id),
+            }
+        if notes != self._notes:
+            self._notes = notes
+            save_notes(self._store.path, notes)
+
+    # --- shown -------------------------------------------------------------------------------------
+
+    def link_documents(self) -> dict[bytes, Document]:
+        """How the connection to each zone is, by its id."""
+        now = time.monotonic()
+        found = {}
+        for number, link in list(self._links.items()):
+            status = link.shipper.status
+            found[number] = {
+                "connected": status.connected,
+                "error": status.error,
+                "error_ns": status.error_ns,
+                "rtt_seconds": status.rtt_seconds,
+                "flight_bytes": status.flight_bytes,
+                "sent_bytes": status.sent_bytes,
+                "shipments": status.shipments,
+                "bytes_per_second": round(status.throughput(now)),
+                **link.source.document(),
+            }
+        return found
+
+
+def _complain(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("%s has ended", task.get_name(), exc_info=error)
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Host and port.
+
+    Raises:
+        UsageError: not ``HOST:PORT``.
+    """
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not (port.isascii() and port.isdecimal()) or int(port) > 0xFFFF:
+        raise UsageError(f"not an address: {text!r:.80}", hint="write HOST:PORT")
+    return host.strip("[]"), int(port)

@@ -1,0 +1,365 @@
+"""What one zone is sent: the log read for it, what leaves recorded, and how far behind it is.
+
+:mod:`space.federation.stream` says what goes next; here is what it needs of the store.  A shipment is made of batches
+that are durable here (else a power loss could take back what another zone has), and what is in it is recorded in this
+log before it leaves; the zone's answer counts when that record is durable too.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from space._errors import CorruptionError, NotFoundError, RefusedError, UnavailableError
+from space._node.caller import Document
+from space._node.federation_home import HomeContent, Sealer, Walk
+from space._node.federation_keys import ZoneAuthority
+from space.events import commands as cmd
+from space.events.commands import Durability
+from space.events.ids import CapsuleId
+from space.federation.initial import initial
+from space.federation.selection import Selection
+from space.federation.shipment import encode_shipment
+from space.federation.shipper import Outgoing
+from space.federation.stream import Begin, Cursor, Streams, begin
+from space.federation.translate import Part, Translator, is_quiet
+from space.statemachine import zones as rows
+from space.statemachine.tables import POLICY, U32
+
+if TYPE_CHECKING:
+    from space._node.federation_zones import Zone, Zones
+    from space._node.store import Store
+    from space.federation import stream
+
+SHARD: Final = 0
+"""The shard whose log is shipped: the one with the tree."""
+
+READ_BATCHES: Final = 256
+"""Batches that are read before it is looked whether there is something to send."""
+
+CAPSULES_SHOWN: Final = 1000
+"""Capsules a status lists: more say nothing more to a person."""
+
+log: Final = logging.getLogger("space.federation")
+
+
+class ZoneSource:
+    """A :class:`space.federation.shipper.Source` for one zone."""
+
+    def __init__(self, store: Store, zones: Zones, zone: Zone, note: Document) -> None:
+        """``note`` is what :meth:`note` said when something was last shipped from here."""
+        keys = zones.keys()
+        self._store = store
+        self._zones = zones
+        self._zone = zone
+        self._home = keys.identity
+        self._content = HomeContent(store)
+        self._selection = Selection(zone.name)
+        seal = Sealer(store, keys, zone)
+        self._translator = Translator(self._home.id, self._home.name, self._selection, seal)
+        self._lock = threading.RLock()
+        self._streams: Streams | None = None
+        self._walk: Walk | None = None
+        self._parts: dict[int, deque[Part]] = {}
+        self._broken = {int(lane) for lane in note.get("broken", ())}
+        self._begun_ns = time.time_ns()
+        self._noted = note
+        self.remark = ""
+        """What people should know about how shipping goes on."""
+
+    # --- where to begin --------------------------------------------------------------------------
+
+    def connected(self, identity: Document, cursors: Document) -> None:
+        epoch, origin, found = _understood(cursors)
+        with self._store._read() as txn:
+            row = rows.zone_row(txn, self._zone.id)
+        ours = 0 if row is None else row.epoch
+        if epoch != ours:
+            raise RefusedError(
+                f"zone {self._zone.name} is in epoch {epoch} and this one in {ours}: one of them was promoted in the "
+                f"other's place"
+            )
+        ahead = max((cursor.position for cursor in found.values()), default=0)
+        if ahead > self._store.last:
+            raise RefusedError(
+                f"zone {self._zone.name} says it has position {ahead}, and this log ends at {self._store.last}",
+                hint="was this store restored from an older copy?",
+            )
+        with self._lock:
+            if self._streams is None or not self._streams.reconnected(found):
+                self._begin(found, origin, ours)
+
+    def _begin(self, cursors: Mapping[int, Cursor], origin: int, epoch: int) -> None:
+        """Reads the log from where a zone with these cursors goes on."""
+        self._forget()
+        self.remark = ""
+        at = begin(cursors, origin)
+        if at is not None:
+            try:
+                self._read_from(at, cursors, origin, epoch)
+            except (NotFoundError, CorruptionError):
+                if at.position + 1 >= self._store.wal.first_index:
+                    raise
+                self._forget()
+                self.remark = (
+                    f"the log begins at {self._store.wal.first_index}, after position {at.position} to which the zone "
+                    f"has come: everything is copied as it is now"
+                )
+                log.warning("zone %s: %s", self._zone.name, self.remark)
+                self._read_from(Begin(self._store.last, copying=True), cursors, origin, epoch)
+        else:
+            self._read_from(Begin(self._store.last, copying=True), cursors, origin, epoch)
+
+    def _read_from(self, at: Begin, cursors: Mapping[int, Cursor], origin: int, epoch: int) -> None:
+        walk = self._walk = Walk(self._store, at.position)
+        self._streams = Streams(self._home.id, self._zone.id, SHARD, cursors, at, origin=origin, epoch=epoch)
+        if at.copying:
+            sent = [capsule for capsule, _ in rows.sent_capsules(walk.now.state, self._zone.id)]
+            time_ns = self._store.wal.time_ns(at.position)
+            parts = initial(self._translator, walk.now, at.position, time_ns, sent)
+            self._take(parts, at.position, time_ns, quiet=not parts)
+
+    def _forget(self) -> None:
+        self._streams = None
+        self._parts = {}
+        if self._walk is not None:
+            self._walk.close()
+            self._walk = None
+
+    # --- what is next ----------------------------------------------------------------------------
+
+    def next(self) -> Outgoing | None:
+        with self._lock:
+            assert self._streams is not None, "connected() comes first"
+            while True:
+                found = self._streams.next(self._content, time.monotonic())
+                if found is not None:
+                    return self._recorded(found)
+                if not self._read():
+                    return None
+
+    def _read(self) -> bool:
+        """Reads on in the log; whether there was anything to read."""
+        streams, walk = self._streams, self._walk
+        assert streams is not None
+        assert walk is not None
+        last = min(self._store.last, walk.position + READ_BATCHES)
+        if streams.full or walk.position >= last:
+            return False
+        while walk.position < last and not streams.full:
+            before, after, batch = walk.step()
+            parts = self._translator.translate(before, after, batch)
+            quiet = is_quiet(batch.events)
+            self._take(parts, batch.position, batch.time_ns, quiet=quiet)
+        return True
+
+    def _take(self, parts: list[Part], position: int, time_ns: int, *, quiet: bool) -> None:
+        assert self._streams is not None
+        self._streams.add(parts, position, time_ns, quiet=quiet)
+        for part in parts:
+            self._parts.setdefault(part.lane, deque()).append(part)
+
+    def _recorded(self, found: stream.Outgoing) -> Outgoing:
+        shipment = found.shipment
+        body = encode_shipment(shipment)
+        through, step = shipment.through
+        self._store.sync()
+        position = 0
+        if found.capsules or found.withdrawn:
+            record = cmd.RecordShipment(
+                self._zone.id,
+                shipment.shard,
+                shipment.lane,
+                shipment.from_position,
+                through,
+                step,
+                found.capsules,
+                len(body),
+                found.withdrawn,
+            )
+            position = self._store.execute(
+                record, durability=Durability.BUFFERED, actor="federation"
+            ).position
+        return Outgoing(body, position)
+
+    def acknowledged(self, sent: Outgoing, cursor: Document) -> None:
+        self._store.sync()
+        lane, position, step = (cursor.get(key) for key in ("lane", "position", "step"))
+        with self._lock:
+            assert self._streams is not None
+            self._streams.acknowledge(_number(lane), _number(position), _number(step))
+
+    # --- beside shipments --------------------------------------------------------------------------
+
+    def offer(self, identity: Document) -> tuple[bytes, bytes] | None:
+        knows = identity.get("knows")
+        known = knows.get("fingerprints") if isinstance(knows, dict) else None
+        keys = self._zones.keys()
+        pem, signature = keys.offer()
+        offered = ZoneAuthority.parse(pem).fingerprints
+        if not isinstance(known, list) or set(offered) == set(known):
+            return None
+        return (pem, signature) if keys.authority.fingerprints[0] in known else None
+
+    def pulse(self) -> Document:
+        return {"position": self._store.last, "time_ns": time.time_ns()}
+
+    def close(self) -> None:
+        """Removes what was made for reading."""
+        with self._lock:
+            self._forget()
+
+    # --- how far -----------------------------------------------------------------------------------
+
+    @property
+    def position(self) -> int | None:
+        """Up to where the zone has everything it is to have; None if it was not heard of yet."""
+        with self._lock:
+            if self._streams is None:
+                return self._noted.get("position")
+            lanes = [self._streams.confirmed(lane) for lane in self._streams.lanes]
+            return min(lanes, default=self._streams.position)
+
+    def _missing(self, lane: int) -> deque[Part]:
+        """Parts of a lane that are not there, oldest first."""
+        assert self._streams is not None
+        parts = self._parts.setdefault(lane, deque())
+        while parts and parts[0].position <= self._streams.confirmed(lane):
+            parts.popleft()
+        return parts
+
+    def _oldest_ns(self, lane: int) -> int:
+        """Time of the oldest batch that is for a lane and not there; 0 if there is none."""
+        parts = self._missing(lane)
+        return parts[0].time_ns if parts else 0
+
+    def look_at_promises(self) -> None:
+        """Reads on while nothing is shipped, and says in the log which promises (rpo) are broken, or kept again.
+
+        Raises:
+            SpaceError: the log cannot be read, or not written.
+        """
+        with self._lock:
+            if self._streams is not None:
+                self._read()
+            for lane, (promised_ns, lag_ns) in self._lags().items():
+                late = lag_ns > promised_ns
+                if late != (lane in self._broken):
+                    self._say(lane, lag_ns, kept=not late)
+
+    def _lags(self) -> dict[int, tuple[int, int]]:
+        """What is promised for each lane, and how old the oldest batch is that is not there."""
+        now_ns = time.time_ns()
+        found = {}
+        for lane, promised_ns in self._promises().items():
+            oldest_ns = self._begun_ns if self._streams is None else 0
+            if self._streams is not None and lane in self._streams.lanes:
+                oldest_ns = self._oldest_ns(lane)
+            found[lane] = promised_ns, max(0, now_ns - oldest_ns) if oldest_ns else 0
+        return found
+
+    def _promises(self) -> dict[int, int]:
+        """The shortest rpo of each lane, in nanoseconds."""
+        found: dict[int, int] = {}
+        with self._store._read() as txn:
+            for key, _ in txn.scan(POLICY, b""):
+                number = U32.unpack(key)[0]
+                lane = self._selection.lane(txn, number)
+                promised_ns = self._selection.policy(txn, number).rpo_ns
+                if lane is not None and promised_ns is not None:
+                    found[lane] = min(promised_ns, found.get(lane, promised_ns))
+        return found
+
+    def _say(self, lane: int, lag_ns: int, *, kept: bool) -> None:
+        position = self.position or 0
+        record = cmd.RecordRpo(self._zone.id, SHARD, lane, position, lag_ns, kept)
+        self._store.execute(record, durability=Durability.BUFFERED, actor="federation")
+        (self._broken.discard if kept else self._broken.add)(lane)
+        text = "is kept again" if kept else "is broken"
+        log.warning("the rpo promised for zone %s, priority %d, %s", self._zone.name, lane, text)
+
+    def note(self) -> Document:
+        """What is worth knowing when this process has ended."""
+        with self._lock:
+            return {"position": self.position, "broken": sorted(self._broken)}
+
+    def document(self) -> Document:
+        """How far the zone is."""
+        with self._lock:
+            streams = self._streams
+            lanes = [] if streams is None else streams.lanes
+            oldest = {lane: self._oldest_ns(lane) for lane in lanes}
+            unread = streams is None or streams.position < self._store.last
+            rpo = self._lags()
+            return {
+                "position": self.position,
+                "waiting": unread or any(oldest.values()),
+                "oldest_ns": min((each for each in oldest.values() if each), default=0) or self._unread_ns(),
+                "rpo_ns": min((promised for promised, _ in rpo.values()), default=None),
+                "rpo_ok": all(lag <= promised for promised, lag in rpo.values()),
+                "remark": self.remark,
+                "streams": [
+                    {
+                        "shard": SHARD,
+                        "lane": lane,
+                        "position": streams.confirmed(lane),
+                        "waiting_bytes": streams.waiting_bytes(lane),
+                        "lag_seconds": round(max(0, time.time_ns() - oldest[lane]) / 1e9, 3)
+                        if oldest[lane]
+                        else 0,
+                        "copying": any(part.has_copies for part in self._missing(lane)),
+                    }
+                    for lane in lanes
+                    if streams is not None
+                ],
+                "capsules": [
+                    {"capsule": str(CapsuleId(capsule)), "lane": lane, "position": position}
+                    for lane in lanes
+                    for capsule, position in self._missing_capsules(lane)
+                ],
+            }
+
+    def _missing_capsules(self, lane: int) -> list[tuple[bytes, int]]:
+        """Capsules of which the zone lacks something, each with the latest position of that."""
+        found: dict[bytes, int] = {}
+        for part in self._missing(lane):
+            for capsule in part.capsules:
+                if len(found) >= CAPSULES_SHOWN:
+                    return list(found.items())
+                found[capsule] = part.position
+        return list(found.items())
+
+    def _unread_ns(self) -> int:
+        """Time of the first batch that was not read for the zone yet; 0 if all were."""
+        at = self._noted.get("position") if self._streams is None else self._streams.position
+        if at is None or at >= self._store.last:
+            return 0
+        return self._store.wal.time_ns(at + 1)
+
+
+def _number(value: Any) -> int:
+    return value if type(value) is int and value >= 0 else -1
+
+
+def _understood(cursors: Document) -> tuple[int, int, dict[int, Cursor]]:
+    """Epoch, origin and the cursor of each lane, of what the other side said.
+
+    Raises:
+        UnavailableError: it is nothing of the kind.
+    """
+    try:
+        epoch, origin = int(cursors["epoch"]), int(cursors["base"])
+        found = {
+            int(each["lane"]): Cursor(int(each["position"]), int(each["step"]), bytes.fromhex(each["resume"]))
+            for each in cursors["cursors"]
+            if each["shard"] == SHARD
+        }
+    except (KeyError, TypeError, ValueError):
+        raise UnavailableError(
+            "the zone's answer about its cursors is malformed", hint="is it newer?"
+        ) from None
+    return epoch, origin, found
