@@ -539,7 +539,8 @@ class LinuxHost:
     def _usage(self, volume: str, path: str) -> Usage:
         note = self._noted(volume, path)
         if note.way == NFS:
-            return _space_of(self._asked(volume, lambda: os.statvfs(note.path)))
+            # where it is staged: a question that is not answered would keep the pod's path in use
+            return _space_of(self._asked(volume, lambda: os.statvfs(note.staging or note.path)))
         device = network.find_device(note.export)
         if device is None:
             raise UnavailableError(f"volume {volume} is not connected")

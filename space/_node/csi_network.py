@@ -28,7 +28,7 @@ from space.projections.csi import check
 from space.projections.csi.model import Reach
 
 ANSWER_SECONDS: Final = 5.0
-"""A server that takes longer to take a connection is not asked by the kernel, which waits for minutes."""
+"""A server that takes longer is not asked by the kernel, which waits for minutes."""
 
 DEVICE_SECONDS: Final = 20.0
 DEVICE_POLL_SECONDS: Final = 0.02
@@ -56,21 +56,33 @@ _IDENTIFY_BYTES: Final = 4096
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
-def _reached(server: str) -> tuple[str, int]:
-    """The address at which a server takes connections.
+def _reached(server: str, question: bytes = b"", answer: bytes = b"") -> tuple[str, int]:
+    """The address at which a server takes connections, and has the right answer to a question.
 
     Raises:
-        UnavailableError: it does not.
+        UnavailableError: it has not.
     """
     host, port = check.server(server)
     try:
         with socket.create_connection((host, port), ANSWER_SECONDS) as connected:
+            connected.sendall(question)
+            found = b""
+            while len(found) < len(answer) and (data := connected.recv(len(answer) - len(found))):
+                found += data
+            if found != answer:
+                raise UnavailableError(f"{server} is no NFSv4 server")
             return str(connected.getpeername()[0]), port
     except OSError as error:
         raise UnavailableError(f"{server} does not answer: {error}") from None
 
 
 # --- NFS -------------------------------------------------------------------------------------------
+
+
+_XID: Final = 1
+_NULL_CALL: Final = struct.pack(">11I", 0x8000_0028, _XID, 0, 2, 100_003, 4, 0, 0, 0, 0, 0)
+_NULL_REPLY: Final = struct.pack(">7I", 0x8000_0018, _XID, 1, 0, 0, 0, 0)
+"""NFSPROC4_NULL without credentials, and that it was carried out (RFC 5531 section 9, RFC 8881 section 16.1)."""
 
 
 def nfs_source(reach: Reach) -> str:
@@ -89,10 +101,10 @@ def mount_nfs(reach: Reach, point: str, *, options: Sequence[str] = (), readonly
 
     Raises:
         RefusedError: this kernel has no NFS client, or the server refuses.
-        UnavailableError: the server does not answer.
+        UnavailableError: the server does not answer: it is asked first, as the kernel would wait for minutes.
         OSError: anything else the kernel says.
     """
-    address, port = _reached(reach.server)
+    address, port = _reached(reach.server, _NULL_CALL, _NULL_REPLY)
     data = ",".join([*NFS_OPTIONS, *options, f"port={port}", f"addr={address}"])
     try:
         _mount(nfs_source(reach), point, "nfs4", _MS_RDONLY if readonly else 0, data)

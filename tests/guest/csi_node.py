@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -476,6 +479,144 @@ def job_shut_out(node: Node) -> None:
     write_first(publish_of(node, block, "nvme"))
     for volume in (files, block):
         node.unpublish(volume)
+    node.check_nothing_left()
+
+
+def job_cut(node: Node) -> None:
+    """Four volumes are written one after the other, each write acknowledged before the next: a group of snapshots taken
+    meanwhile has of each at least what it has of those after it, and of none more than one write more.
+    """
+    node.start()
+    kinds = ("nfs", "nvme", "nfs", "nvme")
+    volumes = [ask("create", f"cut-{n}", kind, str(4 * MIB)) for n, kind in enumerate(kinds)]
+    targets = [publish_of(node, volume, kind) for volume, kind in zip(volumes, kinds, strict=True)]
+    paths = [place_of(target, kind) for target, kind in zip(targets, kinds, strict=True)]
+    for path, kind in zip(paths, kinds, strict=True):
+        if kind == "nfs":
+            write(path, bytes(4096))
+    over = threading.Event()
+    written = 0
+
+    def has_more(before: int) -> bool:
+        return written > before + 2
+
+    def transfer() -> None:
+        nonlocal written
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(opened(path)) for path in paths]
+            while not over.is_set():
+                written += 1
+                for file in files:
+                    os.pwrite(file, written.to_bytes(8, "big").ljust(4096, b"."), 0)
+                    os.fsync(file)
+
+    writer = threading.Thread(target=transfer)
+    writer.start()
+    groups = []
+    for number in range(5):
+        before = written
+        wait_for(functools.partial(has_more, before))
+        groups.append(ask("group", f"group-{number}", *(volume["id"] for volume in volumes)))
+    over.set()
+    writer.join()
+    for number, group in enumerate(groups):
+        found = []
+        for volume, kind in zip(volumes, kinds, strict=True):
+            name = f"of-{number}-{volume['id']}"
+            copy = ask("create", name, kind, str(4 * MIB), group[volume["id"]])
+            data = place_of(publish_of(node, copy, kind), kind).read_bytes()[:8]
+            found.append(int.from_bytes(data, "big"))
+            node.unpublish(copy)
+        assert found == sorted(found, reverse=True), found
+        assert found[0] - found[-1] <= 1, found
+    for volume in volumes:
+        node.unpublish(volume)
+    node.check_nothing_left()
+
+
+def place_of(target: Path, transport: str) -> Path:
+    """Where in a volume something is written."""
+    return target / "file" if transport == "nfs" else target
+
+
+def job_silent(node: Node) -> None:
+    """While the owner says nothing, no call hangs that needs nothing of it; what needs it says so; then all goes on."""
+    node.start()
+    files, block = (ask("create", each, each, str(8 * MIB)) for each in ("nfs", "nvme"))
+    targets = [publish_of(node, files, "nfs"), publish_of(node, block, "nvme")]
+    write(targets[0] / "file", b"kept")
+    time_out = Path("/sys/module/nvme_core/parameters/admin_timeout")
+    if time_out.exists():
+        time_out.write_text("5")
+    ask("silence")
+    for volume, target in ((files, targets[0]), (block, targets[1])):
+        for _ in range(2):
+            answer = node.client.NodeGetVolumeStats(volume_id=volume["id"], volume_path=str(target))
+            assert (answer.volume_condition.abnormal, list(answer.usage)) == (True, []), answer
+        node.client.NodeUnpublishVolume(volume_id=volume["id"], target_path=str(target))
+    other = ask("create_later", "nfs")
+    staging, _ = node.paths(other["id"])
+    code, words = code_of(
+        lambda: node.client.NodeStageVolume(
+            volume_id=other["id"],
+            staging_target_path=str(staging),
+            volume_capability=tree(),
+            volume_context=other["context"],
+            publish_context=other["published"],
+        )
+    )
+    assert (code, "does not answer" in words) == ("UNAVAILABLE", True), words
+    ask("speech")
+    assert (publish_of(node, files, "nfs") / "file").read_bytes() == b"kept"
+    write_first(publish_of(node, block, "nvme"))
+    for volume in (files, block):
+        node.unpublish(volume)
+    node.client.NodeUnstageVolume(volume_id=other["id"], staging_target_path=str(staging))
+    node.check_nothing_left()
+
+
+def job_sanity(node: Node, transport: str, port: str) -> None:
+    """The specification's own suite, through one socket that has both this node and the controller elsewhere."""
+    node.start()
+    both = HOME / "both.sock"
+    elsewhere = grpc.insecure_channel(f"10.0.2.2:{port}")
+    here = grpc.insecure_channel(f"unix:{SOCKET}")
+
+    class Forwarding(grpc.GenericRpcHandler):  # type: ignore[misc]
+        def service(self, details: grpc.HandlerCallDetails) -> Any:
+            channel = here if "/csi.v1.Node/" in details.method else elsewhere
+
+            def forward(request: bytes, context: grpc.ServicerContext) -> bytes:
+                try:
+                    return bytes(channel.unary_unary(details.method)(request, timeout=WAIT_SECONDS))
+                except grpc.RpcError as error:
+                    context.abort(error.code(), error.details() or "")
+                    raise
+
+            return grpc.unary_unary_rpc_method_handler(forward)
+
+    server = grpc.server(ThreadPoolExecutor(16), [Forwarding()])
+    server.add_insecure_port(f"unix:{both}")
+    server.start()
+    PODS.mkdir()
+    parameters = HOME / "parameters.yaml"
+    parameters.write_text(f"transport: {transport}\n")
+    done = subprocess.run(
+        [
+            SHARE / "csi-sanity",
+            f"--csi.endpoint=unix://{both}",
+            f"--csi.mountdir={PODS}/target",
+            f"--csi.stagingdir={PODS}/staging",
+            f"--csi.testvolumesize={16 * MIB}",
+            f"--csi.testvolumeexpandsize={32 * MIB}",
+            f"--csi.testvolumeaccesstype={'mount' if transport == 'nfs' else 'block'}",
+            f"--csi.testvolumeparameters={parameters}",
+            "--ginkgo.no-color",
+        ],
+        check=False,
+    )
+    server.stop(None)
+    assert done.returncode == 0
     node.check_nothing_left()
 
 

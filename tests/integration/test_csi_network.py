@@ -7,11 +7,15 @@ tests/guest/csi_node.py.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
+import signal
 import socket
+import socketserver
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +54,10 @@ PACKAGES: Final = (
 HOST: Final = "10.0.2.2"
 """This machine, for a guest."""
 
+SANITY: Final = os.environ.get("CSI_SANITY") or shutil.which("csi-sanity") or ""
+PASSED_MIN: Final = 70
+"""Of 96: a node without a store makes no inline volumes and has no limit of its own."""
+
 _MODE: Final = pb.VolumeCapability.AccessMode
 
 
@@ -63,6 +71,7 @@ class Owner(Machine):
     """Owner and controller, and answers to what nodes ask."""
 
     meeting: threading.Barrier
+    later: dict[str, Any]
 
     def serve(self) -> None:
         """Starts both."""
@@ -75,6 +84,12 @@ class Owner(Machine):
             HOST,
         ]
         self.start(*self.options)
+
+    def stop(self) -> None:
+        """Ends both, silenced or not."""
+        if owner := self.owner:
+            os.kill(owner, signal.SIGCONT)
+        super().stop()
 
     def answers(self) -> dict[str, Callable[..., str]]:
         """What a node can ask."""
@@ -117,6 +132,22 @@ class Owner(Machine):
     def on_meet(self) -> Any:
         """Waits for the other node."""
         self.meeting.wait(guest_support.GUEST_SECONDS)
+
+    def on_group(self, name: str, *volumes: str) -> Any:
+        answer = self.client.CreateVolumeGroupSnapshot(name=name, source_volume_ids=volumes)
+        return {each.source_volume_id: each.snapshot_id for each in answer.group_snapshot.snapshots}
+
+    def on_silence(self) -> Any:
+        """The owner takes connections and says nothing."""
+        self.later = self.on_create("later", "nfs", str(1 << 20))
+        self.later["published"] = self.on_attach(self.later["id"], "worker@127.0.0.1")
+        os.kill(self.owner, signal.SIGSTOP)
+
+    def on_create_later(self, transport: str) -> Any:
+        return self.later
+
+    def on_speech(self) -> Any:
+        os.kill(self.owner, signal.SIGCONT)
 
     def on_again(self) -> Any:
         """The owner is killed; another one serves."""
@@ -198,6 +229,59 @@ def test_two_nodes_share_a_tree(owner: Owner, tmp_path: Path) -> None:
         ]
         for each in ends:
             each.result()
+
+
+def test_a_group_is_one_cut_through_both_transports(owner: Owner, tmp_path: Path) -> None:
+    """A group of snapshots of volumes over NFS and NVMe has every write synchronized before it, and none after."""
+    run(owner, tmp_path / "guest", "cut")
+
+
+def test_an_owner_that_says_nothing(owner: Owner, tmp_path: Path) -> None:
+    """Statistics and unpublishing do not wait for an owner that does not answer; staging says that it does not."""
+    run(owner, tmp_path / "guest", "silent")
+
+
+@pytest.mark.skipif(not SANITY, reason="csi-sanity is neither at CSI_SANITY nor on PATH")
+@pytest.mark.parametrize("transport", ["nfs", "nvme"])
+def test_the_suite_passes(owner: Owner, tmp_path: Path, transport: str) -> None:
+    """csi-sanity passes on a node without a store, with the controller elsewhere, and leaves nothing behind."""
+    home = tmp_path / "guest"
+    (home / "share").mkdir(parents=True)
+    shutil.copy(SANITY, home / "share" / "csi-sanity")
+    with forwarding(owner.socket) as port:
+        said = run(owner, home, "sanity", transport, str(port))
+    passed, failed = map(int, re.findall(r"(\d+) (?:Passed|Failed)", said)[-2:])
+    assert failed == 0
+    assert passed >= PASSED_MIN, said
+    assert not owner.client.ListVolumes().entries
+
+
+@contextlib.contextmanager
+def forwarding(to: Path) -> Iterator[int]:
+    """A port of this machine that leads to a socket of it: guests reach ports only."""
+
+    class Both(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.socket(socket.AF_UNIX) as other:
+                other.connect(str(to))
+                back = threading.Thread(target=copy, args=(other, self.request))
+                back.start()
+                copy(self.request, other)
+                back.join()
+
+    def copy(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Both) as server:
+        server.daemon_threads = True
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        yield int(server.server_address[1])
+        server.shutdown()
+        serving.join()
 
 
 def test_a_lost_node_is_shut_out(owner: Owner, tmp_path: Path) -> None:
