@@ -18,10 +18,11 @@ from space._node.csi_client import RemoteVolumes
 from space._node.csi_owner import VolumeCalls, VolumeTarget
 from space._node.csi_volumes import VolumeTree
 from space._node.store import Store
+from space.events.ids import CapsuleId
 from space.projections.csi.controller import Controller
 from space.projections.csi.group import GroupController
 from space.projections.csi.metadata import SnapshotMetadata
-from space.projections.csi.model import Mounting, Node, Volume, Wanted
+from space.projections.csi.model import Mounting, Node, Reach, Usage, Volume, Wanted
 from space.projections.csi.node import NodeService
 from space.projections.csi.pb import csi_pb2 as pb
 from space.projections.csi.server import STREAMING, message_class, method_name
@@ -41,7 +42,7 @@ METHODS: Final = [
 class NoHost:
     """A machine on which everything is done at once and nothing is seen."""
 
-    async def stage(self, volume: Volume, path: str, how: Mounting) -> None:
+    async def stage(self, volume: Volume, path: str, how: Mounting, reach: Reach | None = None) -> None:
         """Done."""
 
     async def unstage(self, volume: str, path: str) -> None:
@@ -60,13 +61,38 @@ class NoHost:
     async def expand(self, volume: Volume, path: str) -> None:
         """Done."""
 
+    async def seen(self, volume: str, path: str) -> Volume:
+        """A tree."""
+        return Volume(volume, "", 0, False, 0, parameters={"transport": "nfs"})
+
+    async def usage(self, volume: str, path: str) -> Usage:
+        """Nothing."""
+        return Usage(0, MIB)
+
+
+class Network:
+    """Serves everything, to nobody."""
+
+    def check(self, transport: str) -> None:
+        """It is served."""
+
+    def offer(self, volume: Volume, data: CapsuleId) -> Reach:
+        """Somewhere."""
+        return Reach(volume.transport, "server:1", share=f"/{volume.id}")
+
+    def withdraw(self, volume: str) -> None:
+        """Done."""
+
+    def forget(self, volume: str) -> None:
+        """Done."""
+
 
 class World:
     """All services over a store with a tree, a device, and a snapshot of each."""
 
     def __init__(self, home: Path) -> None:
         self.store = Store(home)
-        tree = VolumeTree(self.store)
+        tree = VolumeTree(self.store, network=Network())
         target = VolumeTarget(self.store, VolumeCalls(tree, lambda: MIB, "/mount"))
         self.volumes = RemoteVolumes(
             lambda method, arguments: carry_out(
@@ -78,9 +104,11 @@ class World:
             "GroupController": GroupController(self.volumes),
             "SnapshotMetadata": SnapshotMetadata(self.volumes),
             "Node": NodeService(self.volumes, NoHost(), Node("n", "z", 2)),
+            "RemoteNode": NodeService(None, NoHost(), Node("r@", "r", 0)),
         }
         tree.register("n", "z", 2)
         volumes = [tree.create(Wanted(f"v{n}", MIB, 0, block=bool(n))).id for n in range(2)]
+        volumes.append(tree.create(Wanted("n", MIB, 0, False, parameters={"transport": "nfs"})).id)
         snapshots = [tree.snapshot(each, f"s{n}").id for n, each in enumerate(volumes)]
         self.known = [*volumes, *snapshots, tree.snapshot_group("g", volumes)["id"], INLINE]
 
@@ -116,6 +144,7 @@ def texts(known: list[str]) -> st.SearchStrategy[str]:
         "@3",
         "zstd",
         "x" * 2000,
+        *("r@", "r@192.0.2.1", "r@x", "nfs", "nvme", "fuse", "tree", "block", "h:1", "hard", "vers=4.2"),
     ]
     return st.sampled_from(likely) | st.text(max_size=20)
 
@@ -126,7 +155,10 @@ def numbers() -> st.SearchStrategy[int]:
 
 
 KEYS: Final = st.sampled_from(
-    ["compression", "history", "moment", "source-volume", "csi.storage.k8s.io/ephemeral", "size", "a b"]
+    [
+        *("compression", "history", "moment", "source-volume", "csi.storage.k8s.io/ephemeral", "size", "a b"),
+        *("transport", "type", "server", "share", "nqn", "uuid"),
+    ]
 ) | st.text(max_size=5)
 
 
@@ -178,7 +210,8 @@ def test_any_request_is_answered_or_refused(world: World, data: st.DataObject) -
     """Each method, with any fields, gives its answer or an error with a status; nothing else ever comes out."""
     service, method = data.draw(st.sampled_from(METHODS), label="method")
     request = data.draw(messages(method.input_type, world.known), label="request")
-    work = getattr(world.services[service], method_name(method.name))
+    remote = service == "Node" and data.draw(st.booleans(), label="remote")
+    work = getattr(world.services["RemoteNode" if remote else service], method_name(method.name))
 
     async def ask() -> None:
         try:

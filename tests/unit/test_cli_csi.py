@@ -22,6 +22,17 @@ pytestmark = [pytest.mark.unit, pytest.mark.requires("py:grpc", "py:google.proto
         (["--node", "http://127.0.0.1:1", "csi"], "a driver is where the store is"),
         (["project", "--view", "csi", "--path", "/"], "--path is not for the view csi"),
         (["csi", "--max-volumes", "-1"], "--max-volumes"),
+        (["csi", "--mode", "controller", "--remote"], "--remote is of --mode node"),
+        (["csi", "--mode", "controller", "--node-address", "192.0.2.1"], "--node-address is of --remote"),
+        (["csi", "--mode", "node", "--remote", "--node-address", "x"], "not an address"),
+        (
+            ["csi", "--mode", "node", "--remote", "--node-id", "x" * 190, "--node-address", "192.0.2.1"],
+            "too long together",
+        ),
+        (["csi", "--mode", "controller", "--nfs", "2049"], "not an address to listen at"),
+        (["csi", "--mode", "controller", "--nvme", "0.0.0.0:4420"], "--advertise"),
+        (["csi", "--mode", "controller", "--advertise", "x"], "nothing is served"),
+        (["csi", "--mode", "controller", "--nfs", "127.0.0.1:1", "--nfs-client", "x"], "not a network"),
     ],
 )
 def test_what_cannot_be_meant(tmp_path: Path, arguments: list[str], words: str) -> None:
