@@ -3,7 +3,8 @@
 A volume is offered from its first publication to the end of its last one, and only to the nodes it is published on:
 
 * A tree is an export of its own (its own fsid and handles) at ``/ID``, below a root that lists nothing.  It is open to
-  the addresses of its nodes, as far as all of them are known, within the rules of the whole server.
+  the addresses of its nodes, as far as all of them are known, within the rules of the whole server.  A node that has
+  the store comes from one of this machine's own addresses.
 * A block device is a subsystem of its own, with one namespace.  It is open to the hosts that its nodes are by their
   ids (:func:`space.projections.csi.model.host_nqn`); connections of others are ended.
 
@@ -22,8 +23,10 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
 from typing import Final
 
 import attrs
@@ -37,8 +40,8 @@ from space._node.nfs_watch import Watch
 from space._node.nvme_view import SERIAL_BYTES, WATCH_SECONDS, joined, subsystem_name
 from space._node.store import Store
 from space.events.ids import CapsuleId
-from space.projections.csi.model import NFS, NVME, Reach, Volume, host_nqn, node_address
-from space.projections.nfs.exports import ChangingExports, Export, Rule, Squash, export_number
+from space.projections.csi.model import NFS, NVME, Published, Reach, Volume, host_nqn, node_address
+from space.projections.nfs.exports import ChangingExports, Export, Network, Rule, Squash, export_number
 from space.projections.nfs.server import Server as NfsServer
 from space.projections.nvme.server import Listener
 from space.projections.nvme.server import Server as NvmeServer
@@ -226,7 +229,7 @@ class Servers:
                 self._files.export(data),
                 squash=Squash.NONE,
             )
-        export.allow(rules_of(volume, self._where.rules))
+        export.allow(rules_of(volume, self._where.rules, own_addresses()))
         self._exports.add(export, time.time_ns())
 
     def _put_device(self, volume: Volume, data: CapsuleId) -> None:
@@ -271,29 +274,48 @@ class Servers:
         each.subsystem.tell_reservations(each.namespace)
 
 
-def rules_of(volume: Volume, rules: Sequence[Rule]) -> tuple[Rule, ...]:
+def own_addresses(proc: Path = Path("/proc/net")) -> list[str]:
+    """The addresses of this machine, as the kernel's tables have them; none if they cannot be read."""
+    found = {"127.0.0.1"}
+    try:
+        found |= set(_LOCAL_V4.findall((proc / "fib_trie").read_text()))
+        for line in (proc / "if_inet6").read_text().splitlines():
+            found.add(str(ipaddress.ip_address(bytes.fromhex(line.split()[0]))))
+    except (OSError, ValueError, IndexError):
+        return []
+    return sorted(found)
+
+
+_LOCAL_V4: Final = re.compile(r"\|-- ([0-9.]+)\n +/32 host LOCAL")
+
+
+def rules_of(volume: Volume, rules: Sequence[Rule], own: Sequence[str]) -> tuple[Rule, ...]:
     """Who may use the export of a volume: its nodes, within the server's rules; without rules: everybody.
 
-    Where the address of one node is not known, all that the server's rules let in are taken for that node.
+    ``own`` are the addresses of a node that has the store.  Where the address of one node is not known, all that the
+    server's rules let in are taken for that node.
     """
     found = []
     for node, published in volume.published.items():
-        address = node_address(node)
-        if not address:
+        told = node_address(node)
+        addresses = own if told is None else [told] if told else []
+        if not addresses:
             return tuple(rules)
-        network = ipaddress.ip_network(address)
-        rule = next(
-            (each for each in rules if network.version == each.network.version and _within(network, each)),
-            None,
-        )
-        if rule is not None or not rules:
-            readonly = published.readonly or (rule is not None and rule.read_only)
-            found.append(Rule(network, read_only=readonly))
+        found += [rule for each in addresses if (rule := _rule_of(each, published, rules)) is not None]
     return tuple(found) or (_NOBODY,)
 
 
-def _within(network: ipaddress.IPv4Network | ipaddress.IPv6Network, rule: Rule) -> bool:
-    return rule.network.network_address <= network.network_address <= rule.network.broadcast_address  # type: ignore[operator]
+def _rule_of(address: str, published: Published, rules: Sequence[Rule]) -> Rule | None:
+    """The rule for one address: what the publication allows, within what the server's rules do."""
+    network = ipaddress.ip_network(address)
+    if not rules:
+        return Rule(network, read_only=published.readonly)
+    within = next((each for each in rules if _within(network, each)), None)
+    return None if within is None else Rule(network, read_only=published.readonly or within.read_only)
+
+
+def _within(network: Network, rule: Rule) -> bool:
+    return network.version == rule.network.version and network.network_address in rule.network
 
 
 _NOBODY: Final = Rule(ipaddress.ip_network("::/128"))

@@ -12,7 +12,7 @@ import yaml
 
 from space._node.csi_driver import MODES
 from space.projections.csi import check
-from space.projections.csi.model import DRIVER_NAME
+from space.projections.csi.model import DRIVER_NAME, TRANSPORTS
 
 pytestmark = [pytest.mark.unit, pytest.mark.requires("py:kubernetes_validate", "py:google.protobuf")]
 
@@ -27,8 +27,8 @@ CUSTOM: Final = {
 }
 """Kinds of external-snapshotter, for which there is no schema: version, and a field each has."""
 
-PATCH: Final = DEPLOYMENT / "groups" / "snapshotter.yaml"
-FILES: Final = sorted({*DEPLOYMENT.glob("*/*.yaml")} - {PATCH})
+PATCHES: Final = [DEPLOYMENT / "groups" / "snapshotter.yaml", DEPLOYMENT / "network" / "store.yaml"]
+FILES: Final = sorted({*DEPLOYMENT.glob("*/*.yaml")} - {*PATCHES})
 
 
 def documents(file: Path) -> list[dict[str, Any]]:
@@ -46,6 +46,12 @@ def everything() -> Iterator[dict[str, Any]]:
 def of_kind(kind: str) -> list[dict[str, Any]]:
     """All objects of a kind."""
     return [each for each in everything() if each["kind"] == kind]
+
+
+def workloads() -> list[dict[str, Any]]:
+    """What runs the driver: not the examples, which use it."""
+    found = [*of_kind("Deployment"), *of_kind("DaemonSet")]
+    return [each for each in found if each["metadata"]["name"].startswith("space-csi-")]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -78,16 +84,17 @@ def test_a_field_that_is_none_is_found() -> None:
 
 def test_everything_in_the_base_is_applied() -> None:
     """Each kustomization lists each file there is beside it, and no other."""
-    for folder in ("base", "groups"):
+    for folder in ("base", "groups", "network"):
         (found,) = documents(DEPLOYMENT / folder / "kustomization.yaml")
         listed = {*found["resources"], *(each["path"] for each in found.get("patches", ()))} - {"../base"}
         there = {file.name for file in (DEPLOYMENT / folder).glob("*.yaml")} - {"kustomization.yaml"}
         assert listed == there
 
 
-def test_the_patch_for_groups_changes_what_is_there() -> None:
+@pytest.mark.parametrize("file", PATCHES, ids=lambda file: file.name)
+def test_a_patch_changes_what_is_there(file: Path) -> None:
     """The patch names a workload and a container of the base, and only adds to what that container is told."""
-    (patch,) = documents(PATCH)
+    (patch,) = documents(file)
     (workload,) = [
         each for each in of_kind(patch["kind"]) if each["metadata"]["name"] == patch["metadata"]["name"]
     ]
@@ -121,6 +128,7 @@ def test_parameters_of_classes_are_parameters() -> None:
     for kind, field in (("StorageClass", "parameters"), ("VolumeAttributesClass", "mutable_parameters")):
         for each in of_kind(kind):
             found = check.parameters(each.get("parameters", {}), field=field)
+            assert found.get("transport", "nfs") in {each for both in TRANSPORTS.values() for each in both}
             Policy.from_document(check.policy_document(found))
 
 
@@ -135,7 +143,7 @@ def test_claims_name_classes_that_are_there() -> None:
 def test_containers_run_what_there_is() -> None:
     """The driver's containers name modes there are; all of a pod meet on one socket; mounts reach the host."""
     modes = set()
-    for workload in [*of_kind("Deployment"), *of_kind("DaemonSet")]:
+    for workload in workloads():
         template = workload["spec"]["template"]
         assert template["metadata"]["labels"].items() >= workload["spec"]["selector"]["matchLabels"].items()
         volumes = {each["name"] for each in template["spec"]["volumes"]}
@@ -145,7 +153,8 @@ def test_containers_run_what_there_is() -> None:
             found = [each.partition("=")[2] for each in container["args"] if each.startswith("--mode=")]
             modes |= set(found)
             if workload["kind"] == "DaemonSet" and found:
-                assert mounted["data"]["mountPropagation"] == "Bidirectional"
+                remote = "--remote" in container["args"]
+                assert mounted["kubelet" if remote else "data"]["mountPropagation"] == "Bidirectional"
                 assert container["securityContext"]["privileged"]
             if not found:
                 assert "--csi-address=/csi/csi.sock" in container["args"]
@@ -153,13 +162,36 @@ def test_containers_run_what_there_is() -> None:
     assert modes == {"controller", "node", "store"} < set(MODES)
 
 
+def test_nodes_reach_what_the_owner_serves() -> None:
+    """Owner and Service have the same ports under the advertised name; no machine runs both node workloads."""
+    (patch,) = documents(PATCHES[1])
+    spec = patch["spec"]["template"]["spec"]
+    (store,) = spec["containers"]
+    (service,) = of_kind("Service")
+    (base,) = documents(DEPLOYMENT / "base" / "kustomization.yaml")
+    ports = {each["name"]: each["containerPort"] for each in store["ports"]}
+    assert {each["targetPort"]: each["port"] for each in service["spec"]["ports"]} == ports
+    options = dict(each.removeprefix("--").split("=") for each in store["args"] if "=" in each)
+    assert {name: f"0.0.0.0:{port}" for name, port in ports.items()}.items() <= options.items()
+    assert options["advertise"] == f"{service['metadata']['name']}.{base['namespace']}.svc"
+    owner, remote = of_kind("DaemonSet")
+    labels = owner["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    remote_spec = remote["spec"]["template"]["spec"]
+    assert spec["hostNetwork"]
+    assert remote_spec["hostNetwork"]
+    required = remote_spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    (term,) = required["nodeSelectorTerms"]
+    selector = owner["spec"]["template"]["spec"]["nodeSelector"]
+    assert [(each["key"], each["operator"]) for each in term["matchExpressions"]] == [
+        (key, "DoesNotExist") for key in selector
+    ]
+
+
 def test_accounts_and_roles_are_bound() -> None:
     """Each workload's account is made, and each binding names a role and an account there are."""
     accounts = {each["metadata"]["name"] for each in of_kind("ServiceAccount")}
-    used = {
-        each["spec"]["template"]["spec"]["serviceAccountName"]
-        for each in [*of_kind("Deployment"), *of_kind("DaemonSet")]
-    }
+    used = {each["spec"]["template"]["spec"]["serviceAccountName"] for each in workloads()}
     assert used <= accounts
     for binding in [*of_kind("RoleBinding"), *of_kind("ClusterRoleBinding")]:
         role = binding["roleRef"]

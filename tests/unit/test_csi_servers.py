@@ -16,7 +16,7 @@ import pytest
 
 from space._errors import RefusedError, Status, UnavailableError, UsageError
 from space._node.csi_files import VolumeFiles
-from space._node.csi_servers import Listening, Servers, rules_of
+from space._node.csi_servers import Listening, Servers, own_addresses, rules_of
 from space._node.csi_volumes import VolumeTree
 from space._node.store import Store
 from space.projections.csi.model import Published, Reach, Volume, Wanted, host_nqn
@@ -315,7 +315,8 @@ def test_nodes_have_to_be_told_an_address(host: str) -> None:
         (["a@192.0.2.1"], [], ["192.0.2.1"], ["192.0.2.2"]),
         (["a@192.0.2.1", "b@2001:db8::1"], [], ["192.0.2.1", "2001:db8::1"], ["192.0.2.2"]),
         (["a@192.0.2.1", "b@"], [], ["192.0.2.9"], []),
-        (["a@192.0.2.1", "b"], ["192.0.2.0/24"], ["192.0.2.9"], ["198.51.100.1"]),
+        (["a@192.0.2.1", "b@"], ["192.0.2.0/24"], ["192.0.2.9"], ["198.51.100.1"]),
+        (["a@192.0.2.1", "b"], [], ["192.0.2.1", "203.0.113.1"], ["192.0.2.9"]),
         (["a@198.51.100.1"], ["192.0.2.0/24"], [], ["198.51.100.1", "192.0.2.1"]),
         (["a@192.0.2.1"], ["192.0.2.0/24:ro"], ["192.0.2.1"], ["192.0.2.2"]),
     ],
@@ -325,7 +326,9 @@ def test_rules_of_an_export(
 ) -> None:
     """The addresses of a volume's nodes, within the server's rules; where one is not known, those rules alone."""
     published = dict.fromkeys(nodes, WRITER)
-    found = rules_of(Volume("v", "", 0, False, 0, published=published), tuple(map(parse_rule, rules)))
+    found = rules_of(
+        Volume("v", "", 0, False, 0, published=published), tuple(map(parse_rule, rules)), ["203.0.113.1"]
+    )
 
     def fits(address: str) -> bool:
         return not found or any(ip_address(address) in each.network for each in found)
@@ -335,12 +338,32 @@ def test_rules_of_an_export(
     assert any(each.read_only for each in found) == any(each.endswith(":ro") for each in rules)
 
 
+def test_the_addresses_of_this_machine(tmp_path: Path) -> None:
+    """They are the local ones of the kernel's tables; where those are not there, none is known."""
+    table = """Main:
+  +-- 0.0.0.0/0 3 0 5
+     |-- 0.0.0.0
+        /0 universe UNICAST
+     |-- 192.0.2.0
+        /24 link UNICAST
+     |-- 192.0.2.5
+        /32 host LOCAL
+     |-- 192.0.2.255
+        /32 link BROADCAST
+"""
+    (tmp_path / "fib_trie").write_text(table)
+    assert own_addresses(tmp_path) == []
+    (tmp_path / "if_inet6").write_text("20010db8000000000000000000000001 02 40 00 80 eth0\n")
+    assert own_addresses(tmp_path) == ["127.0.0.1", "192.0.2.5", "2001:db8::1"]
+    assert "127.0.0.1" in own_addresses()
+
+
 def test_a_reader_may_only_read() -> None:
     """The address of a node a volume is published on for reading gets no more."""
     volume = Volume(
         "v", "", 0, False, 0, published={"a@192.0.2.1": Published(True, 5), "b@192.0.2.2": WRITER}
     )
-    assert [each.read_only for each in rules_of(volume, ())] == [True, False]
+    assert [each.read_only for each in rules_of(volume, (), [])] == [True, False]
 
 
 def free_port() -> int:
