@@ -45,7 +45,11 @@ _BRANCHING: Final = frozenset({*_TREE, *_CONTENT, *_REMOVING, cmd.Rename})
 def elsewhere(state: Overlay, command: Any) -> Rejected | None:
     """Why a command cannot be carried out here: it would change a replica, or make names where only shipments do."""
     root = state.capsule(ROOT)
-    if root is None or not root.flags & FEDERATED or type(command) not in _CHANGING:
+    if root is None or not root.flags & FEDERATED:
+        return None
+    if isinstance(command, cmd.TakeSnapshot | cmd.DropSnapshot):
+        return _name_of_another(state, command.snapshot)
+    if type(command) not in _CHANGING:
         return None
     for parent, name in _names_made(command):
         if (parent == ROOT and name == b"zones") or parent in (ZONES, BRANCHES):
@@ -55,6 +59,14 @@ def elsewhere(state: Overlay, command: Any) -> Rejected | None:
             return refused
     if isinstance(command, cmd.Unlink) and command.recursive and root.flags & HOME_LOST:
         return _not_here_inside(state, command)
+    return None
+
+
+def _name_of_another(state: Overlay, snapshot: str) -> Rejected | None:
+    """Snapshots that begin with a zone's name and a colon are those that zone ships."""
+    name, colon, _ = snapshot.partition(":")
+    if colon and any(zone.name == name and zone.role == zones.PEER for zone in zones.zones(state).values()):
+        return Rejected(Status.NOT_PERMITTED, f"snapshots called {name}:… are those of zone {name}")
     return None
 
 

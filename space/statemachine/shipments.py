@@ -390,9 +390,12 @@ class _Delivery:
         if row.kind == _DIRECTORY:
             if len(wanted) > 1:
                 raise _refuse(Status.NOT_PERMITTED, "a directory has one name only")
-            if new and old:
+            if new and old and self._names_here(old[0][0]):
                 self._happen(*self._rule(cmd.Rename(*old[0], *new[0], replace=False)))
                 return
+            # Out of a directory that is deleted itself: it cannot be moved, and would have two names meanwhile.
+            self._happen(*(ev.NameUnlinked(capsule, *name) for name in old))
+            old = []
         for name in new:
             self._link(capsule, name)
         self._happen(*(ev.NameUnlinked(capsule, *name) for name in old))
@@ -510,6 +513,12 @@ class _Delivery:
             )
         return True
 
+    def _empty(self, directory: bytes) -> None:
+        """What an older replica of a directory held loses its name in it; what is still there comes with its own."""
+        for name, child in [(key[ID_BYTES:], v) for key, v in self._tried.scan(ENTRY, directory)]:
+            self._ours(EntryRow.decode(child).capsule)
+            self._happen(ev.NameUnlinked(EntryRow.decode(child).capsule, directory, name))
+
     def _begin_copy(self, command: cmd.CreateCapsule) -> None:
         capsule = bytes(command.capsule)
         row = self._tried.capsule(capsule)
@@ -519,6 +528,7 @@ class _Delivery:
         fixed = (int(command.kind), command.rdev, command.block_size, command.target)
         if fixed != (row.kind, row.rdev, row.block_size, row.target):
             raise _refuse(Status.STALE, f"capsule {capsule_text(capsule)} was something else before")
+        self._empty(capsule)
         if row.deleted:
             self._happen(*self._rule(cmd.Undelete(capsule, *self._apart(capsule))))
         if row.size:

@@ -510,8 +510,11 @@ def test_a_clone_by_the_home_is_a_replica(state: State) -> None:
 
 
 def test_snapshots_of_a_zone_have_its_name(state: State) -> None:
-    """The home's snapshots come under a name that begins with the zone's, and are dropped the same way."""
+    """The home's snapshots come under a name that begins with the zone's, which nobody here makes or drops."""
     state.done(shipment(0, 1, made(1, name=b"f"), cmd.TakeSnapshot(capsule(1), "paris:daily")))
+    for command in (cmd.TakeSnapshot(capsule(1), "paris:mine"), cmd.DropSnapshot("paris:daily")):
+        assert isinstance(state.refused(command), RefusedError)
+    state.done(cmd.TakeSnapshot(capsule(1), "rome:mine"))
     state.done(shipment(1, 2, cmd.DropSnapshot("paris:daily")))
     assert isinstance(state.refused(shipment(2, 3, cmd.DropSnapshot("paris:daily"))), NotFoundError)
 

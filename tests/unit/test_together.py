@@ -58,6 +58,14 @@ def test_each_sees_what_those_before_it_did(state: MemoryWriter) -> None:
     assert [row.entries for row in [rows.capsule(ROOT)] if row] == [3]
 
 
+def test_what_is_deleted_can_be_brought_back_at_once(state: MemoryWriter) -> None:
+    """A capsule that lost its last name to one of them is undeleted by the next."""
+    assert outcome(state, cmd.Unlink(ROOT, b"file"), cmd.Undelete(capsule(2), ROOT, b"back")) == Receipt(2)
+    row = Overlay(state).capsule(capsule(2))
+    assert row is not None
+    assert (row.nlink, row.deleted) == (1, 0)
+
+
 def test_one_refused_is_all_refused(state: MemoryWriter) -> None:
     """Where the last of them meets a name that is taken, nothing of what came before it happened."""
     before: Rows = dict(state.rows)
