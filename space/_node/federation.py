@@ -25,6 +25,7 @@ from space._node.caller import Document
 from space._node.federation_keys import ZoneAuthority, trust
 from space._node.federation_receive import ZoneReceiver
 from space._node.federation_send import ZoneSource
+from space._node.federation_shelf import StoreShelf
 from space._node.federation_status import Backlog, load_notes, save_notes
 from space._node.federation_zones import Zone, Zones
 from space.events.types import ZoneAdded, ZoneChanged, ZoneDefined, ZoneRemoved
@@ -146,7 +147,10 @@ class Federation:
 
     async def _main(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        server = FederationServer(self._receiver, self._tls, shipment_bytes_max=SHIPMENT_BYTES_MAX)
+        shelf = StoreShelf(self._store, self._keys.identity.id)
+        server = FederationServer(
+            self._receiver, self._tls, shipment_bytes_max=SHIPMENT_BYTES_MAX, shelf=shelf
+        )
         port = 0 if self._address is None else await server.start(*self._address)
         self._changed.set()
         tasks = [asyncio.create_task(self._follow_zones()), asyncio.create_task(self._watch_links())]

@@ -7,6 +7,7 @@ that any zone it reaches has: its shards were in all zones before it was in one.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import threading
 import uuid
@@ -71,12 +72,13 @@ ASKED: Final = 64
 
 
 class HttpZone:
-    """Another zone as a :class:`space.federation.shelf.ZoneClient`: a connection for each thread that asks."""
+    """Another zone as a :class:`space.federation.shelf.ZoneClient`; keeps connections for the next who asks."""
 
     def __init__(self, zone: Zone, keys: ZoneKeys) -> None:
         self._zone = zone
         self._tls = keys.client_context(ZoneAuthority.parse(zone.authorities))
-        self._local = threading.local()
+        self._idle: list[http.client.HTTPSConnection] = []
+        self._lock = threading.Lock()
 
     def room(self) -> int:
         free = self._document("GET", ROOM).get("free_bytes")
@@ -109,9 +111,10 @@ class HttpZone:
         self._document("DELETE", f"{SHARDS}/{CapsuleId(capsule)}")
 
     def close(self) -> None:
-        """Hangs up the connection of this thread."""
-        connection = self._local.__dict__.pop("connection", None)
-        if connection is not None:
+        """Hangs up."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
             connection.close()
 
     def _hashes(self, document: Mapping[str, Any]) -> list[bytes]:
@@ -127,49 +130,59 @@ class HttpZone:
         return parse_document(self._answer(method, path, body, 8 << 20))
 
     def _answer(self, method: str, path: str, body: bytes, limit: int) -> bytes:
-        """What it answers; a connection that was left open too long is made anew.
+        """What it answers; a connection that was left open for too long is made anew.
 
         Raises:
             UnavailableError: nothing, too much, or not in time.
             SpaceError: the error it answers with.
         """
-        again = hasattr(self._local, "connection")
+        with self._lock:
+            kept = self._idle.pop() if self._idle else None
+        connection = kept or self._connection()
         try:
-            status, answer = self._ask(method, path, body, limit)
+            status, answer = _ask(connection, method, path, body, limit)
         except (OSError, http.client.HTTPException):
-            self.close()
-            if not again:
-                raise UnavailableError(
-                    f"zone {self._zone.name} does not answer at {self._zone.url}"
-                ) from None
-            return self._answer(method, path, body, limit)
+            connection.close()
+            if kept is not None:
+                self.close()
+                return self._answer(method, path, body, limit)
+            raise self._silent() from None
         if len(answer) > limit:
-            self.close()
+            connection.close()
             raise UnavailableError(f"zone {self._zone.name} answers with more than {limit} bytes")
+        with self._lock:
+            self._idle.append(connection)
         if status != http.HTTPStatus.OK:
             error = error_in(parse_document(answer)) if answer.startswith(b"{") else None
             raise error or UnavailableError(f"zone {self._zone.name} answered {status}")
         return answer
 
-    def _ask(self, method: str, path: str, body: bytes, limit: int) -> tuple[int, bytes]:
-        connection = getattr(self._local, "connection", None)
-        if connection is None:
-            url = urlsplit(self._zone.url)
-            if not url.hostname:
-                raise UnavailableError(f"zone {self._zone.name} has no address", hint="space zone add --url")
-            connection = http.client.HTTPSConnection(
-                url.hostname, url.port, timeout=CONNECT_SECONDS, context=self._tls
-            )
-            connection.connect()
-            connection.sock.settimeout(ANSWER_SECONDS)
-            self._local.connection = connection
-        headers = {"Content-Type": "application/octet-stream"}
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        answer = response.read(limit + 1)
-        if response.will_close:
-            self.close()
-        return response.status, answer
+    def _connection(self) -> http.client.HTTPSConnection:
+        url = urlsplit(self._zone.url)
+        if not url.hostname:
+            raise UnavailableError(f"zone {self._zone.name} has no address", hint="space zone add --url")
+        made = http.client.HTTPSConnection(url.hostname, url.port, timeout=CONNECT_SECONDS, context=self._tls)
+        try:
+            made.connect()
+        except OSError:
+            made.close()
+            raise self._silent() from None
+        made.sock.settimeout(ANSWER_SECONDS)
+        return made
+
+    def _silent(self) -> UnavailableError:
+        return UnavailableError(
+            f"zone {self._zone.name} does not answer at {self._zone.url}",
+            hint="space federation serve has to run there",
+        )
+
+
+def _ask(
+    connection: http.client.HTTPSConnection, method: str, path: str, body: bytes, limit: int
+) -> tuple[int, bytes]:
+    connection.request(method, path, body, {"Content-Type": "application/octet-stream"})
+    response = connection.getresponse()
+    return response.status, response.read(limit + 1)
 
 
 @attrs.frozen
@@ -533,7 +546,8 @@ def mend(zones: Sequence[ShardZone], layout: Layout) -> Mended:
     return Mended(len(layout.stripes) * len(layout.zones), lost, mended)
 
 
-def shard_zones(store: Store) -> list[ShardZone]:
+@contextlib.contextmanager
+def shard_zones(store: Store) -> Iterator[list[ShardZone]]:
     """All zones there are, this one first, and how far they are as far as that was measured.
 
     Raises:
@@ -546,8 +560,10 @@ def shard_zones(store: Store) -> list[ShardZone]:
     keys = zones.keys()
     links = {} if store.federation is None else store.federation.link_documents()
     found = [ShardZone(own.id, own.name, own.sealing, OwnZone(StoreShelf(store, own.id), own.id), 0)]
-    for zone in zones.others():
-        seconds = links.get(zone.id, {}).get("rtt_seconds")
-        rtt_ns = None if seconds is None else int(seconds * 1e9)
-        found.append(ShardZone(zone.id, zone.name, zone.sealing, HttpZone(zone, keys), rtt_ns))
-    return found
+    with contextlib.ExitStack() as stack:
+        for zone in zones.others():
+            seconds = links.get(zone.id, {}).get("rtt_seconds")
+            rtt_ns = None if seconds is None else int(seconds * 1e9)
+            client = stack.enter_context(contextlib.closing(HttpZone(zone, keys)))
+            found.append(ShardZone(zone.id, zone.name, zone.sealing, client, rtt_ns))
+        yield found

@@ -100,7 +100,8 @@ class Receiver(Protocol):
 class FederationServer:
     """Answers other zones, in the loop it was made in."""
 
-    def __init__(self, receiver: Receiver, tls: ssl.SSLContext, *, shipment_bytes_max: int, shelf: Shelf | None = None
+    def __init__(
+        self, receiver: Receiver, tls: ssl.SSLContext, *, shipment_bytes_max: int, shelf: Shelf | None = None
     ) -> None:
         self._receiver = receiver
         self._limits = {SHIPMENT: shipment_bytes_max, PULSE: PULSE_BYTES_MAX}
@@ -136,8 +137,13 @@ class FederationServer:
         """Hangs up on everybody."""
         for task in self._streams.values():
             task.cancel()
-        if self._runner is not None:
+        if self._runner is not None and self._runner.server is not None:
+            transports = [connection.transport for connection in self._runner.server.connections]
             await self._runner.cleanup()
+            for transport in transports:
+                if transport is not None:
+                    transport.abort()  # TLS would wait for the other side to say goodbye as well
+        await asyncio.sleep(0)
 
     async def _peer(self, request: web.Request) -> Peer:
         transport = request.transport
