@@ -120,14 +120,28 @@ class _First:
         """What is in this lane and is no directory."""
         scope = self._fresh()
         for parent, name, child in self._below_root(scope, directories=False):
-            if scope.lane(child) == self._lane:
+            if self._is_other(scope, child):
                 names = self._names(scope, child, (parent, name))
                 if names[0] == (parent, name):
                     yield from self._copied(scope, child, names, parent)
+        yield from self._cut_off(scope)
         for capsule, data in self._moment.state.scan(CAPSULE, b""):
             row = CapsuleRow.decode(data)
             if not (row.nlink or row.deleted or row.kind == DIRECTORY) and scope.lane(capsule) == self._lane:
                 yield from self._copied(scope, capsule, [], b"")
+
+    def _cut_off(self, scope: Scope) -> Iterator[tuple[Copy, int]]:
+        """What is alive and has names only in directories that are not (:meth:`space.federation.scope.Scope.alive`)."""
+        for key, value in self._moment.state.scan(ENTRY, b""):
+            slot, capsule = (key[:ID_BYTES], key[ID_BYTES:]), value[:ID_BYTES]
+            if not scope.alive(slot[0]) and scope.hinted(capsule) and self._is_other(scope, capsule):
+                slots = scope.names(capsule)
+                if slots[0] == slot and not any(scope.alive(parent) for parent, _ in slots):
+                    yield from self._copied(scope, capsule, [], b"")
+            scope.forget()
+
+    def _is_other(self, scope: Scope, capsule: bytes) -> bool:
+        return scope.lane(capsule) == self._lane and scope.row(capsule).kind != DIRECTORY
 
     def _fresh(self) -> Scope:
         """A scope that has remembered nothing yet."""

@@ -1,7 +1,7 @@
 """Scope: what one zone may see of the home at one moment.
 
 In scope is a capsule that policy allows there (:mod:`space.federation.selection`), that has its home here, and that is
-*alive*: not deleted, and not in a directory that is.  Its names are those in directories that are in scope, and in the
+*alive*: not deleted, and not in a directory that is (for a file: the one it last got a name in).  Its names are those in directories that are in scope, and in the
 root, for which ``/zones/NAME`` stands at the receiver; one without any hangs in ``/zones/NAME/.capsules``.  Names in
 other directories, and their ids, get into no command: :meth:`Scope.places` leaves them out.
 """
@@ -68,13 +68,15 @@ class Scope:
         self._capsules = bytes(zone_capsules(home))
         self._lanes: dict[bytes, int | None] = {}
         self._alive: dict[bytes, bool] = {}
+        self._named: dict[bytes, bool] = {}  # files that are not where they last got a name
 
     def forget(self) -> None:
         """Bounds what is remembered, for those who look through a whole store."""
-        if len(self._lanes) + len(self._alive) > REMEMBERED:
+        if len(self._lanes) + len(self._alive) + len(self._named) > REMEMBERED:
             self.state = Overlay(self._below)
             self._lanes.clear()
             self._alive.clear()
+            self._named.clear()
 
     def row(self, capsule: bytes) -> CapsuleRow:
         """The row of a capsule that is in scope."""
@@ -100,16 +102,29 @@ class Scope:
         return lane if self.alive(capsule) else None
 
     def alive(self, capsule: bytes) -> bool:
-        """Whether a capsule can be reached: it is not deleted, nor is any directory above all of its names."""
-        if self._reached(capsule):
-            return True
-        row = self.state.capsule(capsule)
-        if row is None or row.deleted or row.kind == DIRECTORY or row.nlink < 2:
-            return False
-        return any(self._reached(parent) for parent, _ in self.names(capsule))
+        """Whether a capsule is neither deleted itself nor in a directory that is.
 
-    def _reached(self, capsule: bytes) -> bool:
-        """Whether the way up from a capsule leads to the root, or to what never had a name."""
+        Of a file with several names, one that is not is enough.  Which directories a file is in, only a look through
+        all names can say; so where it last got a name counts, and a file that has lost that one since, and has another
+        in a deleted directory, is alive until it loses that too.
+        """
+        if self.hinted(capsule):
+            return True
+        if (known := self._named.get(capsule)) is None:
+            known = self._named[capsule] = any(self.hinted(parent) for parent, _ in self._other_names(capsule))
+        return known
+
+    def _other_names(self, capsule: bytes) -> list[Slot]:
+        row = self.state.capsule(capsule)
+        gone = row is None or row.deleted or row.kind == DIRECTORY
+        return [] if gone else self.names(capsule)
+
+    def lost(self, capsule: bytes) -> None:
+        """Takes it from whoever found its only name in a directory that is not alive, that a capsule is not."""
+        self._named[capsule] = False
+
+    def hinted(self, capsule: bytes) -> bool:
+        """Whether the way up from where a capsule last got a name leads to the root; or it never got one."""
         trail = []
         at = capsule
         while (found := self._alive.get(at)) is None:
@@ -183,13 +198,13 @@ class Scope:
             row = self.state.capsule(capsule)
         return depth
 
-    def below(self, directory: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Everything in a directory, at any depth, parents first: (its directory, capsule), once for each name."""
+    def below(self, directory: bytes) -> Iterator[tuple[Slot, bytes]]:
+        """Everything in a directory, at any depth, parents first: a name and the capsule it leads to."""
         queue = deque([directory])
         while queue:
             parent = queue.popleft()
-            for _, child in self.children(parent):
-                yield parent, child.capsule
+            for name, child in self.children(parent):
+                yield (parent, name), child.capsule
                 if child.kind == DIRECTORY:
                     queue.append(child.capsule)
 

@@ -317,9 +317,13 @@ class _Translation:
                 continue
             was, lives = self._before.alive(capsule), self._after.alive(capsule)
             if was and not lives:
-                for parent, child in self._before.below(capsule):
+                for slot, child in self._before.below(capsule):
                     self._touched[child] = None
-                    self._within[child] = parent
+                    self._within[child] = slot[0]
+                    if self._after.entry(slot) == child and self._after.count(child) == 1:
+                        self._after.lost(child)
+                    if self._after.lane(child) is not None:  # it has another name
+                        self._slots[slot] = None
             if lives and not was:
                 self._touched |= dict.fromkeys(child for _, child in self._after.below(capsule))
 
@@ -495,14 +499,17 @@ class _Translation:
         for capsule in (*self._has, *self._had):
             if self._after.lane(capsule) is not None:
                 placed[capsule] = None
-        directories = [each for each in placed if self._after.row(each).kind == DIRECTORY]
-        others = [each for each in placed if self._after.row(each).kind != DIRECTORY]
-        for capsule in (*sorted(directories, key=self._after.depth), *others):
+        for capsule in sorted(placed, key=self._order):
             if capsule in self._joins:
                 self._join(capsule)
             else:
                 self._place(capsule, cloned=capsule in clones)
         self._close_joined()
+
+    def _order(self, capsule: bytes) -> tuple[bool, int]:
+        """Sorts capsules: directories from the top, then everything else."""
+        other = self._after.row(capsule).kind != DIRECTORY
+        return other, 0 if other else self._after.depth(capsule)
 
     def _join(self, capsule: bytes) -> None:
         """Copies a capsule as it is after the batch; one with much content beside the rest."""
@@ -529,7 +536,7 @@ class _Translation:
 
     def _close_joined(self) -> None:
         """Gives directories back the times that names made in them have changed."""
-        for index, (lane, command) in enumerate(self._stage):
+        for index, (lane, command) in enumerate(tuple(self._stage)):
             if not isinstance(command, Copy) or command.capsule not in self._busy:
                 continue
             row = self._after.row(command.capsule)
@@ -550,7 +557,8 @@ class _Translation:
         keys = [parent + name for parent, name in (*has, *had)]
         parents = [parent for parent, _ in (*has, *had)]
         known = len(has) == after.count(capsule)
-        if not known and set(old) <= set(new):  # one name more, of whatever others there are
+        free = all(self._before.entry(slot) in (None, capsule) for slot in has)
+        if not known and free and set(old) <= set(new):  # one name more, of whatever others there are
             for parent, name in sorted(set(new) - set(old)):
                 self._name(lane, capsule, cmd.Link(capsule, parent, name), [parent], keys, parents)
             return
@@ -579,7 +587,7 @@ class _Translation:
             if row.kind == DIRECTORY:
                 continue
             names = self._had.get(capsule, [])
-            self._emission(lane).withdrawn.append(capsule)
+            self._withdrawn(capsule)
             if row.nlink == 1 and len(names) == 1 and self._gone(capsule):
                 ((parent, name),) = self._before.places(names) or [self._before.apart(capsule)]
                 self._busy.add(parent)
@@ -607,6 +615,14 @@ class _Translation:
             and self._gone(parent)
         )
 
+    def _withdrawn(self, capsule: bytes) -> None:
+        """Notes that a capsule leaves: with the directory it goes along with, if it does."""
+        top = capsule
+        while self._goes_along(top):
+            top = self._within[top]
+        self._touches(self._leaves[top], capsule, (), ())
+        self._emission(self._leaves[top]).withdrawn.append(capsule)
+
     def _withdraw(self, lane: int, capsule: bytes) -> None:
         slots = self._before.names(capsule)
         places = self._before.places(slots)
@@ -624,7 +640,7 @@ class _Translation:
         for capsule, lane in self._leaves.items():
             if self._before.row(capsule).kind != DIRECTORY:
                 continue
-            self._emission(lane).withdrawn.append(capsule)
+            self._withdrawn(capsule)
             if not self._gone(capsule):
                 self._withdraw(lane, capsule)
             elif not self._goes_along(capsule):
@@ -690,7 +706,7 @@ class _Translation:
         return sorted(groups, key=lambda group: max(group[0]), reverse=True)
 
     def _part(self, lanes: set[int], emission: _Emission) -> Part:
-        copied = emission.copied
+        copied = sorted(emission.copied, key=self._order)
         return Part(
             self._batch.position,
             self._batch.time_ns,

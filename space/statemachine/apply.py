@@ -166,7 +166,9 @@ def _drop_entry(state: Overlay, context: Context, parent: bytes, name: bytes, ca
     row.change = context.position
     row.ctime = context.time_ns
     if row.kind == _DIRECTORY:
-        directory.nlink -= 1
+        directory.nlink -= (
+            directory.nlink > 0
+        )  # one that is deleted counts none, and replicas lose names in it
         row.nlink = 0
     else:
         row.nlink -= 1
@@ -200,7 +202,7 @@ def _renamed(state: Overlay, context: Context, link: bytes, event: ev.CapsuleRen
     old.entries -= 1
     new.entries += 1
     if row.kind == _DIRECTORY:
-        old.nlink -= 1
+        old.nlink -= old.nlink > 0
         new.nlink += 1
 
 

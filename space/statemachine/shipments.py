@@ -33,7 +33,10 @@ TRIED: Final = U63_MAX
 """Position at which events are tried: later than all there are, as the one they will have."""
 
 _DIRECTORY: Final = ev.Kind.DIRECTORY
-_KEY_AT: Final = slice(16, 20)  # key id inside a frame record
+FRAME_BYTES: Final = 48
+_FLAGS_AT: Final = 13  # flags and key id inside a frame record (docs/formats/frames.md)
+_KEY_AT: Final = slice(16, 20)
+_SHARED: Final = 2
 
 _CONTENT: Final = (cmd.WriteExtent, cmd.Deallocate, cmd.Resize, cmd.SetAttributes, cmd.SetXattr)
 """What a copy of a capsule consists of, after its creation."""
@@ -301,6 +304,8 @@ class _Delivery:
         if isinstance(command, cmd.CopyRange):
             self._ours(command.source)
         self._check_unconditional(command)
+        if isinstance(command, cmd.WriteExtent):
+            command = attrs.evolve(command, frames=[_not_found_again(frame) for frame in command.frames])
         key = command.key if isinstance(command, cmd.SetPolicy) else None
         if key is None:
             self._happen(*self._rule(command))
@@ -319,6 +324,8 @@ class _Delivery:
         if getattr(command, "change", None) is not None or getattr(command, "reserved", None) is not None:
             raise _refuse(Status.INVALID, "a shipment depends on nothing the other zone cannot know")
         if isinstance(command, cmd.WriteExtent):
+            if any(len(frame.record) != FRAME_BYTES for frame in command.frames):
+                raise _refuse(Status.INVALID, "not a frame")
             row = self._tried.capsule(command.capsule)
             keys = {int.from_bytes(frame.record[_KEY_AT], "little") for frame in command.frames}
             if row is not None and not keys <= {0, row.key}:
@@ -528,9 +535,9 @@ class _Delivery:
         fixed = (int(command.kind), command.rdev, command.block_size, command.target)
         if fixed != (row.kind, row.rdev, row.block_size, row.target):
             raise _refuse(Status.STALE, f"capsule {capsule_text(capsule)} was something else before")
-        self._empty(capsule)
         if row.deleted:
             self._happen(*self._rule(cmd.Undelete(capsule, *self._apart(capsule))))
+        self._empty(capsule)
         if row.size:
             self._happen(ev.RangeDeallocated(capsule, 0, row.size))
         if row.size != command.size:
@@ -541,6 +548,18 @@ class _Delivery:
         self._happen(*self._rule(cmd.SetPolicy(capsule, command.policy or b"")))
         if command.key is not None:
             self._happen(self._key(capsule, command.key))
+
+
+def _not_found_again(frame: cmd.StoredFrame) -> cmd.StoredFrame:
+    """A frame that deduplication passes over: its hash is keyed by the other store, and nobody here has checked it.
+
+    Encrypted ones stay as they are: only who has the home's key could find them, and their flag is authenticated.
+    """
+    flags = frame.record[_FLAGS_AT]
+    if not flags & _SHARED or any(frame.record[_KEY_AT]):
+        return frame
+    record = frame.record[:_FLAGS_AT] + bytes((flags & ~_SHARED,)) + frame.record[_FLAGS_AT + 1 :]
+    return cmd.StoredFrame(record, frame.stored)
 
 
 def _directory(capsule: bytes, parent: bytes, name: bytes) -> cmd.CreateCapsule:
