@@ -544,6 +544,23 @@ def test_a_key_of_this_store_is_not_named_by_a_zone(state: State) -> None:
     assert state.rows.get(KEY, U32.pack(7) + U32.pack(1)) == b"ours"
 
 
+@pytest.mark.parametrize("key, kept", [(0, False), (7, True)])
+def test_deduplication_does_not_find_what_was_shipped(state: State, key: int, kept: bool) -> None:
+    """A plain frame of another zone comes as one that is not shared, whatever hash it claims; encrypted ones stay."""
+    create = attrs.evolve(made(1), key=cmd.NewKey(7, 1, b"wrapped"))
+    (frame,) = write(1, 0, b"abc", key=key).frames
+    shared = attrs.evolve(frame, record=frame.record[:13] + b"\2" + frame.record[14:])
+    events = state.done(shipment(0, 1, create, cmd.WriteExtent(capsule(1), 0, 3, [shared])))
+    (written,) = [event for event in events if isinstance(event, ev.ExtentWritten)]
+    assert bool(written.frames[13] & 2) == kept
+
+
+def test_what_is_no_frame_is_refused(state: State) -> None:
+    """A record of another length is an error and nothing else."""
+    command = cmd.WriteExtent(capsule(1), 0, 1, [cmd.StoredFrame(b"short", b"x")])
+    assert isinstance(state.refused(shipment(0, 1, made(1), command)), UsageError)
+
+
 # --- positions of the home ---------------------------------------------------------------------------
 
 
