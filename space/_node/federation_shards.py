@@ -50,6 +50,7 @@ from space.federation.shelf import (
     ROOM,
     SHARDS,
     Held,
+    Room,
     SealedKey,
     ZoneClient,
     decode_held,
@@ -80,11 +81,12 @@ class HttpZone:
         self._idle: list[http.client.HTTPSConnection] = []
         self._lock = threading.Lock()
 
-    def room(self) -> int:
-        free = self._document("GET", ROOM).get("free_bytes")
-        if not isinstance(free, int):
+    def room(self) -> Room:
+        said = self._document("GET", ROOM)
+        free, total = said.get("free_bytes"), said.get("total_bytes")
+        if type(free) is not int or type(total) is not int or not 0 <= free <= total:
             raise UnavailableError(f"zone {self._zone.name} does not say how much room it has")
-        return free
+        return Room(free, total)
 
     def put_shard(self, capsule: bytes, shard: bytes, body: bytes) -> None:
         self._document("PUT", f"{SHARDS}/{CapsuleId(capsule)}/{shard.hex()}", body)

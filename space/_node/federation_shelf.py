@@ -24,7 +24,7 @@ from space.events.commands import Durability
 from space.events.ids import CapsuleId
 from space.events.types import Kind
 from space.federation.parity import Layout, decode_layout
-from space.federation.shelf import Held, decode_held, encode_held
+from space.federation.shelf import Held, Room, decode_held, encode_held
 from space.policy.model import Compression, Policy, Sovereignty
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ class StoreShelf:
         self._zone = zone
         self._lock = threading.Lock()
 
-    def room(self) -> int:
+    def room(self) -> Room:
         found = os.statvfs(self._store.path)
-        return found.f_bavail * found.f_frsize
+        return Room(found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize)
 
     def put_shard(self, home: bytes, capsule: bytes, shard: bytes, body: bytes) -> None:
         if blake3(body).digest() != shard:
@@ -176,7 +176,7 @@ class OwnZone:
         self._shelf = shelf
         self._zone = zone
 
-    def room(self) -> int:
+    def room(self) -> Room:
         return self._shelf.room()
 
     def put_shard(self, capsule: bytes, shard: bytes, body: bytes) -> None:

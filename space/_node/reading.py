@@ -15,6 +15,7 @@ import attrs
 import msgpack
 
 from space._errors import ConflictError, CorruptionError, NotFoundError, Status, UsageError
+from space._node.heat import Heat
 from space.content.pipeline import ContentReader
 from space.events.ids import ID_BYTES, ROOT, CapsuleId
 from space.events.types import Kind
@@ -126,6 +127,8 @@ class Reading:
     """
 
     path: Path
+    heat: Heat | None = None
+    """Counts reads, where somebody wants to know."""
 
     def __init__(self, tables: Store, content: ContentReader, root: CapsuleId = ROOT) -> None:
         self._tables = tables
@@ -477,6 +480,8 @@ class Reading:
     def _assemble(self, txn: ReadTransaction, capsule: CapsuleId, start: int, end: int) -> bytes:
         if end <= start:
             return b""
+        if self.heat is not None:
+            self.heat.read(capsule)
         whole = content_map.covering(txn, capsule, start, end - start)
         if whole is not None:
             return self._extent(whole)

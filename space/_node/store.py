@@ -49,6 +49,7 @@ from space._errors import (
 )
 from space._node import history, maintenance, transfer
 from space._node.federation_moments import zone_moment
+from space._node.heat import Heat
 from space._node.reading import Deleted, Reading, split_path
 from space.content.cache import FrameCache
 from space.content.frames import FrameRef, pack_frames, unpack_frames
@@ -182,7 +183,8 @@ class Store(Reading):
         self.pinned: Counter[bytes] = Counter()
         """Capsules held open by a view: gc leaves them alone even when deleted."""
         self.views = list(registered_views() if views is None else views)
-        self.watchers: list[Callable[[Sequence[Entry]], None]] = []
+        self.heat: Heat = Heat(time.monotonic_ns)
+        self.watchers: list[Callable[[Sequence[Entry]], None]] = [lambda entries: self.heat.wrote(entries)]
         """Told what each batch did once it is in the log, on whatever thread that is; must neither wait nor raise."""
         self.federation: Federation | None = None
         """What ships to other zones and takes what they ship, while this process does."""

@@ -176,7 +176,7 @@ class Rebalance:
 
 @attrs.frozen
 class Evacuate:
-    """Have others lead what a node leads, and take it out of service."""
+    """Have others lead what a node leads."""
 
     node: int
     reason: str
@@ -343,8 +343,8 @@ def _grow_elsewhere(telemetry: CapacityThreshold, policy: Policy, mesh: Mesh) ->
 
 
 def _evacuate(telemetry: NodeDegraded, policy: Policy, mesh: Mesh) -> Iterator[Action]:
-    known = any(node.node == telemetry.node for node in mesh.nodes)
-    if known and any(node.node != telemetry.node for node in mesh.healthy()):
+    leads = any(node.node == telemetry.node and node.leads for node in mesh.nodes)
+    if leads and any(node.node != telemetry.node for node in mesh.healthy()):
         yield Evacuate(telemetry.node, _because("durability", policy.durability.value, telemetry))
 
 
@@ -383,7 +383,7 @@ RULES: Final[tuple[Rule, ...]] = (
         Replicate,
         _grow_elsewhere,
     ),
-    Rule(NodeDegraded, "another node is healthy", "durability", Evacuate, _evacuate),
+    Rule(NodeDegraded, "it leads shards, another node is healthy", "durability", Evacuate, _evacuate),
     Rule(ViewProjection, "a target that holds no replica", "federation.targets", Federate, _federate),
     Rule(
         ViewProjection,

@@ -1,6 +1,6 @@
 """Where a zone keeps shards of other zones' capsules, and how it is asked for them over HTTP.
 
-    GET    /v1/federation/room                          {"free_bytes": …}
+    GET    /v1/federation/room                          {"free_bytes": …, "total_bytes": …}
     PUT    /v1/federation/shards/CAPSULE/HASH           a shard of a capsule of who asks
     GET    /v1/federation/shards/HOME/CAPSULE/HASH      a shard, for a zone that is in the capsule's layout
     PUT    /v1/federation/layouts/CAPSULE               a layout; {"missing": [HASH, …]}: what it wants and is not here
@@ -85,11 +85,19 @@ def decode_held(data: bytes) -> Held:
     return Held(layout, keys)
 
 
+@attrs.frozen
+class Room:
+    """How much a zone's storage holds, and how much of it is free, in bytes."""
+
+    free_bytes: int
+    total_bytes: int
+
+
 class ZoneClient(Protocol):
     """A zone as the home of shards sees it, the own one included.  Calls wait; safe on several threads."""
 
-    def room(self) -> int:
-        """Bytes that are free there."""
+    def room(self) -> Room:
+        """The room there is there."""
 
     def put_shard(self, capsule: bytes, shard: bytes, body: bytes) -> None:
         """Stores a shard; ``shard`` is its BLAKE3.  One that is there already stays."""
@@ -121,7 +129,7 @@ class ZoneClient(Protocol):
 class Shelf(Protocol):
     """The same seen from within: every zone has a part of its own.  Called on threads."""
 
-    def room(self) -> int: ...
+    def room(self) -> Room: ...
     def put_shard(self, home: bytes, capsule: bytes, shard: bytes, body: bytes) -> None: ...
     def get_shard(self, asker: bytes, home: bytes, capsule: bytes, shard: bytes) -> bytes: ...
     def missing(self, home: bytes, capsule: bytes, shards: Sequence[bytes]) -> list[bytes]: ...
@@ -153,7 +161,7 @@ class ShelfRoutes:
 
     async def _room(self, request: web.Request) -> web.StreamResponse:
         await self._prove(request)
-        return web.json_response({"free_bytes": await asyncio.to_thread(self._shelf.room)})
+        return web.json_response(attrs.asdict(await asyncio.to_thread(self._shelf.room)))
 
     async def _put_shard(self, request: web.Request) -> web.StreamResponse:
         peer = await self._prove(request)

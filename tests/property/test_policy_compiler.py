@@ -186,6 +186,7 @@ CASES: list[tuple[Telemetry, Policy, Mesh, list[tuple[object, ...]]]] = [
     (attrs.evolve(FULL, zone="oslo"), TARGETS, MESH, [("Replicate", "lima")]),
     (attrs.evolve(FULL, zone="oslo"), TARGETS, without("lima"), []),
     (NodeDegraded(3, "silent"), Policy(), MESH, [("Evacuate", 3)]),
+    (NodeDegraded(2, "silent"), Policy(), MESH, []),
     (NodeDegraded(4, "silent"), Policy(), MESH, []),
     (NodeDegraded(3, "silent"), Policy(), attrs.evolve(MESH, nodes=MESH.nodes[2:]), []),
     (ViewProjection(CAPSULE, "nfs", HOME), TARGETS, MESH, [("Federate", "paris")]),
