@@ -21,6 +21,7 @@ from space.federation.portable import Copy, Portable
 from space.federation.scope import DIRECTORY, Moment, Scope, Slot
 from space.federation.translate import (
     STEP_PARTS,
+    Batch,
     Copies,
     Mark,
     Part,
@@ -29,6 +30,7 @@ from space.federation.translate import (
     lane_key,
     resumed,
     steps,
+    timed,
 )
 from space.statemachine.tables import CAPSULE, ENTRY, POLICY, U32, CapsuleRow
 
@@ -113,7 +115,7 @@ class _First:
         scope = self._fresh()
         for parent, name, child in self._below_root(scope, directories=True):
             if scope.lane(child) is not None:
-                yield from self._copied(scope, child, [(parent, name)], parent)
+                yield from self._copied(scope, child, [(parent, name)])
         yield from self.others()
 
     def others(self) -> Iterator[tuple[Copy, int]]:
@@ -123,12 +125,12 @@ class _First:
             if self._is_other(scope, child):
                 names = self._names(scope, child, (parent, name))
                 if names[0] == (parent, name):
-                    yield from self._copied(scope, child, names, parent)
+                    yield from self._copied(scope, child, names)
         yield from self._cut_off(scope)
         for capsule, data in self._moment.state.scan(CAPSULE, b""):
             row = CapsuleRow.decode(data)
             if not (row.nlink or row.deleted or row.kind == DIRECTORY) and scope.lane(capsule) == self._lane:
-                yield from self._copied(scope, capsule, [], b"")
+                yield from self._copied(scope, capsule, [])
 
     def _cut_off(self, scope: Scope) -> Iterator[tuple[Copy, int]]:
         """What is alive and has names only in directories that are not (:meth:`space.federation.scope.Scope.alive`)."""
@@ -137,7 +139,7 @@ class _First:
             if not scope.alive(slot[0]) and scope.hinted(capsule) and self._is_other(scope, capsule):
                 slots = scope.names(capsule)
                 if slots[0] == slot and not any(scope.alive(parent) for parent, _ in slots):
-                    yield from self._copied(scope, capsule, [], b"")
+                    yield from self._copied(scope, capsule, [])
             scope.forget()
 
     def _is_other(self, scope: Scope, capsule: bytes) -> bool:
@@ -177,12 +179,6 @@ class _First:
             scope.forget()
         return found
 
-    def _copied(
-        self, scope: Scope, capsule: bytes, names: list[Slot], parent: bytes
-    ) -> Iterator[tuple[Copy, int]]:
-        time_ns = self._time_ns
-        if parent and scope.lane(parent) is not None:
-            time_ns = scope.row(parent).mtime
-        copy = self._translator.copier.copy(scope, self._moment, capsule, self._position, scope.places(names))
-        for part in copy:
-            yield part, time_ns
+    def _copied(self, scope: Scope, capsule: bytes, names: list[Slot]) -> Iterator[tuple[Copy, int]]:
+        at = Batch(self._position, self._time_ns, ())
+        yield from timed(self._translator.copier, scope, self._moment, capsule, names, at)

@@ -707,6 +707,7 @@ class _Translation:
 
     def _part(self, lanes: set[int], emission: _Emission) -> Part:
         copied = sorted(emission.copied, key=self._order)
+        emission.reads.update(lane_key(lane) for lane in lanes if lane != max(lanes))
         return Part(
             self._batch.position,
             self._batch.time_ns,
@@ -728,13 +729,8 @@ class _Translation:
         def parts() -> Iterator[tuple[Copy, int]]:
             for capsule in capsules:
                 slots = scope.names(capsule)
-                time_ns = next(
-                    (scope.row(p).mtime for p, _ in slots if scope.lane(p) is not None), batch.time_ns
-                )
                 hide = capsule in hidden
-                places = scope.places(slots)
-                for part in copier.copy(scope, moment, capsule, batch.position, places, hide=hide):
-                    yield part, time_ns
+                yield from timed(copier, scope, moment, capsule, slots, batch, hide=hide)
 
         return lambda after: steps(resumed(parts(), after))
 
@@ -758,6 +754,42 @@ class _Written:
     @property
     def frames(self) -> bytes:
         return self.event.frames
+
+
+def timed(
+    copier: Copier,
+    scope: Scope,
+    moment: Moment,
+    capsule: bytes,
+    slots: list[Slot],
+    batch: Batch,
+    *,
+    hide: bool = False,
+) -> Iterator[tuple[Copy, int]]:
+    """Parts of a copy, each with a time; names in a directory come at its own, so that it keeps it.
+
+    ``slots`` are the capsule's names, ``batch`` when the copy is of.
+    """
+    times: dict[bytes, int] = {}
+    names: dict[bytes, list[Slot]] = {}
+    for slot in slots:
+        for place in scope.places([slot]):
+            inside = scope.lane(slot[0]) is not None
+            times[place[0]] = scope.row(slot[0]).mtime if inside else batch.time_ns
+            names.setdefault(place[0], []).append(place)
+    parents = list(names)
+    first = names[parents[0]] if parents else []
+    time_ns = times[parents[0]] if parents else batch.time_ns
+    part = None
+    for part in copier.copy(scope, moment, capsule, batch.position, first, hide=hide):
+        yield attrs.evolve(part, last=part.last and len(parents) < 2), time_ns
+    assert part is not None, "a copy has a part"
+    told = tuple(first)
+    for number, parent in enumerate(parents[1:], 1):
+        told += tuple(names[parent])
+        last = parent == parents[-1]
+        placed = [cmd.PlaceCapsule(capsule, told)]
+        yield attrs.evolve(part, step=part.step + number, last=last, commands=placed), times[parent]
 
 
 def resumed(parts: Iterable[tuple[Copy, int]], after: Mark | None) -> Iterator[tuple[Copy, int]]:
