@@ -220,6 +220,14 @@ def _times(value: Any) -> tuple[int, int, int, int]:
     return atime, mtime, ctime, btime
 
 
+def _capsule_times(value: Any) -> list[tuple[bytes, tuple[int, int, int, int]]]:
+    return [(_exactly(bytes)(capsule), _times(times)) for capsule, times in value]
+
+
+def _steps(value: Any) -> list[tuple[int, int, int, int]] | None:
+    return None if value is None else [_times(each) for each in value]
+
+
 def _decoded(value: Any) -> Any:
     """Commands of several are decoded with their attachments before the other fields are."""
     return value
@@ -240,6 +248,9 @@ _SPECIAL: Final[dict[tuple[type[Any], str], _Read]] = {
     (cmd.LoseHome, "commands"): _decoded,
     (cmd.LoseHome, "cursors"): _ranges,
     (cmd.LoseHome, "kept"): _ids,
+    (cmd.LoseHome, "times"): _capsule_times,
+    (cmd.PromoteZone, "cursors"): _steps,
+    (cmd.PromoteZone, "incomplete"): _ids,
     (cmd.RecordShipment, "capsules"): _shipped,
     (cmd.RecordShipment, "withdrawn"): _ids,
     (cmd.PlaceCapsule, "names"): _places,

@@ -525,9 +525,17 @@ class RecordRpo:
 
 @attrs.frozen
 class PromoteZone:
-    """Makes this store the home of what had its home in ``zone``, as far as it has come."""
+    """Makes this store the home of what had its home in ``zone``, as far as it has come.
+
+    ``cursors`` (shard, lane, position, step) is how far that is believed to be: if more has come since, nothing
+    happens.  ``incomplete`` are replicas of which a copy was under way: half of one is no capsule, and it is purged.
+    ``again`` raises the epoch though this store took the zone's place before: when the zone took this one's as well.
+    """
 
     zone: bytes
+    cursors: Sequence[tuple[int, int, int, int]] | None = None
+    incomplete: Sequence[bytes] = ()
+    again: bool = False
 
 
 @attrs.frozen
@@ -537,7 +545,9 @@ class LoseHome:
     ``cursors`` (shard, lane, position) is what the zone had come to, ``position`` the one of its log at which it was
     promoted.  ``commands`` are decided first: they keep what had not been shipped, as clones in ``/zones/.branches``,
     and take the capsules back to what the zone has.  ``kept`` stay at home here though their policy names the zone,
-    because they never came there.
+    because they never came there.  ``times`` (atime, mtime, ctime, btime) are those capsules had that are taken back.
+    ``seen`` is the position of this log the commands were made for: if anything the zone was sent has changed since,
+    nothing happens.
     """
 
     zone: bytes
@@ -546,6 +556,8 @@ class LoseHome:
     cursors: Sequence[tuple[int, int, int]]
     commands: Sequence[Command]
     kept: Sequence[bytes]
+    times: Sequence[tuple[bytes, tuple[int, int, int, int]]] = ()
+    seen: int | None = None
 
 
 Command = (

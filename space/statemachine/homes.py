@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 from space._errors import Status
 from space.events import commands as cmd
 from space.events import types as ev
-from space.events.ids import BRANCHES, ID_BYTES, NIL, ROOT, ZONE_NAME, ZONES
+from space.events.codec import EVENTS_MAX, NO_LINK, chain_link, encode_event
+from space.events.ids import BRANCHES, ID_BYTES, NIL, ROOT, ZONE_NAME, ZONES, zone_capsules
 from space.events.registry import DOCUMENT_BYTES_MAX, U32_MAX, U63_MAX
 from space.statemachine import zones
 from space.statemachine.apply import Context, apply, tree_nodes
 from space.statemachine.decision import Decision, PayloadPlacer, Rejected, Rules, capsule_text
 from space.statemachine.shipments import TRIED, touched
-from space.statemachine.tables import ENTRY, FEDERATED, HOME_LOST, EntryRow, Overlay
+from space.statemachine.tables import (
+    CAPSULE,
+    ENTRY,
+    FEDERATED,
+    HOME,
+    HOME_LOST,
+    CapsuleRow,
+    EntryRow,
+    Overlay,
+    Reader,
+)
 from space.statemachine.zones import ZoneRow
 
 ZONES_MAX: Final = 256
@@ -278,15 +290,37 @@ def promote(state: Overlay, command: cmd.PromoteZone, payload: PayloadPlacer) ->
     zone = _peer(state, command.zone)
     if zone is None:
         return _no_zone(command.zone)
-    if zone.taken:
+    if zone.taken and not command.again:
         return Rejected(
             Status.EXISTS, f"what came from {zone} has its home here already, since epoch {zone.epoch}"
         )
     if zone.epoch >= U32_MAX:
         return Rejected(Status.NO_SPACE, f"{zone} was promoted over too often")
-    cursors = [(shard, lane, row.position) for shard, lane, row in zones.cursors(state, command.zone)]
-    packed = b"".join(ev.CURSOR.pack(*each) for each in cursors)
-    return [ev.ZonePromoted(bytes(ROOT), bytes(command.zone), zone.epoch + 1, packed)]
+    cursors = [
+        (shard, lane, row.position, row.step) for shard, lane, row in zones.cursors(state, command.zone)
+    ]
+    if command.cursors is not None and [tuple(each) for each in command.cursors] != cursors:
+        return Rejected(Status.STALE, f"more has come from {zone} meanwhile: look again")
+    purged = _incomplete(state, command)
+    if isinstance(purged, Rejected):
+        return purged
+    packed = b"".join(ev.CURSOR.pack(*each[:3]) for each in cursors)
+    return [*purged, ev.ZonePromoted(bytes(ROOT), bytes(command.zone), zone.epoch + 1, packed)]
+
+
+def _incomplete(state: Overlay, command: cmd.PromoteZone) -> list[ev.Event] | Rejected:
+    """Purges replicas of which a copy is under way."""
+    events: list[ev.Event] = []
+    for capsule in command.incomplete:
+        row, home = state.capsule(capsule), zones.home_row(state, capsule)
+        if row is None or home is None or home.zone != command.zone or not home.copy:
+            return Rejected(Status.STALE, f"capsule {capsule_text(capsule)} is no half of a copy: look again")
+        apart = (bytes(zone_capsules(command.zone)), capsule_text(capsule).encode())
+        if state.get(ENTRY, apart[0] + apart[1]) is not None:
+            events.append(ev.NameUnlinked(bytes(capsule), *apart))
+    if command.incomplete:
+        events.append(ev.CapsulesPurged(bytes(ROOT), b"".join(command.incomplete)))
+    return events
 
 
 def lose(state: Overlay, command: cmd.LoseHome, payload: PayloadPlacer, rules: Rules) -> Decision:
@@ -302,18 +336,25 @@ def lose(state: Overlay, command: cmd.LoseHome, payload: PayloadPlacer, rules: R
         )
     if not 0 <= command.position <= U63_MAX or len(command.commands) > BRANCH_COMMANDS_MAX:
         return Rejected(Status.INVALID, "not where a zone was promoted, or too much to set aside")
+    if command.seen is not None and (changed := _changed_since(state, command.zone, zone, command.seen)):
+        return Rejected(Status.STALE, f"capsule {capsule_text(changed)} changed meanwhile: look again")
     tried = Overlay(state)
     events: list[ev.Event] = []
     context = Context(TRIED, 0, 0)
+    links = any(isinstance(each, cmd.CopyRange) for each in command.commands)
 
     def happen(*some: ev.Event) -> None:
         for event in some:
-            apply(tried, context, bytes(ID_BYTES), event)
+            link = NO_LINK
+            if links:  # RangeCopied carries the head of its source's chain
+                row = tried.capsule(event.capsule)
+                link = chain_link(row.link if row else NO_LINK, encode_event(event))
+            apply(tried, context, link, event)
         events.extend(some)
 
     happen(*_directories(tried, payload, rules))
     for each in command.commands:
-        if type(each) not in _BRANCHING or isinstance(each, cmd.CopyRange):
+        if type(each) not in _BRANCHING:
             return Rejected(Status.INVALID, f"{type(each).__name__} sets nothing aside")
         refused = None if getattr(each, "parent", None) == BRANCHES else elsewhere(tried, each)
         decided = refused or rules[type(each)](tried, each, payload)
@@ -326,7 +367,37 @@ def lose(state: Overlay, command: cmd.LoseHome, payload: PayloadPlacer, rules: R
         if tried.capsule(capsule) is None:
             return Rejected(Status.NOT_FOUND, f"no capsule {capsule_text(capsule)}")
         happen(ev.CapsuleHomed(bytes(capsule), own[0], 0, 0, 0, None, None, None, None))
+    for capsule, times in command.times:
+        row = tried.capsule(capsule)
+        if row is None or zones.home_of(tried, capsule, row) != command.zone:
+            return Rejected(Status.INVALID, f"capsule {capsule_text(capsule)} goes to no other home")
+        happen(ev.CapsuleHomed(bytes(capsule), bytes(command.zone), command.position, 0, 0, *times))
+    if len(events) > EVENTS_MAX:
+        return Rejected(Status.TOO_LARGE, f"{len(events)} events to set aside what was not shipped")
     return events
+
+
+def shared(state: Reader | Overlay, zone: bytes, row: ZoneRow) -> Iterator[bytes]:
+    """Capsules of this store that a zone has too: those it was sent, and those that were taken over from it."""
+    seen = set()
+    for capsule, _ in zones.sent_capsules(state, zone):
+        seen.add(capsule)
+        yield capsule
+    if not row.taken:
+        return
+    for capsule, value in state.scan(HOME, b""):
+        if capsule not in seen and zones.HomeRow.decode(value).zone == zone:
+            data = state.get(CAPSULE, capsule)
+            if data is not None and CapsuleRow.decode(data).ino <= row.taken:
+                yield capsule
+
+
+def _changed_since(state: Overlay, zone: bytes, row: ZoneRow, position: int) -> bytes | None:
+    for capsule in (bytes(ROOT), *shared(state, zone, row)):
+        found = state.capsule(capsule)
+        if found is not None and found.change > position:
+            return capsule
+    return None
 
 
 def _directories(state: Overlay, payload: PayloadPlacer, rules: Rules) -> list[ev.Event]:

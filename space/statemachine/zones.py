@@ -64,7 +64,8 @@ class ZoneRow:
     ``role`` is OWN, PEER or REMOVED.  ``epoch`` counts promotions of one of the two zones in the other's place.
     Replicas of the zone with inode numbers up to ``taken`` have their home here by now; capsules of this store that
     were sent to the zone up to position ``lost`` (of this log) have it there, as of position ``base`` of that log; so
-    have replicas with inode numbers up to ``returned``, which had been taken over before.
+    have replicas with inode numbers up to ``returned``, which had been taken over before.  ``promoted`` and ``parted``
+    are the positions of this log at which this store last took the zone's place, and the zone this store's.
     """
 
     role: int
@@ -78,6 +79,8 @@ class ZoneRow:
     lost: int = 0
     base: int = 0
     returned: int = 0
+    promoted: int = 0
+    parted: int = 0
 
     def encode(self) -> bytes:
         packed: bytes = msgpack.packb(attrs.astuple(self))
@@ -240,6 +243,7 @@ def defined(state: Overlay, context: Context, link: bytes, event: ev.ZoneDefined
     if before is not None:
         row.epoch, row.taken = before.epoch, before.taken
         row.lost, row.base, row.returned = before.lost, before.base, before.returned
+        row.promoted, row.parted = before.promoted, before.parted
     _put(state, event.zone, row)
 
 
@@ -326,7 +330,7 @@ def promoted(state: Overlay, context: Context, link: bytes, event: ev.ZonePromot
     """All replicas of the zone there are now have their home here."""
     state.edit(event.capsule).link = link
     row = _known(state, event.zone)
-    row.epoch, row.taken = event.epoch, state.counter(b"ino")
+    row.epoch, row.taken, row.promoted = event.epoch, state.counter(b"ino"), context.position
     row.lost = row.base = row.returned = 0
     _put(state, event.zone, row)
     _flag_lost(state)
@@ -336,7 +340,8 @@ def lost(state: Overlay, context: Context, link: bytes, event: ev.HomeLost) -> N
     """All that the zone was sent until now has its home there."""
     state.edit(event.capsule).link = link
     row = _known(state, event.zone)
-    row.epoch, row.base, row.lost = event.epoch, event.position, context.position
+    row.epoch, row.base = event.epoch, event.position
+    row.lost = row.parted = context.position
     row.returned, row.taken = row.taken, 0
     _put(state, event.zone, row)
     _flag_lost(state)
