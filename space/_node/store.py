@@ -184,7 +184,7 @@ class Store(Reading):
         """Capsules held open by a view: gc leaves them alone even when deleted."""
         self.views = list(registered_views() if views is None else views)
         self.heat: Heat = Heat(time.monotonic_ns)
-        self.watchers: list[Callable[[Sequence[Entry]], None]] = [lambda entries: self.heat.wrote(entries)]
+        self.watchers: list[Callable[[Sequence[Entry]], None]] = []
         """Told what each batch did once it is in the log, on whatever thread that is; must neither wait nor raise."""
         self.federation: Federation | None = None
         """What ships to other zones and takes what they ship, while this process does."""
@@ -418,6 +418,7 @@ class Store(Reading):
                     handler(context, event)
         for folder in folders:
             folder.flush()
+        self.heat.wrote(batch.entries)
         for watcher in self.watchers:
             watcher(batch.entries)
         before = self._applied
