@@ -34,7 +34,9 @@ def device(mode: Any = _MODE.SINGLE_NODE_WRITER) -> pb.VolumeCapability:
 class Client:
     """Calls of the specification by their names."""
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, socket: Path, seconds: float = CALL_SECONDS) -> None:
+        """Connects; each call is given up after so many seconds."""
+        self._seconds = seconds
         self._channel = grpc.insecure_channel(f"unix:{socket}")
 
     def __getattr__(self, name: str) -> Any:
@@ -48,7 +50,7 @@ class Client:
         request = getattr(pb, f"{name}Request")
 
         def ask(**fields: Any) -> Any:
-            answer = call(request(**fields), timeout=CALL_SECONDS, wait_for_ready=True)
+            answer = call(request(**fields), timeout=self._seconds, wait_for_ready=True)
             return list(answer) if name in STREAMING else answer
 
         return ask

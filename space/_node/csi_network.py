@@ -22,7 +22,7 @@ from typing import Final
 
 import attrs
 
-from space._errors import RefusedError, Status, UnavailableError
+from space._errors import RefusedError, Status, UnavailableError, UsageError
 from space._node.csi_mounts import Mount
 from space.projections.csi import check
 from space.projections.csi.model import Reach
@@ -101,6 +101,7 @@ def mount_nfs(reach: Reach, point: str, *, options: Sequence[str] = (), readonly
 
     Raises:
         RefusedError: this kernel has no NFS client, or the server refuses.
+        UsageError: an option is none of this kernel's.
         UnavailableError: the server does not answer: it is asked first, as the kernel would wait for minutes.
         OSError: anything else the kernel says.
     """
@@ -117,6 +118,8 @@ def _explained(reach: Reach, error: OSError) -> Exception:
         return RefusedError(
             "this kernel has no NFS client", hint="modprobe nfsv4", status=Status.NOT_PERMITTED
         )
+    if error.errno == errno.EINVAL:
+        return UsageError("this kernel's NFS client refuses the mount flags", hint="dmesg says which")
     if error.errno in {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ESTALE}:
         return RefusedError(
             f"{reach.server} does not offer {reach.share} to this machine: {error.strerror}",

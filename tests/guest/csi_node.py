@@ -25,6 +25,7 @@ from typing import Any, Final
 import grpc
 
 from space._node import csi_mounts, csi_network
+from space.projections.csi import check
 from space.projections.csi.model import host_nqn, host_uuid
 from space.projections.csi.pb import csi_pb2 as pb
 from tests.csi_client import MIB, Client, device, tree
@@ -545,6 +546,7 @@ def job_silent(node: Node) -> None:
     files, block = (ask("create", each, each, str(8 * MIB)) for each in ("nfs", "nvme"))
     targets = [publish_of(node, files, "nfs"), publish_of(node, block, "nvme")]
     write(targets[0] / "file", b"kept")
+    writer = start_writer(node.paths(files["id"])[0] / "unsaved")
     time_out = Path("/sys/module/nvme_core/parameters/admin_timeout")
     if time_out.exists():
         time_out.write_text("5")
@@ -566,12 +568,60 @@ def job_silent(node: Node) -> None:
         )
     )
     assert (code, "does not answer" in words) == ("UNAVAILABLE", True), words
+    check_unstaging_waits(node, files["id"], writer)
     ask("speech")
+    writer.wait(WAIT_SECONDS)
+    assert len((node.paths(files["id"])[0] / "unsaved").read_bytes()) == MIB
     assert (publish_of(node, files, "nfs") / "file").read_bytes() == b"kept"
     write_first(publish_of(node, block, "nvme"))
     for volume in (files, block):
         node.unpublish(volume)
     node.client.NodeUnstageVolume(volume_id=other["id"], staging_target_path=str(staging))
+    node.check_nothing_left()
+
+
+def start_writer(path: Path) -> subprocess.Popen[bytes]:
+    """A program that has a file open and writes it once there is /tmp/now; then there is /tmp/done."""
+    program = (
+        "import os, pathlib, sys, time\n"
+        "f = open(sys.argv[1], 'wb', buffering=0)\n"
+        "pathlib.Path('/tmp/open').touch()\n"
+        "while not os.path.exists('/tmp/now'): time.sleep(0.01)\n"
+        "f.write(bytes(1 << 20)); pathlib.Path('/tmp/done').touch(); time.sleep(999)\n"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", program, str(path)])
+    wait_for(Path("/tmp/open").exists)
+    return writer
+
+
+def check_unstaging_waits(node: Node, volume: str, writer: subprocess.Popen[bytes]) -> None:
+    """What was written has to go somewhere: until then the kernel keeps its program, even killed, and so the mount."""
+    staging, _ = node.paths(volume)
+    Path("/tmp/now").touch()
+    wait_for(Path("/tmp/done").exists)
+    writer.kill()
+    code, words = code_of(
+        lambda: node.client.NodeUnstageVolume(volume_id=volume, staging_target_path=str(staging))
+    )
+    assert (code, "in use" in words) == ("FAILED_PRECONDITION", True), words
+
+
+def job_flags(node: Node) -> None:
+    """Every mount flag that is taken for NFS is one that this kernel takes."""
+    node.start()
+    volume = ask("create", "flags", "nfs", str(MIB))
+    values = {"lookupcache": "none", "vers": "4.1", "nfsvers": "4.2", "nconnect": "2"}
+    numbers = {"timeo", "retrans", "rsize", "wsize", "actimeo"}
+    numbers |= {"acregmin", "acregmax", "acdirmin", "acdirmax"}
+    refused = []
+    for name in sorted(check.NFS_FLAGS):
+        flag = f"{name}={values.get(name, 60)}" if name in numbers | values.keys() else name
+        try:
+            node.publish(volume, tree(_MODE.MULTI_NODE_MULTI_WRITER, mount_flags=[flag]))
+        except grpc.RpcError as error:
+            refused.append((flag, error.details()))
+        node.unpublish(volume)
+    assert refused == [], refused
     node.check_nothing_left()
 
 

@@ -206,6 +206,11 @@ def test_a_device_over_nvme(owner: Owner, tmp_path: Path) -> None:
     run(owner, tmp_path / "guest", "device")
 
 
+def test_flags_of_the_nfs_client(owner: Owner, tmp_path: Path) -> None:
+    """Whatever mount flag the driver takes for NFS, the kernel takes."""
+    run(owner, tmp_path / "guest", "flags")
+
+
 @pytest.mark.parametrize("transport", ["nfs", "nvme"])
 def test_the_driver_killed_at_every_step(owner: Owner, tmp_path: Path, transport: str) -> None:
     """Before whichever step a node's driver is killed: asked again, the volume is there once and whole, then gone."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from space._errors import RefusedError, SpaceError, Status, UnavailableError
-from space._node import csi_network
+from space._errors import ConflictError, RefusedError, SpaceError, Status, UnavailableError, UsageError
+from space._node import csi_host, csi_network
 from space._node.csi_host import LinuxHost, Note, Notes
 from space._node.csi_mounts import Mount
 from space.projections.csi.model import Reach
@@ -63,6 +63,7 @@ def server() -> Iterator[Server]:
         (errno.ENODEV, RefusedError, "no NFS client"),
         (errno.ENOENT, RefusedError, "does not offer"),
         (errno.EACCES, RefusedError, "does not offer"),
+        (errno.EINVAL, UsageError, "mount flags"),
         (errno.ETIMEDOUT, UnavailableError, "does not answer"),
     ],
 )
@@ -77,7 +78,8 @@ def test_what_the_nfs_client_refuses(
     monkeypatch.setattr(csi_network, "_mount", refuse)
     with pytest.raises(kind, match=words) as caught:
         csi_network.mount_nfs(Reach("nfs", server.name, share=f"/{ID}"), "/nowhere")
-    assert caught.value.status is (Status.NOT_PERMITTED if kind is RefusedError else Status.UNAVAILABLE)
+    wanted = {RefusedError: Status.NOT_PERMITTED, UsageError: Status.INVALID}
+    assert caught.value.status is wanted.get(kind, Status.UNAVAILABLE)
 
 
 def test_a_mount_names_its_server_by_address(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,4 +275,34 @@ def test_what_the_machine_has_forgotten_is_forgotten(tmp_path: Path, sysfs: Sysf
         notes.keep(Note(ID, path, "staged", block, "mounted", transport=reach.transport, reach=reach))
     assert host._repair() == 0
     assert notes.all() == []
+    host.close()
+
+
+def test_a_call_that_is_held_up_holds_up_no_other(
+    tmp_path: Path, sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the kernel does not come back from one call for a path, the next one is told to come again."""
+    monkeypatch.setattr(csi_host, "TURN_SECONDS", 0.01)
+    host = LinuxHost(tmp_path / "notes", lambda: "", "a@")
+    with host._alone("/p"), pytest.raises(ConflictError) as caught:
+        host._unstage(ID, "/p")
+    assert caught.value.status is Status.STALE
+    host._unstage(ID, "/p")
+    host.close()
+
+
+def test_a_silent_server_is_asked_once(tmp_path: Path, sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often statistics are wanted, one thread waits for the server of a volume; then it is asked again."""
+    monkeypatch.setattr(csi_host, "STATS_SECONDS", 0.01)
+    host = LinuxHost(tmp_path / "notes", lambda: "", "a@")
+    speech = threading.Event()
+    before = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(UnavailableError, match="does not answer"):
+            host._asked(ID, speech.wait)
+    assert threading.active_count() == before + 1
+    speech.set()
+    host._asking[ID].join()
+    monkeypatch.setattr(csi_host, "STATS_SECONDS", 60)
+    assert host._asked(ID, lambda: 5) == 5
     host.close()

@@ -68,7 +68,7 @@ MOUNT_FLAGS: Final = frozenset(
 
 NFS_FLAGS: Final = frozenset(
     {
-        *("hard", "soft", "softerr", "softreval", "nosoftreval"),
+        *("hard", "soft", "softerr", "softreval"),
         *("ac", "noac", "sync", "async", "cto", "nocto", "lock", "rdirplus", "nordirplus"),
         *("resvport", "noresvport", "sharecache", "nosharecache", "lookupcache", "vers", "nfsvers"),
         *("timeo", "retrans", "rsize", "wsize", "nconnect", "actimeo"),
