@@ -26,6 +26,7 @@ from space.projections import content_map
 from space.projections.feed import fold
 from space.statemachine.store import ReadTransaction
 from space.statemachine.store import Store as Tables
+from space.statemachine.tables import U32, ZONE_KEY
 
 if TYPE_CHECKING:
     from space._node.federation_keys import ZoneKeys
@@ -150,6 +151,9 @@ class Sealer:
             RefusedError: it cannot be opened here.
         """
         if is_for_home(wrapped):
+            with self.store._read() as txn:
+                if txn.get(ZONE_KEY, U32.pack(number)) == self.zone.id:
+                    return wrapped  # it goes back to the only zone that can open it
             raise RefusedError(f"key {number} is sealed for another zone, and cannot be given on")
         data_key = self.store._keyring.unwrap(number, version, wrapped)
         own = self.keys.identity

@@ -1,9 +1,11 @@
 """Scope: what one zone may see of the home at one moment.
 
 In scope is a capsule that policy allows there (:mod:`space.federation.selection`), that has its home here, and that is
-*alive*: not deleted, and not in a directory that is (for a file: the one it last got a name in).  Its names are those in directories that are in scope, and in the
-root, for which ``/zones/NAME`` stands at the receiver; one without any hangs in ``/zones/NAME/.capsules``.  Names in
-other directories, and their ids, get into no command: :meth:`Scope.places` leaves them out.
+*alive*: not deleted, and not in a directory that is (for a file: the one it last got a name in).  Its names are those
+in directories that are in scope, and in the root, for which ``/zones/NAME`` stands at the receiver (and, at a zone
+whose place this one took, its root for what is ``/zones/NAME`` here); one without any hangs in
+``/zones/NAME/.capsules``.  Names in other directories, and their ids, get into no command: :meth:`Scope.places` leaves
+them out.
 """
 
 from __future__ import annotations
@@ -66,6 +68,8 @@ class Scope:
         self._selection = selection
         self._root = bytes(zone_root(home))
         self._capsules = bytes(zone_capsules(home))
+        stood_in = selection.stood_in_for(state)
+        self._theirs = None if stood_in is None else bytes(zone_root(stood_in[0]))
         self._lanes: dict[bytes, int | None] = {}
         self._alive: dict[bytes, bool] = {}
         self._named: dict[bytes, bool] = {}  # files that are not where they last got a name
@@ -111,7 +115,9 @@ class Scope:
         if self.hinted(capsule):
             return True
         if (known := self._named.get(capsule)) is None:
-            known = self._named[capsule] = any(self.hinted(parent) for parent, _ in self._other_names(capsule))
+            known = self._named[capsule] = any(
+                self.hinted(parent) for parent, _ in self._other_names(capsule)
+            )
         return known
 
     def _other_names(self, capsule: bytes) -> list[Slot]:
@@ -145,7 +151,14 @@ class Scope:
         """The directory at the receiver that stands for one of the home; None if names in it do not leave."""
         if parent == ROOT:
             return self._root
+        if parent == self._theirs:
+            return bytes(ROOT)
         return parent if self.lane(parent) is not None else None
+
+    def moved(self, capsule: bytes) -> bool:
+        """Whether a capsule has its home elsewhere: it is nobody's business here what other zones have of it."""
+        row = self.state.capsule(capsule)
+        return row is not None and zones.home_of(self.state, capsule, row) is not None
 
     def places(self, slots: list[Slot]) -> list[Slot]:
         """Those of some names that a capsule has at the receiver."""

@@ -3,8 +3,10 @@
 The policy a capsule has at a position decides: ``sovereignty: global``, the zone among its ``federation.targets``,
 and no ``federation.shards`` (then targets get shards of a code, see :mod:`space.federation.parity`).  The lane is its
 ``federation.priority``.  A capsule takes over its directory's policy when it is made, and a clone its source's; so the
-policy in its row is the one in force, inherited or not.  What is not understood does not go anywhere: a document that
-is none, one that another program wrote with keys this one does not know, a number without a document.
+policy in its row is the one in force, inherited or not.  Where this zone took another one's place, a policy that names
+this one as a target speaks of a home that is a target now: the zone that was the home is one too.  What is not
+understood does not go anywhere: a document that is none, one that another program wrote with keys this one does not
+know, a number without a document.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import msgpack
 
 from space._errors import UsageError
 from space.policy.model import DEFAULT_POLICY, Policy, Sovereignty
+from space.statemachine import zones
 from space.statemachine.tables import POLICY, U32, Overlay, Reader
 
 LANES: Final = 101
@@ -52,12 +55,22 @@ class Selection:
     def lane(self, state: Reader | Overlay, number: int) -> int | None:
         """The lane in which capsules of that policy go to the zone; None if they must not."""
         policy = self.policy(state, number)
-        allowed = (
-            policy.sovereignty is Sovereignty.GLOBAL
-            and self.zone in policy.federation_targets
-            and policy.federation_shards is None
-        )
-        return policy.federation_priority if allowed else None
+        if policy.sovereignty is not Sovereignty.GLOBAL or policy.federation_shards is not None:
+            return None
+        if self.zone not in policy.federation_targets:
+            stood_in = self.stood_in_for(state) if policy.federation_targets else None
+            if stood_in is None or stood_in[1] not in policy.federation_targets:
+                return None
+        return policy.federation_priority
+
+    def stood_in_for(self, state: Reader | Overlay) -> tuple[bytes, str] | None:
+        """Id of the zone and name of this one, if this one took its place; else None."""
+        found = zones.zones(state)
+        own = next((row.name for row in found.values() if row.role == zones.OWN), None)
+        for number, row in found.items():
+            if row.name == self.zone and row.role == zones.PEER and row.taken and own is not None:
+                return number, own
+        return None
 
     def sealed(self, state: Reader | Overlay, number: int) -> bool:
         """Whether the zone is to hold content of that policy without being able to read it."""

@@ -118,6 +118,10 @@ class Translator:
         home: id of the zone whose log it is; ``home_name`` what it is called there.
         selection: what policies say about the zone that is told.
         seal: seals data keys for it.
+
+    Attributes:
+        certain: whether all names there are those that were told.  Not so once one of the two zones was promoted in
+            the other's place: each may have kept a name for something of its own, so capsules are told by their ids.
     """
 
     def __init__(self, home: bytes, home_name: str, selection: Selection, seal: Seal) -> None:
@@ -125,6 +129,7 @@ class Translator:
         self.home_name: Final = home_name
         self.selection: Final = selection
         self.copier: Final = Copier(seal, selection)
+        self.certain = True
 
     def scope(self, moment: Moment) -> Scope:
         """What the zone may see of a moment."""
@@ -332,7 +337,7 @@ class _Translation:
             was, now = self._before.lane(capsule), self._after.lane(capsule)
             if was is None and now is not None:
                 self._joins[capsule] = now
-            elif was is not None and now is None:
+            elif was is not None and now is None and not self._after.moved(capsule):
                 self._leaves[capsule] = was
             elif was is not None and now is not None:
                 self._stays[capsule] = now
@@ -558,7 +563,8 @@ class _Translation:
         parents = [parent for parent, _ in (*has, *had)]
         known = len(has) == after.count(capsule)
         free = all(self._before.entry(slot) in (None, capsule) for slot in has)
-        if not known and free and set(old) <= set(new):  # one name more, of whatever others there are
+        certain = self._translator.certain and free
+        if not known and certain and set(old) <= set(new):  # one name more, of whatever others there are
             for parent, name in sorted(set(new) - set(old)):
                 self._name(lane, capsule, cmd.Link(capsule, parent, name), [parent], keys, parents)
             return
@@ -588,7 +594,8 @@ class _Translation:
                 continue
             names = self._had.get(capsule, [])
             self._withdrawn(capsule)
-            if row.nlink == 1 and len(names) == 1 and self._gone(capsule):
+            certain = self._translator.certain
+            if certain and row.nlink == 1 and len(names) == 1 and self._gone(capsule):
                 ((parent, name),) = self._before.places(names) or [self._before.apart(capsule)]
                 self._busy.add(parent)
                 self._tell(
@@ -610,6 +617,7 @@ class _Translation:
         parent = self._within.get(capsule)
         return (
             parent is not None
+            and self._translator.certain
             and self._before.count(capsule) == 1
             and parent in self._leaves
             and self._gone(parent)
@@ -641,7 +649,7 @@ class _Translation:
             if self._before.row(capsule).kind != DIRECTORY:
                 continue
             self._withdrawn(capsule)
-            if not self._gone(capsule):
+            if not self._gone(capsule) or not self._translator.certain:
                 self._withdraw(lane, capsule)
             elif not self._goes_along(capsule):
                 self._remove_tree(lane, capsule)

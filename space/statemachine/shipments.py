@@ -338,7 +338,11 @@ class _Delivery:
         number = U32.pack(key.key)
         known = self._tried.get(KEY, number + U32.pack(key.version))
         taken = next(self._tried.scan(KEY, number), None) is not None
-        if taken and self._tried.get(ZONE_KEY, number) != self._zone:
+        source = self._tried.get(ZONE_KEY, number)
+        came_back = (
+            source is None and known is not None and bool(self._row.lost)
+        )  # what left from here, with its key
+        if taken and source != self._zone and not came_back:
             raise _refuse(Status.STALE, f"key {key.key} exists already: encrypt with another")
         return ev.KeyCreated(capsule, key.key, key.version, bytes(key.wrapped) if known is None else known)
 
@@ -451,8 +455,7 @@ class _Delivery:
             inner = [
                 (key[ID_BYTES:], EntryRow.decode(v).capsule) for key, v in self._tried.scan(ENTRY, capsule)
             ]
-            for name, child in inner:
-                self._ours(child)
+            for name, child in inner:  # also what is this store's own: it must not go with what others delete
                 self._move_apart(child, (capsule, name))
         names = self._names_of(capsule, row, [self._apart(capsule)])
         self._happen(*(ev.NameUnlinked(capsule, *name) for name in names))
