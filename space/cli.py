@@ -42,6 +42,7 @@ from space.cli_session import (
     system_error,
     to_json,
 )
+from space.cli_policy import apply, plan, resolve, shards_app
 from space.cli_zone import federation_app, zone_app
 
 if TYPE_CHECKING:
@@ -68,12 +69,16 @@ _SETTINGS: Final[dict[str, Any]] = {
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 app = typer.Typer(**_SETTINGS)
-policy_app = typer.Typer(no_args_is_help=True, help="Check, show and set policies.")
+policy_app = typer.Typer(no_args_is_help=True, help="Check, show, set and carry out policies.")
 app.add_typer(policy_app, name="policy")
 app.add_typer(project_app, name="project")
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(zone_app, name="zone")
 app.add_typer(federation_app, name="federation")
+app.add_typer(shards_app, name="shards")
+app.command()(resolve)
+policy_app.command("plan")(plan)
+policy_app.command("apply")(apply)
 app.command()(serve)
 app.command()(csi)
 

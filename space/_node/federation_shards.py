@@ -196,6 +196,7 @@ class ShardZone:
         name: for messages.
         sealing: the X25519 public key that keys are sealed for it with.
         client: how it is asked.
+        kind: metro, geo or edge.
         rtt_ns: how far it is, to read from the nearest.
     """
 
@@ -203,6 +204,7 @@ class ShardZone:
     name: str
     sealing: bytes
     client: ZoneClient
+    kind: str = "metro"
     rtt_ns: int | None = None
 
 
@@ -561,11 +563,12 @@ def shard_zones(store: Store) -> Iterator[list[ShardZone]]:
         raise NotFoundError(f"store {store.path} is in no zone", hint="space zone init NAME")
     keys = zones.keys()
     links = {} if store.federation is None else store.federation.link_documents()
-    found = [ShardZone(own.id, own.name, own.sealing, OwnZone(StoreShelf(store, own.id), own.id), 0)]
+    found = [ShardZone(own.id, own.name, own.sealing, OwnZone(StoreShelf(store, own.id), own.id), rtt_ns=0)]
     with contextlib.ExitStack() as stack:
         for zone in zones.others():
             seconds = links.get(zone.id, {}).get("rtt_seconds")
             rtt_ns = None if seconds is None else int(seconds * 1e9)
             client = stack.enter_context(contextlib.closing(HttpZone(zone, keys)))
-            found.append(ShardZone(zone.id, zone.name, zone.sealing, client, rtt_ns))
+            kind = zone.kind.name.lower()
+            found.append(ShardZone(zone.id, zone.name, zone.sealing, client, kind, rtt_ns))
         yield found

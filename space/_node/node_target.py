@@ -27,6 +27,7 @@ from space._node.nfs_node import METHOD as NFS_METHOD
 from space._node.nfs_node import NfsOptions, NfsViews
 from space._node.nvme_node import METHOD as NVME_METHOD
 from space._node.nvme_node import NvmeOptions, NvmeViews
+from space._node.policy_calls import plan_document
 from space._node.service import Service, methods
 from space.events.ids import CapsuleId
 
@@ -86,6 +87,20 @@ class NodeService:
             raise NotFoundError(f"no shard {shard}", hint=f"there are {self._node.config.shards}, from 0")
         self._change("lead", node, "", shard)
         return {"node": node, "shard": shard}
+
+    def policy_plan(self, *, since: int = 0) -> Document:
+        """What the policies ask for now, of zones and of nodes."""
+        from space._node import federation_actions as actions
+
+        store = self._node.store
+        planned = actions.plan(store, _Nodes(self), since=since)
+        return plan_document(store, [actions.describe(store, each.action) for each in planned])
+
+    def policy_apply(self, *, since: int = 0) -> Document:
+        """Does what the policies ask for now, of zones and of nodes."""
+        from space._node import federation_actions as actions
+
+        return plan_document(self._node.store, actions.apply(self._node.store, _Nodes(self), since=since))
 
     def _change(self, what: str, node: int, address: str, shard: int | None = None) -> None:
         """Carries a change out beside this thread, which tells how far it is."""
@@ -211,6 +226,19 @@ class NodeService:
         """Ends a view of the node (a mount, or what is served at an address) and waits until it is gone."""
         node = self._target
         return node.nvme.end(target) or node.nfs.end(target) or node.mounts.end(target)
+
+
+class _Nodes:
+    """The cluster as the policy compiler's :class:`space._node.federation_actions.Nodes`."""
+
+    def __init__(self, service: NodeService) -> None:
+        self._service = service
+
+    def status(self) -> Document:
+        return self._service.cluster_status()
+
+    def lead(self, shard: int, node: int) -> None:
+        self._service.cluster_lead(node=node, shard=shard)
 
 
 def _sum(reports: list[Document], names: tuple[str, ...]) -> Document:

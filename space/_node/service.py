@@ -23,6 +23,7 @@ from space._errors import ConflictError, NotFoundError, SpaceError, Status, Stor
 from space._node import maintenance, transfer
 from space._node.caller import CHUNK_BYTES, Caller, Document, Terms
 from space._node.federation_calls import FederationCalls
+from space._node.policy_calls import PolicyCalls
 from space._node.reading import split_path
 from space.events.codec import decode_batch
 from space.events.commands import Receipt
@@ -50,7 +51,7 @@ class _Done:
         return {"id": str(self.capsule), "position": self.position}
 
 
-class Service(FederationCalls):
+class Service(FederationCalls, PolicyCalls):
     """The operations on one store, for one caller."""
 
     def __init__(self, store: Store, caller: Caller, terms: Terms = Terms()) -> None:  # noqa: B008 - frozen
@@ -187,7 +188,7 @@ class Service(FederationCalls):
                     status=Status.IS_DIRECTORY,
                     hint="space export takes directories",
                 )
-            sink = _Sink(descriptor, self._caller, replace=replace)
+            sink = Sink(descriptor, self._caller, replace=replace)
             for piece in reading.stream(found, offset, length):
                 sink.write(piece)
                 size += len(piece)
@@ -527,7 +528,7 @@ class _Source:
         return piece
 
 
-class _Sink:
+class Sink:
     """Writes a borrowed descriptor as long as somebody waits for the result.
 
     With ``replace``, a regular file loses what it held when the first bytes come, and gets holes for zeros.
@@ -566,7 +567,7 @@ class _Sink:
 
 def methods() -> dict[str, Callable[..., Any]]:
     """What can be asked for: the public methods of :class:`Service`, by name."""
-    found = {**vars(FederationCalls), **vars(Service)}
+    found = {**vars(FederationCalls), **vars(PolicyCalls), **vars(Service)}
     return {name: method for name, method in found.items() if callable(method) and name[0] != "_"}
 
 

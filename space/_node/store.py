@@ -78,6 +78,8 @@ from space.wal.segment_reader import parse_segment_header
 
 if TYPE_CHECKING:
     from space._node.federation import Federation
+    from space._node.federation_nearest import Nearest
+    from space.federation.resolve import Replica
 
 logger = logging.getLogger("space")
 
@@ -183,6 +185,7 @@ class Store(Reading):
         self.pinned: Counter[bytes] = Counter()
         """Capsules held open by a view: gc leaves them alone even when deleted."""
         self.views = list(registered_views() if views is None else views)
+        self._nearest: Nearest | None = None
         self.heat: Heat = Heat(time.monotonic_ns)
         self.watchers: list[Callable[[Sequence[Entry]], None]] = []
         """Told what each batch did once it is in the log, on whatever thread that is; must neither wait nor raise."""
@@ -831,6 +834,18 @@ class Store(Reading):
     def gc(self, **options: Any) -> maintenance.GcReport:
         """Reclaims what no kept moment can reach: see :func:`space._node.maintenance.gc`."""
         return maintenance.gc(self, **options)
+
+    def replicas(self, capsule: str | bytes | CapsuleId) -> tuple[Replica, ...]:
+        """Zones a capsule can be read from, nearest first; those that do not answer last.
+
+        Raises:
+            NotFoundError: there is no such capsule here.
+        """
+        if self._nearest is None:
+            from space._node.federation_nearest import Nearest
+
+            self._nearest = Nearest(self)
+        return self._nearest.replicas(capsule if type(capsule) is CapsuleId else self.resolve(capsule))
 
     # --- moments and upkeep ----------------------------------------------------------------------
 

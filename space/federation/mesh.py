@@ -43,7 +43,7 @@ class NodeState:
         node: its number.
         degraded: what is wrong with it; empty: nothing.
         leads: the shards it leads.
-        load: commands and reads a second.
+        load: batches a second of the shards it leads.
     """
 
     node: int
