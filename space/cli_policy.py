@@ -1,4 +1,4 @@
-"""``space policy plan|apply``, ``space resolve`` and ``space shards``: what policies want done, and where content is."""
+"""``space policy plan|apply``, ``space resolve``, ``space shards``: what policies want done, and where content is."""
 
 from __future__ import annotations
 

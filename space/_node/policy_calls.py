@@ -65,7 +65,7 @@ class PolicyCalls:
             sink = Sink(descriptor, self._caller, replace=replace)
             size = 0
             for piece in collected.content:
-                sink.write(piece)
+                sink.write(bytes(piece))
                 size += len(piece)
                 self._caller.progress({"bytes": size})
             sink.finish()

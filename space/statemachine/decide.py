@@ -714,6 +714,7 @@ _JOINABLE: Final = frozenset(
         cmd.DropSnapshot,
         cmd.Clone,
         cmd.Undelete,
+        cmd.RecordAction,
     }
 )
 _TRIED: Final = Context(shipments.TRIED, 0, 0)
