@@ -26,6 +26,7 @@ from space._errors import (
 from space._node.caller import Document
 from space.cli_cluster import cluster_app, serve
 from space.cli_csi import csi
+from space.cli_policy import apply, plan, resolve, shards_app
 from space.cli_project import project_app
 from space.cli_session import (
     At,
@@ -42,7 +43,6 @@ from space.cli_session import (
     system_error,
     to_json,
 )
-from space.cli_policy import apply, plan, resolve, shards_app
 from space.cli_zone import federation_app, zone_app
 
 if TYPE_CHECKING:
