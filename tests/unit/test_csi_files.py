@@ -264,3 +264,33 @@ def test_a_cut_has_all_that_was_acknowledged(world: World) -> None:
 def test_a_cut_without_a_mount_is_done_at_once(world: World) -> None:
     """Before the loop serves, and after it has ended, a cut is carried out by who asks."""
     assert world.files.cut(list) == []
+
+
+def test_an_export_has_its_volumes_accounts(world: World) -> None:
+    """What is written through the mount counts in the export of a volume, and the other way; no other volume's does."""
+    export = world.files.export(world.root)
+    other = world.files.export(world.make("other"))
+    assert world.write(world.file(b"one"), 0, CAPACITY // 2) is None
+    two = CapsuleId(run(export.create(world.root, b"two", Kind.FILE, US, mode=0o600)).id)
+    assert refused(export.write(two, 0, bytes(CAPACITY // 4), US)) is None
+    for found, free in ((export, CAPACITY // 4), (other, CAPACITY)):
+        space = found.space()
+        assert (space.block_bytes * space.blocks, space.block_bytes * space.blocks_free) == (CAPACITY, free)
+    assert world.write(two, CAPACITY // 4, CAPACITY // 2) is Status.NO_SPACE
+    assert refused(export.write(two, CAPACITY // 4, bytes(CAPACITY // 2), US)) is Status.NO_SPACE
+    assert export.read(two, 0, CAPACITY) == bytes(CAPACITY // 4) == world.files.read(two, 0, CAPACITY)
+    assert world.files.space().blocks != CAPACITY
+
+
+def test_a_cut_has_what_an_export_holds_back(world: World) -> None:
+    """A small write acknowledged through an export is in a snapshot taken right after it."""
+    export = world.files.export(world.root)
+    node = CapsuleId(run(export.create(world.root, b"file", Kind.FILE, US, mode=0o600)).id)
+    run(export.write(node, 0, b"acknowledged", US))
+    tree = VolumeTree(world.store, cut=world.files.cut, accounts=world.files)
+    (volume,) = tree.volumes("", 2)
+    snapshot = tree.snapshot(volume.id, "s").id
+    assert (
+        world.store.read(world.store.resolve(f"/csi/snapshots/{snapshot}/data/file"), 0, 99)
+        == b"acknowledged"
+    )
