@@ -20,7 +20,19 @@ from typing import Any, Final
 from bench.measure import DATA, Row, Scale
 from space._errors import SpaceError, UsageError
 
-NAMES: Final = ("wal", "replay", "putget", "open", "view", "cluster", "nvme", "nvme_guest", "nfs", "csi")
+NAMES: Final = (
+    "wal",
+    "replay",
+    "putget",
+    "open",
+    "view",
+    "cluster",
+    "nvme",
+    "nvme_guest",
+    "nfs",
+    "csi",
+    "resolve",
+)
 """In the order they run when none is named."""
 
 

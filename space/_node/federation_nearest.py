@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Final
 from space._node.federation_zones import Zone, Zones
 from space.events.ids import CapsuleId
 from space.federation.mesh import ZoneState
-from space.federation.resolve import Replica, Resolver
+from space.federation.resolve import ANSWERS_MAX, Replica, Resolver
 from space.federation.sealing import is_for_home
+from space.policy.model import Policy
 from space.statemachine import zones as rows
 from space.statemachine.store import ReadTransaction
 from space.statemachine.tables import KEY, U32, CapsuleRow, Overlay
@@ -30,6 +31,7 @@ class Nearest:
         self._now = now
         self._names: dict[bytes, str] = {}
         self._resolver = Resolver("")
+        self._policies: dict[int, Policy] = {}
         self._good_until = 0
 
     def replicas(self, capsule: CapsuleId) -> tuple[Replica, ...]:
@@ -43,11 +45,20 @@ class Nearest:
         store = self._store
         with store._read() as txn:
             row = store._row(txn, capsule)
-            policy = store._policy(txn, row.policy)
+            policy = self._policy(txn, row.policy)
             home = rows.home_of(Overlay(txn), capsule, row)
             here = home is None or _readable(txn, capsule, row)
         name = self._resolver.zone if home is None else self._names.get(home, "")
         return self._resolver.rank(name, policy, here=here)
+
+    def _policy(self, txn: ReadTransaction, number: int) -> Policy:
+        """The policy of that number, which never changes its meaning."""
+        found = self._policies.get(number)
+        if found is None:
+            if len(self._policies) >= ANSWERS_MAX:
+                self._policies.clear()
+            found = self._policies[number] = self._store._policy(txn, number)
+        return found
 
     def _take_table(self) -> None:
         zones = Zones(self._store)
