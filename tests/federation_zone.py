@@ -18,7 +18,6 @@ from space.content.keys import Keyring, generate_master_key
 from space.content.pipeline import ContentReader, ContentWriter
 from space.events import commands as cmd
 from space.events.commands import Buffer, Receipt, Request, StoredFrame
-from space.events.ids import ROOT
 from space.events.types import Event, ZoneKind
 from space.federation.scope import Extent, Moment
 from space.federation.sealing import is_for_home, open_key, seal_key
@@ -279,7 +278,7 @@ class MemoryZone:
                 random_bytes=self.random.randbytes,
             )
 
-        return Translator(self.id, self.name, Selection(other.name), seal)
+        return Translator(self.id, self.name, Selection(other.name), seal, zone=other.id)
 
     def batch(self, position: int) -> Batch:
         """A batch of the log as translation wants it."""
@@ -312,6 +311,3 @@ def pack_policy(policy: Policy) -> bytes:
     """A policy as the canonical document events carry."""
     packed: bytes = msgpack.packb(policy.to_document())
     return packed
-
-
-assert len(ROOT) == 16

@@ -110,7 +110,7 @@ class Scope:
 
         Of a file with several names, one that is not is enough.  Which directories a file is in, only a look through
         all names can say; so where it last got a name counts, and a file that has lost that one since, and has another
-        in a deleted directory, is alive until it loses that too.
+        in a deleted directory, is taken to be alive; at the latest when it is purged the zone is told to delete it.
         """
         if self.hinted(capsule):
             return True

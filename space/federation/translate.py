@@ -27,6 +27,7 @@ from space.federation.portable import PART_BYTES, Copier, Copy, Piece, Portable,
 from space.federation.scope import DIRECTORY, Moment, Scope, Slot
 from space.federation.selection import Selection
 from space.statemachine.apply import clone_id, manifest_nodes
+from space.statemachine.tables import SENT
 
 MAIN_BYTES: Final = 48 << 20
 """Content that goes with the rest of its batch at once; of a batch with more, capsules are copied in parts instead.
@@ -118,14 +119,18 @@ class Translator:
         home: id of the zone whose log it is; ``home_name`` what it is called there.
         selection: what policies say about the zone that is told.
         seal: seals data keys for it.
+        zone: its id: only with that it is told of what was purged unnoticed.
 
     Attributes:
         certain: whether all names there are those that were told.  Not so once one of the two zones was promoted in
             the other's place: each may have kept a name for something of its own, so capsules are told by their ids.
     """
 
-    def __init__(self, home: bytes, home_name: str, selection: Selection, seal: Seal) -> None:
+    def __init__(
+        self, home: bytes, home_name: str, selection: Selection, seal: Seal, *, zone: bytes = b""
+    ) -> None:
         self.home: Final = home
+        self.zone: Final = zone
         self.home_name: Final = home_name
         self.selection: Final = selection
         self.copier: Final = Copier(seal, selection)
@@ -213,9 +218,8 @@ class _Translation:
         self._clones: list[ev.CapsuleCloned] = []
         self._snapshots: list[ev.SnapshotTaken] = []
         self._mentions: dict[bytes, int] = {}
-        self._within: dict[
-            bytes, bytes
-        ] = {}  # what is below a directory that was deleted → its own directory
+        self._purged: set[bytes] = set()
+        self._within: dict[bytes, bytes] = {}  # what is below a deleted directory → its own directory
         self._joins: dict[bytes, int] = {}
         self._leaves: dict[bytes, int] = {}
         self._stays: dict[bytes, int] = {}
@@ -239,7 +243,7 @@ class _Translation:
             self._note(event)
         self._note_below()
         self._classify()
-        if not (self._joins or self._leaves or self._stays):
+        if not (self._joins or self._leaves or self._stays or self._purged):
             return []
         for slot in self._slots:
             was, now = self._before.entry(slot), self._after.entry(slot)
@@ -278,6 +282,8 @@ class _Translation:
             case _ if isinstance(event, _CONTENT):
                 self._touch(event.capsule)
                 self._content.append(event)
+            case ev.CapsulesPurged():
+                self._purged.update(_ids(event.purged))
             case (
                 ev.CapsuleCreated()
                 | ev.AttributesChanged()
@@ -384,6 +390,7 @@ class _Translation:
         self._lost_files()
         self._names(clones)
         self._lost_directories()
+        self._lost_for_good()
         self._times()
         self._named_moments()
 
@@ -557,7 +564,8 @@ class _Translation:
         assert lane is not None
         has, had = self._has.get(capsule, []), self._had.get(capsule, [])
         old, new = self._before.places(had), after.places(has)
-        if sorted(old) == sorted(new) and not cloned:
+        unnamed = cloned or (not self._before.count(capsule) and after.count(capsule) > 0)
+        if sorted(old) == sorted(new) and not unnamed:
             return
         keys = [parent + name for parent, name in (*has, *had)]
         parents = [parent for parent, _ in (*has, *had)]
@@ -596,15 +604,14 @@ class _Translation:
             self._withdrawn(capsule)
             certain = self._translator.certain
             if certain and row.nlink == 1 and len(names) == 1 and self._gone(capsule):
-                ((parent, name),) = self._before.places(names) or [self._before.apart(capsule)]
-                self._busy.add(parent)
-                self._tell(
-                    lane,
-                    capsule,
-                    cmd.Unlink(parent, name),
-                    writes=[names[0][0] + names[0][1]],
-                    reads=[names[0][0]],
+                (slot,) = names
+                (place,) = self._before.places(names) or [self._before.apart(capsule)]
+                # It may hang apart too, since it had names in other directories.
+                only = cmd.PlaceCapsule(
+                    capsule, [place] if place[0] != self._before.apart(capsule)[0] else []
                 )
+                for command in (only, cmd.Unlink(*place)):
+                    self._name(lane, capsule, command, [place[0]], [slot[0] + slot[1]], [slot[0]])
             elif not self._gone(capsule) or not self._goes_along(capsule):
                 self._withdraw(lane, capsule)
 
@@ -654,12 +661,24 @@ class _Translation:
             elif not self._goes_along(capsule):
                 self._remove_tree(lane, capsule)
 
+    def _lost_for_good(self) -> None:
+        """Withdraws what the zone was sent and was not told to delete, as it went unnoticed: see Scope.alive."""
+        for capsule in sorted(self._purged):
+            row = self._before.state.capsule(capsule)
+            if row is None or self._before.state.get(SENT, self._translator.zone + capsule) is None:
+                continue
+            lane = self._translator.selection.lane(self._before.state, row.policy)
+            self._emission(lane or 0).withdrawn.append(capsule)
+            self._tell(lane or 0, capsule, cmd.WithdrawCapsule(capsule))
+
     def _remove_tree(self, lane: int, capsule: bytes) -> None:
         (slot,) = self._before.names(capsule)
         places = self._before.places([slot])
         now = self._after.entry(slot)
         if places and now is not None and self._after.lane(now) is not None:
-            return  # who has its name now took it, and left the directory without one
+            # Who has its name now takes it, and leaves the directory without one.
+            self._touches(lane, capsule, [slot[0] + slot[1]], [slot[0]])
+            return
         ((parent, name),) = places or [self._before.apart(capsule)]
         command = cmd.Unlink(parent, name, directory=None, recursive=True)
         self._name(lane, capsule, command, [parent], [slot[0] + slot[1]], [slot[0]])
