@@ -127,6 +127,71 @@ def rm(
     session.show(result, f"zone {name} is removed; {result['replicas']} replicas stay as they are")
 
 
+@zone_app.command("promote")
+def promote(
+    context: typer.Context,
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask, whatever is lost.")] = False,
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="Though it was done before: when that zone took this one's place too."),
+    ] = False,
+) -> None:
+    """Take the place of a zone: what came from it has its home here from now on.
+
+    Says first what would be lost: what that zone has and did not ship, as far as it said so.
+    """
+    session: Session = context.obj
+    with session.service() as service:
+        expected = service.zone_predict(name=name)
+        if not yes:
+            note("\n".join(_loss_lines(expected)))
+            if not sys.stdin.isatty():
+                raise UsageError("nobody is there to be asked", hint="--yes promotes without asking")
+            typer.confirm(f"take the place of zone {clean(name)}?", abort=True, err=True)
+        result = service.zone_promote(name=name, again=again)
+    lines = [f"what came from zone {clean(name)} has its home here, since position {result['position']}"]
+    lines += _loss_lines(result) if yes else []
+    session.show(result, "\n".join(lines))
+
+
+def _loss_lines(loss: Document) -> list[str]:
+    """What a promotion loses, for people."""
+    if loss["heard"] is None:
+        lines = [
+            f"zone {loss['zone']} has not said how far its log goes: what it had and did not ship is lost"
+        ]
+    else:
+        heard = (
+            f"zone {loss['zone']} last said {loss['heard_seconds']:.0f} s ago that its log ends at position"
+        )
+        lines = [f"{heard} {loss['heard_position']}; what it did since is not known here"]
+        more = "at least " if loss["more"] or loss["unknown"] else ""
+        lines.append(
+            f"not shipped: {more}{loss['positions']} positions with {loss['changes']} changes of "
+            f"{len(loss['capsules'])} capsules, {formatted(loss['bytes'])}"
+        )
+    if loss["incomplete"]:
+        lines.append(f"{len(loss['incomplete'])} capsules were being copied: what came of them is dropped")
+    for stream in loss["streams"]:
+        lines.append(f"  priority {stream['lane']}: came up to position {stream['position']}")
+    return [clean(line) for line in lines]
+
+
+@zone_app.command("branches")
+def branches(context: typer.Context) -> None:
+    """List what this zone had not shipped when others took its place: directories below /zones/.branches."""
+    session: Session = context.obj
+    with session.service() as service:
+        session.show_list(service.zone_branches(), _branch_line)
+
+
+def _branch_line(each: Document) -> str:
+    return clean(
+        f"{each['path']:<40} {each['time']}  {each['capsules']} capsules, {formatted(each['bytes'])}"
+    )
+
+
 @zone_app.command("rollover")
 def rollover(
     context: typer.Context,

@@ -265,6 +265,10 @@ class Federation:
             self._notes = notes
             save_notes(self._store.path, notes)
 
+    def heard_of(self, zone: bytes) -> Document:
+        """What a zone last said of its log."""
+        return self._receiver.heard_of(zone)
+
     # --- shown -------------------------------------------------------------------------------------
 
     def link_documents(self) -> dict[bytes, Document]:

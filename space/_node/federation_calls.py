@@ -65,6 +65,24 @@ class FederationCalls:
         """Ends shipping to and from a zone."""
         return self._zones.remove(name, sure=sure)
 
+    def zone_predict(self, *, name: str) -> Document:
+        """What would be lost if this zone took the place of another one now."""
+        from space._node.federation_promote import predict
+
+        return predict(self.store, self._zones.find(name))
+
+    def zone_promote(self, *, name: str, again: bool = False) -> Document:
+        """Takes the place of another zone."""
+        from space._node.federation_promote import promote
+
+        return promote(self.store, self._zones, name, again=again)
+
+    def zone_branches(self) -> list[Document]:
+        """What homes that were lost had not shipped."""
+        from space._node.federation_promote import branches
+
+        return branches(self.store)
+
     def zone_renew(self) -> Document:
         """Gives this zone another certificate of the same authority."""
         renewed = self._zones.renew()

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from space._errors import ConflictError, RefusedError, SpaceError
+from space._errors import ConflictError, RefusedError, SpaceError, UsageError
 from space._node.caller import Document
 from space._node.federation_keys import ZoneAuthority, claimed, proves
+from space._node.federation_promote import ASKED_MAX, reached
 from space.events import commands as cmd
 from space.events.commands import Command, Durability, Request
+from space.events.ids import ID_BYTES
 from space.federation.exchange import VERSION, Peer
 from space.federation.sealing import is_for_home, open_key
 from space.federation.server import Received
@@ -80,6 +82,7 @@ class ZoneReceiver:
         return {
             "epoch": 0 if row is None else row.epoch,
             "base": 0 if row is None else row.base,
+            "promoted": row.promoted if row is not None and row.taken else 0,
             "cursors": [
                 {
                     "shard": shard,
@@ -152,13 +155,24 @@ class ZoneReceiver:
         )
         return attrs.evolve(key, wrapped=self._store.wrap_key(*number, data_key))
 
+    def reached(self, peer: Peer, capsules: Sequence[str]) -> Document:
+        try:
+            ids = [bytes.fromhex(each) for each in capsules]
+        except ValueError:
+            ids = [b""]
+        if len(ids) > ASKED_MAX or any(len(each) != ID_BYTES for each in ids):
+            raise UsageError(f"not the ids of 1 to {ASKED_MAX} capsules", hint="is the other zone newer?")
+        found = reached(self._store, peer.id, ids)
+        return {"capsules": [[position, there] for position, there in found]}
+
     # --- beside shipments --------------------------------------------------------------------------
 
     def heard(self, peer: Peer, pulse: Document) -> None:
         position = pulse.get("position")
         if isinstance(position, int) and 0 <= position <= POSITION_MAX:
+            heard = {"heard_position": position, "heard_ns": time.time_ns(), "missing": pulse.get("missing")}
             with self._lock:
-                self._heard[peer.id] = {"heard_position": position, "heard_ns": time.time_ns()}
+                self._heard[peer.id] = heard
 
     def heard_of(self, zone: bytes) -> Document:
         """Where a zone's log ended when it last said so, and when that was."""

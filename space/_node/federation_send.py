@@ -11,17 +11,22 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from space._errors import CorruptionError, NotFoundError, RefusedError, UnavailableError
 from space._node.caller import Document
+from space._node.federation_follow import Promotion, follow
 from space._node.federation_home import HomeContent, Sealer, Walk
 from space._node.federation_keys import ZoneAuthority
+from space._node.federation_promote import CAPSULES_TOLD, PARTS_TOLD
+from space._node.federation_zones import ask
 from space.events import commands as cmd
 from space.events.commands import Durability
 from space.events.ids import CapsuleId
+from space.federation.exchange import REACHED
 from space.federation.initial import initial
+from space.federation.portable import size
 from space.federation.selection import Selection
 from space.federation.shipment import encode_shipment
 from space.federation.shipper import Outgoing
@@ -60,7 +65,9 @@ class ZoneSource:
         self._content = HomeContent(store)
         self._selection = Selection(zone.name)
         seal = Sealer(store, keys, zone)
-        self._translator = Translator(self._home.id, self._home.name, self._selection, seal)
+        self._translator = Translator(
+            self._home.id, self._home.name, self._selection, seal, zone=zone.id
+        )
         self._lock = threading.RLock()
         self._streams: Streams | None = None
         self._walk: Walk | None = None
@@ -68,6 +75,7 @@ class ZoneSource:
         self._broken = {int(lane) for lane in note.get("broken", ())}
         self._begun_ns = time.time_ns()
         self._noted = note
+        self._epoch = 0
         self.remark = ""
         """What people should know about how shipping goes on."""
 
@@ -75,14 +83,7 @@ class ZoneSource:
 
     def connected(self, identity: Document, cursors: Document) -> None:
         epoch, origin, found = _understood(cursors)
-        with self._store._read() as txn:
-            row = rows.zone_row(txn, self._zone.id)
-        ours = 0 if row is None else row.epoch
-        if epoch != ours:
-            raise RefusedError(
-                f"zone {self._zone.name} is in epoch {epoch} and this one in {ours}: one of them was promoted in the "
-                f"other's place"
-            )
+        self._settle(epoch, _number(cursors.get("promoted")), found)
         ahead = max((cursor.position for cursor in found.values()), default=0)
         if ahead > self._store.last:
             raise RefusedError(
@@ -90,14 +91,62 @@ class ZoneSource:
                 hint="was this store restored from an older copy?",
             )
         with self._lock:
-            if self._streams is None or not self._streams.reconnected(found):
-                self._begin(found, origin, ours)
+            if self._streams is None or self._epoch != epoch or not self._streams.reconnected(found):
+                self._begin(found, origin, epoch)
+
+    def _settle(self, epoch: int, promoted: int, cursors: Mapping[int, Cursor]) -> None:
+        """Sees that both zones agree who took whose place, and gives way if the other one did.
+
+        Raises:
+            SpaceError: they do not agree, or what was not shipped cannot be set aside.
+        """
+        name = self._zone.name
+        row = self._row()
+        if epoch > row.epoch and promoted > 0:
+            lanes = {lane: cursor.position - bool(cursor.resume) for lane, cursor in cursors.items()}
+            with self._lock:
+                self._forget()
+                follow(self._store, self._zone, Promotion(epoch, promoted, lanes), self._ask_reached)
+            row = self._row()
+        if epoch < row.epoch and row.taken:
+            raise UnavailableError(
+                f"this zone took the place of zone {name} in epoch {row.epoch}, and that one has not learnt it yet",
+                hint="it does when it connects here",
+            )
+        if epoch != row.epoch:
+            raise RefusedError(
+                f"zone {name} is in epoch {epoch} and this one in {row.epoch}, and it took nobody's place",
+                hint="was one of the two stores restored from an older copy?",
+            )
+        if promoted > 0 and row.taken:
+            raise RefusedError(
+                f"this zone and zone {name} both took each other's place in epoch {epoch}",
+                hint="decide which of the two goes on, and there: space zone promote --again, with the other's name",
+            )
+
+    def _row(self) -> rows.ZoneRow:
+        with self._store._read() as txn:
+            row = rows.zone_row(txn, self._zone.id)
+        if row is None:
+            raise NotFoundError(f"zone {self._zone.name} is not known any more")
+        return row
+
+    def _ask_reached(self, capsules: Sequence[bytes]) -> list[tuple[int, bool]]:
+        authority = ZoneAuthority.parse(self._zone.authorities)
+        question = {"capsules": [each.hex() for each in capsules]}
+        answer = ask(self._zone.url, self._zones.keys(), authority, "POST", REACHED, question)
+        found = answer.get("capsules")
+        if not isinstance(found, list) or len(found) != len(capsules):
+            raise UnavailableError(f"zone {self._zone.name} answers another question than was asked")
+        return [(_number(position), there is True) for position, there in found]
 
     def _begin(self, cursors: Mapping[int, Cursor], origin: int, epoch: int) -> None:
         """Reads the log from where a zone with these cursors goes on."""
         self._forget()
         self.remark = ""
-        at = begin(cursors, origin)
+        self._epoch = epoch
+        self._translator.certain = not epoch
+        at = self._after_parting(begin(cursors, origin))
         if at is not None:
             try:
                 self._read_from(at, cursors, origin, epoch)
@@ -114,11 +163,23 @@ class ZoneSource:
         else:
             self._read_from(Begin(self._store.last, copying=True), cursors, origin, epoch)
 
+    def _after_parting(self, at: Begin | None) -> Begin | None:
+        """Where to begin for a zone that took this one's place: what was before is its, or set aside.
+
+        What is still at home here is copied, as of then; if its place was taken in turn, as of right before that.
+        """
+        row = self._row()
+        if at is None or at.position >= row.parted:
+            return at
+        return Begin(row.promoted - 1 if row.promoted > row.parted else self._store.last, copying=True)
+
     def _read_from(self, at: Begin, cursors: Mapping[int, Cursor], origin: int, epoch: int) -> None:
         walk = self._walk = Walk(self._store, at.position)
         self._streams = Streams(self._home.id, self._zone.id, SHARD, cursors, at, origin=origin, epoch=epoch)
         if at.copying:
-            sent = [capsule for capsule, _ in rows.sent_capsules(walk.now.state, self._zone.id)]
+            scope = self._translator.scope(walk.now)
+            known = (capsule for capsule, _ in rows.sent_capsules(walk.now.state, self._zone.id))
+            sent = [capsule for capsule in known if not scope.moved(capsule)]
             time_ns = self._store.wal.time_ns(at.position)
             parts = initial(self._translator, walk.now, at.position, time_ns, sent)
             self._take(parts, at.position, time_ns, quiet=not parts)
@@ -206,7 +267,25 @@ class ZoneSource:
         return (pem, signature) if keys.authority.fingerprints[0] in known else None
 
     def pulse(self) -> Document:
-        return {"position": self._store.last, "time_ns": time.time_ns()}
+        return {"position": self._store.last, "time_ns": time.time_ns(), "missing": self._told_missing()}
+
+    def _told_missing(self) -> Document | None:
+        """What was read for the zone and is not there, oldest first."""
+        with self._lock:
+            if self._streams is None:
+                return None
+            self._read()
+            parts = [part for lane in self._streams.lanes for part in self._missing(lane)]
+            told: list[list[Any]] = []
+            capsules = 0
+            for part in sorted(parts, key=lambda each: each.position):
+                capsules += len(part.capsules)
+                if len(told) >= PARTS_TOLD or capsules > CAPSULES_TOLD:
+                    break
+                content = sum(map(size, part.commands))
+                ids = [each.hex() for each in part.capsules]
+                told.append([part.lane, part.position, len(part.commands), content, ids])
+            return {"read": self._streams.position, "parts": told, "more": len(told) < len(parts)}
 
     def close(self) -> None:
         """Removes what was made for reading."""

@@ -2,13 +2,15 @@
 
     GET  /v1/federation/identity    who answers, which versions it speaks, and what it knows of who asks
     GET  /v1/federation/cursors     how far every stream of who asks has come here
+    POST /v1/federation/reached     how far some capsules of who asks have come here: after a promotion
     POST /v1/federation/authority   certificates to trust from now on, signed by the authority known so far
     POST /v1/federation/ship        frames; the answer begins at once and has a line for each of them, in order
 
 A frame is its kind (1 byte), a length (4 bytes, big-endian) and so many bytes.  A shipment
 (:mod:`space.federation.shipment`) is answered ``{"cursor": {…}}`` once it is durable; a pulse, JSON of the home's
-position and clock, ``{"pulse": {…}}``.  What is refused is answered ``{"error": {…}}``, and nothing after it is
-looked at.  Nothing here is kept by connections: whoever loses one asks for the cursors and goes on from there.
+position, its clock and what of it is still to be shipped, ``{"pulse": {…}}``.  What is refused is answered
+``{"error": {…}}``, and nothing after it is looked at.  Nothing here is kept by connections: whoever loses one asks for
+the cursors and goes on from there.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ VERSION: Final = 1
 PREFIX: Final = "/v1/federation"
 IDENTITY: Final = f"{PREFIX}/identity"
 CURSORS: Final = f"{PREFIX}/cursors"
+REACHED: Final = f"{PREFIX}/reached"
 AUTHORITY: Final = f"{PREFIX}/authority"
 SHIP: Final = f"{PREFIX}/ship"
 
@@ -40,7 +43,9 @@ PULSE_SECONDS: Final = 5.0
 SILENCE_SECONDS: Final = 30.0
 """After so long without a word the other side is taken to be gone: several pulses, and a slow disk's fdatasync."""
 
-PULSE_BYTES_MAX: Final = 1 << 10
+PULSE_BYTES_MAX: Final = 1 << 16
+"""With a thousand capsules that wait to be shipped, and five hundred changes of them."""
+
 DOCUMENT_BYTES_MAX: Final = 1 << 20
 """Answers that are read as a whole: cursors of a thousand streams are some 100 KiB."""
 

@@ -28,6 +28,7 @@ from space.federation.exchange import (
     IDENTITY,
     PULSE,
     PULSE_BYTES_MAX,
+    REACHED,
     SHIP,
     SHIPMENT,
     SILENCE_SECONDS,
@@ -89,6 +90,13 @@ class Receiver(Protocol):
     def heard(self, peer: Peer, pulse: Document) -> None:
         """Notes where the log of ``peer`` ends."""
 
+    def reached(self, peer: Peer, capsules: Sequence[str]) -> Document:
+        """How far capsules of ``peer`` (ids, hexadecimal) have come: position and whether they are there, of each.
+
+        Raises:
+            UsageError: those are no ids, or too many.
+        """
+
     def take_authority(self, peer: Peer, pem: bytes, signature: bytes) -> Document:
         """Trusts other certificates of ``peer`` from now on.
 
@@ -119,6 +127,7 @@ class FederationServer:
         application = web.Application(middlewares=[_errors], client_max_size=DOCUMENT_BYTES_MAX)
         application.router.add_get(IDENTITY, self._identity)
         application.router.add_get(CURSORS, self._cursors)
+        application.router.add_post(REACHED, self._reached)
         application.router.add_post(AUTHORITY, self._authority)
         application.router.add_post(SHIP, self._ship)
         if self._shelf is not None:
@@ -160,6 +169,14 @@ class FederationServer:
     async def _cursors(self, request: web.Request) -> web.StreamResponse:
         peer = await self._peer(request)
         return web.json_response(await asyncio.to_thread(self._receiver.cursors, peer))
+
+    async def _reached(self, request: web.Request) -> web.StreamResponse:
+        peer = await self._peer(request)
+        async with asyncio.timeout(SILENCE_SECONDS):
+            asked = parse_document(await request.read()).get("capsules")
+        if not isinstance(asked, list) or not all(isinstance(each, str) for each in asked):
+            raise UsageError("not a question about capsules", hint="is the other zone newer?")
+        return web.json_response(await asyncio.to_thread(self._receiver.reached, peer, asked))
 
     async def _authority(self, request: web.Request) -> web.StreamResponse:
         peer = await self._peer(request)

@@ -667,6 +667,8 @@ class _Translation:
             row = self._before.state.capsule(capsule)
             if row is None or self._before.state.get(SENT, self._translator.zone + capsule) is None:
                 continue
+            if self._before.moved(capsule):
+                continue  # others tell what becomes of it
             lane = self._translator.selection.lane(self._before.state, row.policy)
             self._emission(lane or 0).withdrawn.append(capsule)
             self._tell(lane or 0, capsule, cmd.WithdrawCapsule(capsule))

@@ -1,0 +1,567 @@
+"""Giving way to a zone that was promoted in this one's place: what was not shipped is set aside, and this zone follows.
+
+For each capsule the two zones share there is a *fork*: the position of this log up to which the other zone has it.
+What was done here after it is kept as a branch, ``/zones/.branches/ZONE-EPOCH``: a clone of each capsule whose content
+or attributes differ, at the path it had, and what was made since in directories that have moved, itself.  Then each
+such capsule is taken back to what it was at its fork: its content from a clone of that moment (no byte is copied),
+names, attributes, policy and times.  So the new home has only to ship what it did since, and nothing has to go there.
+
+All of it is one entry of the log (:class:`space.events.commands.LoseHome`), or none of it happens.  The branch stays in
+this zone, whatever the policies of what is in it said: it is what the other zone decided to go on without.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+import msgpack
+
+from space._errors import ConflictError, CorruptionError, RefusedError, Status
+from space._node.caller import Document
+from space._node.federation_home import Walk
+from space._node.federation_promote import ASKED_MAX
+from space.events import commands as cmd
+from space.events.ids import BRANCHES, ROOT, CapsuleId, zone_root
+from space.events.types import COPY_BYTES_MAX, Kind
+from space.federation.scope import Moment, Scope, Slot
+from space.federation.selection import Selection
+from space.policy.model import Sovereignty
+from space.projections import content_map
+from space.statemachine import zones as rows
+from space.statemachine.homes import shared
+from space.statemachine.tables import CAPSULE, POLICY, U32, CapsuleRow, Reader
+
+if TYPE_CHECKING:
+    from space._node.federation_zones import Zone
+    from space._node.store import Store
+
+ATTEMPTS: Final = 5
+"""How often somebody may change something between looking and deciding; the last ones hold the store's lock."""
+
+Reached = dict[bytes, tuple[int, bool]]
+"""Capsule → the position of this log it has come to in the other zone, and whether it is there."""
+
+Ask = Callable[[Sequence[bytes]], list[tuple[int, bool]]]
+"""Asks the other zone about capsules."""
+
+log: Final = logging.getLogger("space.federation")
+
+
+@attrs.frozen
+class Promotion:
+    """What the other zone says of its promotion.
+
+    Attributes:
+        epoch: which it was.
+        position: of its log.
+        lanes: how far each lane of this zone had come there: everything up to that position.
+    """
+
+    epoch: int
+    position: int
+    lanes: dict[int, int]
+
+
+@attrs.frozen
+class _State:
+    """A capsule at one moment, as far as it is to be what it was.
+
+    ``extents`` are offset, length, skip, position and frames of each, as clones carry them.
+    """
+
+    row: CapsuleRow
+    policy: bytes
+    xattrs: dict[bytes, bytes]
+    extents: list[list[Any]]
+    names: list[Slot]
+
+    @classmethod
+    def of(cls, scope: Scope, extents: Callable[[bytes], Iterable[Any]], capsule: bytes) -> _State | None:
+        row = scope.state.capsule(capsule)
+        if row is None:
+            return None
+        policy = scope.state.get(POLICY, U32.pack(row.policy)) or b""
+        parts = [] if row.kind != Kind.FILE else list(extents(capsule))
+        packed = [[each.offset, each.length, each.skip, each.position, each.frames] for each in parts]
+        return cls(row.copy(), policy, dict(scope.xattrs(capsule)), packed, scope.names(capsule))
+
+    @property
+    def attributes(self) -> tuple[int, int, int]:
+        return self.row.mode, self.row.uid, self.row.gid
+
+    @property
+    def content(self) -> tuple[int, list[list[Any]]]:
+        return self.row.size, self.extents
+
+    @property
+    def times(self) -> tuple[int, int, int, int]:
+        return self.row.atime, self.row.mtime, self.row.ctime, self.row.btime
+
+    def manifest(self, capsule: bytes) -> bytes:
+        """The capsule alone as a clone carries it."""
+        packed: bytes = msgpack.packb(
+            [[capsule, self.row.encode(), [], list(self.xattrs.items()), self.extents]]
+        )
+        return packed
+
+
+def follow(store: Store, zone: Zone, promotion: Promotion, ask: Ask) -> Document:
+    """Gives up the home of what ``zone`` took over, and sets aside what it does not have.
+
+    Returns:
+        ``branch``, its path or None, and ``capsules``, the ids of what is set aside in it.
+
+    Raises:
+        ConflictError: things change faster than they can be set aside; or too many differ.
+        RefusedError: bytes of the fork were reclaimed, so nothing can be taken back to it.
+        UnavailableError: the other zone does not answer.
+    """
+    fork = _Fork(store, zone, promotion, ask)
+    for attempt in range(ATTEMPTS):
+        fork.look()
+        if attempt < ATTEMPTS // 2:
+            found = fork.lose()
+        else:
+            with store.alone():
+                fork.look()
+                found = fork.lose()
+        if found is not None:
+            log.warning(
+                "zone %s took this one's place in epoch %d: %d capsules are set aside%s",
+                zone.name,
+                promotion.epoch,
+                len(found["capsules"]),
+                f" in {found['branch']}" if found["branch"] else "",
+            )
+            return found
+    raise ConflictError(f"what zone {zone.name} took over changes faster than it can be set aside")
+
+
+class _Fork:
+    """What differs between this log and what another zone has of it."""
+
+    def __init__(self, store: Store, zone: Zone, promotion: Promotion, ask: Ask) -> None:
+        self._store = store
+        self._zone = zone
+        self._promotion = promotion
+        self._ask = ask
+        self._selection = Selection(zone.name)
+        self._reached: Reached = {}
+        self._then: dict[bytes, tuple[int, _State | None]] = {}
+        with store._read() as txn:
+            row = rows.zone_row(txn, zone.id)
+            own = rows.own_zone(txn)
+        assert row is not None
+        assert own is not None
+        self._own = own[0]
+        self._row = row
+
+    # --- looking ---------------------------------------------------------------------------------
+
+    def _confirmed(self, lane: int | None) -> int:
+        """The position up to which everything of a lane came to the other zone.
+
+        What never had a cursor was there when this zone last took its place, or never came; of what is shipped no
+        longer, that is least to rely on.
+        """
+        lanes = self._promotion.lanes
+        if lane is None:
+            return min(lanes.values(), default=self._row.promoted)
+        return lanes.get(lane, self._row.promoted)
+
+    def look(self) -> None:
+        """Asks what has to be asked, and looks up how everything that changed was at its fork."""
+        with self._store._read() as txn:
+            ids = self._unsure(txn)
+        todo = [each for each in ids if each not in self._reached]
+        for at in range(0, len(todo), ASKED_MAX):
+            some = todo[at : at + ASKED_MAX]
+            self._reached.update(zip(some, self._ask(some), strict=True))
+        with self._store._read() as txn:
+            forks = {
+                capsule: fork
+                for capsule, fork in self._changed(txn).items()
+                if self._then.get(capsule, (None,))[0] != fork
+            }
+        self._look_back(forks)
+
+    def _unsure(self, txn: Reader) -> list[bytes]:
+        """Shared capsules that changed, or were sent, after what their lane has come to: only the other zone knows."""
+        scope = self._scope(txn)
+        sent = dict(rows.sent_capsules(txn, self._zone.id))
+        found = []
+        for capsule in shared(txn, self._zone.id, self._row):
+            row = scope.state.capsule(capsule)
+            if row is not None and max(row.change, sent.get(capsule, 0)) > self._confirmed(
+                self._lane(scope, row)
+            ):
+                found.append(capsule)
+            scope.forget()
+        return found
+
+    def _lane(self, scope: Scope, row: CapsuleRow) -> int | None:
+        return self._selection.lane(scope.state, row.policy)
+
+    def _fork_of(self, scope: Scope, capsule: bytes, row: CapsuleRow) -> int:
+        """The position of this log at which the other zone has a capsule."""
+        return max(self._confirmed(self._lane(scope, row)), self._reached.get(capsule, (0, True))[0])
+
+    def _changed(self, txn: Reader) -> dict[bytes, int]:
+        """Shared capsules that the other zone has, and that changed after their fork, with it."""
+        scope = self._scope(txn)
+        found = {}
+        for capsule in shared(txn, self._zone.id, self._row):
+            row = scope.state.capsule(capsule)
+            if row is None or not self._is_there(capsule):
+                continue
+            fork = self._fork_of(scope, capsule, row)
+            if row.change > fork > 0:
+                found[capsule] = fork
+            scope.forget()
+        return found
+
+    def _is_there(self, capsule: bytes) -> bool:
+        return self._reached.get(capsule, (0, True))[1]
+
+    def _scope(self, state: Reader) -> Scope:
+        return Scope(state, self._selection, self._own)
+
+    def _look_back(self, forks: dict[bytes, int]) -> None:
+        """How capsules were at their forks."""
+        by_position: dict[int, list[bytes]] = {}
+        for capsule, fork in forks.items():
+            by_position.setdefault(fork, []).append(capsule)
+        if not by_position:
+            return
+        with Walk(self._store, min(by_position)) as walk:
+            for position in sorted(by_position):
+                while walk.position < position:
+                    walk.step()
+                self._note(position, walk.now, by_position[position])
+
+    def _note(self, position: int, moment: Moment, capsules: list[bytes]) -> None:
+        scope = self._scope(moment.state)
+        for capsule in capsules:
+            state = _State.of(scope, lambda c: moment.extents(c, 0, content_map.OFFSET_MAX), capsule)
+            self._then[capsule] = (position, state)
+
+    # --- deciding ----------------------------------------------------------------------------------
+
+    def lose(self) -> Document | None:
+        """Does it as of now; None if something has changed since :meth:`look`."""
+        with self._store.still():
+            seen = self._store.last
+            with self._store._read() as txn:
+                if any(each not in self._reached for each in self._unsure(txn)):
+                    return None
+                forks = self._changed(txn)
+                if any(self._then.get(capsule, (None,))[0] != fork for capsule, fork in forks.items()):
+                    return None
+                made = _Setting(self._store, self._zone, self._promotion.epoch, self._scope(txn), txn)
+                self._set_aside(made, txn, forks)
+        cursors = [(0, lane, position) for lane, position in sorted(self._promotion.lanes.items())]
+        kept = [each for each, (_, there) in self._reached.items() if not there]
+        with self._store._read() as txn:
+            sent = {capsule for capsule, _ in rows.sent_capsules(txn, self._zone.id)}
+            kept = [each for each in kept if each in sent and txn.get(CAPSULE, each) is not None]
+        command = cmd.LoseHome(
+            self._zone.id,
+            self._promotion.epoch,
+            self._promotion.position,
+            cursors,
+            made.commands,
+            kept,
+            made.times,
+            seen,
+        )
+        try:
+            self._store.execute(command, actor=f"zone:{self._zone.name}")
+        except ConflictError as error:
+            if error.status is not Status.STALE:
+                raise
+            return None
+        return {"branch": made.path, "capsules": [str(CapsuleId(each)) for each in made.aside]}
+
+    def _set_aside(self, made: _Setting, txn: Reader, forks: dict[bytes, int]) -> None:
+        theirs = {each for each in shared(txn, self._zone.id, self._row) if self._is_there(each)}
+        homes = [capsule for capsule in forks if made.kind(capsule) == Kind.DIRECTORY]
+        for directory in (bytes(ROOT), bytes(zone_root(self._zone.id)), *homes):
+            made.take_new(directory, theirs, self._confirmed(None))
+        pairs = []
+        for capsule in forks:
+            then = self._then[capsule][1]
+            now = made.state(capsule)
+            if then is not None and now is not None:
+                pairs.append((capsule, then, now))
+        for capsule, then, now in pairs:
+            made.keep(capsule, then, now)
+        made.place(pairs)
+        for capsule, then, now in pairs:
+            made.restore(capsule, then, now)
+        made.close()
+
+
+class _Setting:
+    """The commands that set aside what differs, while they are made; ``scope`` is the present."""
+
+    def __init__(self, store: Store, zone: Zone, epoch: int, scope: Scope, txn: Reader) -> None:
+        self.commands: list[cmd.Command] = []
+        self.times: list[tuple[bytes, tuple[int, int, int, int]]] = []
+        self.aside: dict[bytes, None] = {}
+        self._store = store
+        self._scope = scope
+        self._txn = txn
+        self._name = f"{zone.name}-{epoch}"
+        self._tops = (bytes(ROOT), bytes(zone_root(zone.id)))
+        self._branch = b""
+        self._parking = b""
+        self._mirrors: dict[bytes, bytes] = {}
+        self._taken: set[Slot] = set()
+        self._moved: dict[bytes, Slot] = {}
+        self._vacated: set[Slot] = set()
+
+    @property
+    def path(self) -> str | None:
+        """Where the branch is, if there is anything in it."""
+        return f"/zones/.branches/{self._name}" if self.aside else None
+
+    def kind(self, capsule: bytes) -> int:
+        row = self._scope.state.capsule(capsule)
+        return 0 if row is None else row.kind
+
+    def state(self, capsule: bytes) -> _State | None:
+        """A capsule as it is now."""
+        whole = content_map.OFFSET_MAX
+        return _State.of(self._scope, lambda c: content_map.extents(self._txn, c, 0, whole), capsule)
+
+    # --- the branch --------------------------------------------------------------------------------
+
+    def _top(self) -> bytes:
+        if not self._branch:
+            self._branch = self._directory(bytes(BRANCHES), self._name.encode())
+        return self._branch
+
+    def _directory(self, parent: bytes, name: bytes, mode: int = 0o755) -> bytes:
+        made = bytes(self._store.new_id())
+        self.commands.append(
+            cmd.CreateCapsule(made, Kind.DIRECTORY, mode, parent=parent, name=name, policy=b"")
+        )
+        return made
+
+    def _mirror(self, directory: bytes) -> bytes:
+        """The directory of the branch that stands for one of this store."""
+        if directory in self._tops:
+            return self._top()
+        if directory not in self._mirrors:
+            row = self._scope.state.capsule(directory)
+            names = self._scope.names(directory)
+            if row is None or not names or not self._scope.alive(directory):
+                return self._top()
+            parent = self._mirror(names[0][0])
+            self._mirrors[directory] = self._directory(parent, self._free(parent, names[0][1]), row.mode)
+        return self._mirrors[directory]
+
+    def _free(self, directory: bytes, name: bytes) -> bytes:
+        """A name nothing has yet in a directory of the branch: the one it had, with a number where that is taken."""
+        found, number = name, 0
+        while (directory, found) in self._taken:
+            number += 1
+            tail = b"~%d" % number
+            found = name[: 255 - len(tail)] + tail
+        self._taken.add((directory, found))
+        return found
+
+    def _in_branch(self, capsule: bytes, slot: Slot | None) -> Slot:
+        parent = self._top() if slot is None else self._mirror(slot[0])
+        return parent, self._free(parent, str(CapsuleId(capsule)).encode() if slot is None else slot[1])
+
+    def _stays(self, capsule: bytes, row: CapsuleRow) -> None:
+        """Lets nothing of the branch leave this zone."""
+        policy = self._scope.state.get(POLICY, U32.pack(row.policy))
+        if policy is None:
+            return
+        selection = Selection("")
+        meant = selection.policy(self._scope.state, row.policy)
+        here = attrs.evolve(
+            meant,
+            sovereignty=Sovereignty.ZONE,
+            federation_targets=(),
+            federation_priority=0,
+            federation_sealed=False,
+            federation_candidates=(),
+            federation_shards=None,
+            rpo_ns=None,
+        )
+        document = msgpack.packb(here.to_document())
+        if document != policy:
+            self.commands.append(cmd.SetPolicy(capsule, document))
+
+    def take_new(self, directory: bytes, theirs: set[bytes], since: int) -> None:
+        """Moves what came into a directory since a position, and would have been shipped, into the branch."""
+        row = self._scope.state.capsule(directory)
+        if row is None or row.deleted:
+            return
+        for name, entry in self._scope.children(directory):
+            child = entry.capsule
+            known = child in theirs or child in self._moved
+            if known or self._scope.lane(child) is None or self._scope.row(child).change <= since:
+                continue
+            slot = self._in_branch(child, (directory, name))
+            self.commands.append(cmd.Rename(directory, name, *slot, replace=False))
+            self._moved[child] = (directory, name)
+            self._keep_here(child, theirs)
+
+    def _keep_here(self, capsule: bytes, theirs: set[bytes]) -> None:
+        inside = (
+            (child for _, child in self._scope.below(capsule)) if self.kind(capsule) == Kind.DIRECTORY else ()
+        )
+        for each in dict.fromkeys((capsule, *inside)):
+            row = self._scope.state.capsule(each)
+            if row is None or each in theirs:
+                continue
+            if row.kind != Kind.DIRECTORY:
+                self.aside[each] = None
+            self._stays(each, row)
+
+    def keep(self, capsule: bytes, then: _State, now: _State) -> None:
+        """Clones a capsule into the branch, if anything but its names and times differs."""
+        same = (then.content, then.attributes, then.xattrs, then.policy) == (
+            now.content,
+            now.attributes,
+            now.xattrs,
+            now.policy,
+        )
+        if same or now.row.deleted or now.row.kind == Kind.DIRECTORY:
+            return
+        copy = bytes(self._store.new_id())
+        slot = self._in_branch(capsule, now.names[0] if now.names else None)
+        self.commands.append(cmd.Clone(copy, capsule, *slot))
+        self._stays(copy, now.row)
+        self.aside[capsule] = None
+
+    # --- names -------------------------------------------------------------------------------------
+
+    def _park(self) -> bytes:
+        if not self._parking:
+            self._parking = self._directory(self._top(), self._free(self._top(), b".parking"))
+        return self._parking
+
+    def place(self, pairs: Sequence[tuple[bytes, _State, _State]]) -> None:
+        """Gives capsules the names back they had; all are out of the way before the first gets its own."""
+        moved = [
+            (capsule, then, now)
+            for capsule, then, now in pairs
+            if set(then.names) != set(now.names) or bool(then.row.deleted) != bool(now.row.deleted)
+        ]
+        directories = [each for each in moved if each[1].row.kind == Kind.DIRECTORY]
+        files = [each for each in moved if each[1].row.kind != Kind.DIRECTORY]
+        parked: dict[bytes, Slot] = {}
+        for back in (True, False):  # what was deleted first: others may be in it
+            for capsule, _, now in directories:
+                if bool(now.row.deleted) == back:
+                    self._leave(capsule, now, parked)
+        missing = [
+            (capsule, then, self._leave_file(capsule, then, now, parked)) for capsule, then, now in files
+        ]
+        for capsule, then in self._from_the_top([(capsule, then) for capsule, then, _ in directories]):
+            self._arrive(capsule, then.names, parked)
+        for capsule, _, names in missing:
+            self._arrive(capsule, names, parked)
+        for slot in parked.values():  # it had no name
+            self.commands.append(cmd.Unlink(*slot, directory=None, recursive=True))
+
+    def _leave(self, capsule: bytes, now: _State, parked: dict[bytes, Slot]) -> None:
+        place = (self._park(), str(CapsuleId(capsule)).encode())
+        if now.row.deleted:
+            self.commands.append(cmd.Undelete(capsule, *place))
+        else:
+            self.commands.append(cmd.Rename(*now.names[0], *place, replace=False))
+        parked[capsule] = place
+
+    def _leave_file(self, capsule: bytes, then: _State, now: _State, parked: dict[bytes, Slot]) -> list[Slot]:
+        """Takes names away it did not have; what it has to get."""
+        extra = [slot for slot in now.names if slot not in then.names]
+        if now.row.deleted or (extra and len(extra) == len(now.names)):
+            self._leave(capsule, now, parked)
+            extra = extra[1:]
+        self.commands += [cmd.Unlink(*slot) for slot in extra]
+        return [slot for slot in then.names if slot not in now.names]
+
+    def _from_the_top(self, directories: list[tuple[bytes, _State]]) -> list[tuple[bytes, _State]]:
+        """Directories, each after the one it goes into."""
+        waiting = dict(directories)
+        found: list[tuple[bytes, _State]] = []
+        while waiting:
+            ready = [
+                each for each, then in waiting.items() if not then.names or then.names[0][0] not in waiting
+            ]
+            if not ready:
+                raise CorruptionError("directories that were in each other", hint="run: space verify")
+            found += [(each, waiting.pop(each)) for each in ready]
+        return found
+
+    def _arrive(self, capsule: bytes, names: Sequence[Slot], parked: dict[bytes, Slot]) -> None:
+        for slot in names:
+            self._vacate(slot, capsule, parked)
+            if capsule in parked:
+                self.commands.append(cmd.Rename(*parked.pop(capsule), *slot, replace=False))
+            else:
+                self.commands.append(cmd.Link(capsule, *slot))
+
+    def _vacate(self, slot: Slot, capsule: bytes, parked: dict[bytes, Slot]) -> None:
+        """Moves what has a name now, and is this zone's alone, into the branch."""
+        holder = self._scope.entry(slot)
+        gone = holder is None or holder == capsule or holder in parked or self._moved.get(holder) == slot
+        if not gone and holder is not None and slot not in self._vacated:
+            self._vacated.add(slot)
+            self.commands.append(cmd.Rename(*slot, *self._in_branch(holder, slot), replace=False))
+            self.aside[holder] = None
+
+    # --- everything else -----------------------------------------------------------------------------
+
+    def restore(self, capsule: bytes, then: _State, now: _State) -> None:
+        """Takes a capsule back, names apart."""
+        if then.row.kind == Kind.FILE and then.content != now.content:
+            self._restore_content(capsule, then, now)
+        if then.policy != now.policy:
+            self.commands.append(cmd.SetPolicy(capsule, then.policy))
+        for name in now.xattrs.keys() - then.xattrs.keys():
+            self.commands.append(cmd.RemoveXattr(capsule, name))
+        for name, value in then.xattrs.items():
+            if now.xattrs.get(name) != value:
+                self.commands.append(cmd.SetXattr(capsule, name, value))
+        if then.attributes != now.attributes:
+            self.commands.append(cmd.SetAttributes(capsule, *then.attributes))
+        self.times.append((capsule, then.times))
+
+    def _restore_content(self, capsule: bytes, then: _State, now: _State) -> None:
+        if then.row.key != now.row.key:
+            raise RefusedError(
+                f"capsule {CapsuleId(capsule)} was given another key since the other zone had it last",
+                hint="give it back its policy of before, or remove it",
+            )
+        if now.row.size:
+            self.commands.append(cmd.Deallocate(capsule, 0, now.row.size))
+        if now.row.size != then.row.size:
+            self.commands.append(cmd.Resize(capsule, then.row.size))
+        if not then.extents:
+            return
+        copy, name = bytes(self._store.new_id()), b"content"
+        park = self._park()
+        position = max(part[3] for part in then.extents)
+        self.commands.append(cmd.Clone(copy, capsule, park, name, position, then.manifest(capsule)))
+        begin = then.extents[0][0]
+        end = min(then.extents[-1][0] + then.extents[-1][1], then.row.size)
+        for at in range(begin, end, COPY_BYTES_MAX):
+            self.commands.append(cmd.CopyRange(capsule, at, copy, at, min(COPY_BYTES_MAX, end - at)))
+        self.commands.append(cmd.Unlink(park, name))
+
+    def close(self) -> None:
+        """Leaves nothing in the branch but what is set aside."""
+        if self._parking:
+            self.commands.append(cmd.Unlink(self._branch, b".parking", directory=True))
+        if self._branch and not self.aside:
+            self.commands.append(cmd.Unlink(bytes(BRANCHES), self._name.encode(), directory=True))

@@ -1,0 +1,236 @@
+"""Taking another zone's place: what would be lost, the promotion, and what the zone it replaces asks about it.
+
+A home says with every pulse what it has that did not come here yet (:meth:`ZoneSource.pulse`), so what a promotion
+loses is known before it, as of the last pulse.  The promotion itself is one event; how the old home gives way is in
+:mod:`space._node.federation_follow`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from space._errors import ConflictError, NotFoundError, Status
+from space._node.caller import Document
+from space._node.federation_status import load_notes
+from space.events import commands as cmd
+from space.events.ids import BRANCHES, ID_BYTES, CapsuleId, format_time
+from space.events.types import Kind
+from space.statemachine import zones as rows
+from space.statemachine.tables import CAPSULE, ENTRY, HOME, CapsuleRow, EntryRow, Overlay, Reader
+
+if TYPE_CHECKING:
+    from space._node.federation_zones import Zone, Zones
+    from space._node.store import Store
+
+ATTEMPTS: Final = 20
+"""How often more may come from the zone while its place is taken; it stops when the connection does."""
+
+ASKED_MAX: Final = 10_000
+"""Capsules one question is about: 350 KB."""
+
+PARTS_TOLD: Final = 500
+CAPSULES_TOLD: Final = 1000
+"""What a pulse says in detail of what did not come; beyond that only that there is more."""
+
+
+def predict(store: Store, zone: Zone) -> Document:
+    """What is lost if this zone takes the place of another one now, as far as that one has said what it has.
+
+    ``capsules`` is in detail what did not come: each with the latest position of a change of it, and bytes as they
+    would have been shipped.  ``unknown`` are positions of which the zone said only that they are there.
+    """
+    with store._read() as txn:
+        row = rows.zone_row(txn, zone.id)
+        streams = rows.cursors(txn, zone.id)
+        incomplete = _incomplete(txn, zone.id) if any(cursor.resume for _, _, cursor in streams) else []
+    heard = _heard(store, zone)
+    reached = {lane: cursor.position - bool(cursor.resume) for _, lane, cursor in streams}
+    missing = [part for part in heard["parts"] if part["position"] > reached.get(part["lane"], 0)]
+    capsules: dict[str, Document] = {}
+    for part in missing:
+        for capsule in part["capsules"]:
+            capsules[capsule] = {"capsule": capsule, "lane": part["lane"], "position": part["position"]}
+    unknown = max(0, heard["position"] - max(heard["read"], *reached.values(), 0))
+    return {
+        "zone": zone.name,
+        "epoch": (0 if row is None else row.epoch) + 1,
+        "heard": None if not heard["time_ns"] else format_time(heard["time_ns"]),
+        "heard_seconds": None
+        if not heard["time_ns"]
+        else round((time.time_ns() - heard["time_ns"]) / 1e9, 3),
+        "heard_position": heard["position"],
+        "streams": [
+            {"shard": shard, "lane": lane, "position": cursor.position, "step": cursor.step}
+            for shard, lane, cursor in streams
+        ],
+        "positions": len({part["position"] for part in missing}),
+        "changes": sum(part["changes"] for part in missing),
+        "bytes": sum(part["bytes"] for part in missing),
+        "capsules": list(capsules.values()),
+        "unknown": unknown,
+        "more": heard["more"],
+        "incomplete": [str(CapsuleId(each)) for each in incomplete],
+    }
+
+
+def _heard(store: Store, zone: Zone) -> dict[str, Any]:
+    """What a zone last said of itself, checked: it is another's word, and was kept in a file."""
+    running = store.federation
+    key = str(CapsuleId(zone.id))
+    note = load_notes(store.path).get(key, {})
+    if running is not None:
+        note = {**note, **running.heard_of(zone.id)}
+    missing = note.get("missing")
+    missing = missing if isinstance(missing, dict) else {}
+    parts = [
+        {
+            "lane": part[0],
+            "position": part[1],
+            "changes": part[2],
+            "bytes": part[3],
+            "capsules": [str(CapsuleId(bytes.fromhex(each))) for each in part[4]],
+        }
+        for part in _list(missing.get("parts"))[:PARTS_TOLD]
+        if _is_part(part)
+    ]
+    return {
+        "position": _count(note.get("heard_position")),
+        "time_ns": _count(note.get("heard_ns")),
+        "read": _count(missing.get("read")),
+        "parts": parts,
+        "more": missing.get("more") is True,
+    }
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and 0 <= value < 1 << 63 else 0
+
+
+def _is_part(part: Any) -> bool:
+    return (
+        isinstance(part, list)
+        and len(part) == 5
+        and all(type(each) is int and 0 <= each < 1 << 63 for each in part[:4])
+        and isinstance(part[4], list)
+        and len(part[4]) <= CAPSULES_TOLD
+        and all(isinstance(each, str) and _is_id(each) for each in part[4])
+    )
+
+
+def _is_id(text: str) -> bool:
+    try:
+        return len(bytes.fromhex(text)) == ID_BYTES
+    except ValueError:
+        return False
+
+
+def _incomplete(txn: Reader, zone: bytes) -> list[bytes]:
+    """Replicas of a zone of which a copy is under way."""
+    found = ((capsule, rows.HomeRow.decode(value)) for capsule, value in txn.scan(HOME, b""))
+    return [capsule for capsule, home in found if home.zone == zone and home.copy]
+
+
+def promote(store: Store, zones: Zones, name: str, *, again: bool = False) -> Document:
+    """Takes the place of a zone: what came from it has its home here from now on, and can be changed.
+
+    Args:
+        again: though it was done before: raises the epoch once more, so that this side wins where both were promoted.
+
+    Returns:
+        What :func:`predict` said of the very moment it happened at, and ``position``, where the log says so.
+
+    Raises:
+        NotFoundError: no such zone, or nothing came from it.
+        ConflictError: this was done before; or more and more comes from the zone.
+    """
+    zone = zones.find(name)
+    for _ in range(ATTEMPTS):
+        expected = predict(store, zone)
+        if not expected["streams"] and not again:
+            raise NotFoundError(
+                f"nothing has come from zone {name}, so there is nothing to be taken over",
+                hint="space federation status shows what came from where",
+            )
+        cursors = [
+            (each["shard"], each["lane"], each["position"], each["step"]) for each in expected["streams"]
+        ]
+        incomplete = [bytes(CapsuleId.parse(each)) for each in expected["incomplete"]]
+        command = cmd.PromoteZone(zone.id, cursors, incomplete, again=again)
+        try:
+            receipt = store.execute(command)
+        except ConflictError as error:
+            if error.status is not Status.STALE:
+                raise
+            continue
+        return {**expected, "position": receipt.position}
+    raise ConflictError(
+        f"zone {name} ships faster than its place can be taken",
+        hint="stop space federation serve there first",
+    )
+
+
+def reached(store: Store, zone: bytes, capsules: Sequence[bytes]) -> list[tuple[int, bool]]:
+    """Of some capsules of another zone, the position of its log they have come to here, and whether they are here."""
+    with store._read() as txn:
+        row = rows.zone_row(txn, zone)
+        state = Overlay(txn)
+        if row is None:
+            return [(0, False)] * len(capsules)
+        return [(rows.reached(state, row, each), state.capsule(each) is not None) for each in capsules]
+
+
+# --- branches --------------------------------------------------------------------------------------
+
+
+def branches(store: Store) -> list[Document]:
+    """What homes that were lost had not shipped, oldest epoch first: a directory each."""
+    with store._read() as txn:
+        found = [
+            (key[ID_BYTES:], EntryRow.decode(value).capsule)
+            for key, value in txn.scan(ENTRY, bytes(BRANCHES))
+        ]
+        return [_branch(txn, name, capsule) for name, capsule in found]
+
+
+def _branch(txn: Reader, name: bytes, capsule: bytes) -> Document:
+    text = name.decode(errors="replace")
+    zone, _, epoch = text.rpartition("-")
+    data = txn.get(CAPSULE, capsule)
+    made = None if data is None else CapsuleRow.decode(data)
+    files = list(_files(txn, capsule, b""))
+    return {
+        "branch": text,
+        "path": f"/zones/.branches/{text}",
+        "zone": zone,
+        "epoch": int(epoch) if epoch.isdecimal() else None,
+        "time": None if made is None else format_time(made.btime),
+        "capsules": len(files),
+        "bytes": sum(row.size for _, row in files),
+        "files": [
+            {"path": path.decode(errors="replace"), "size": row.size} for path, row in files[:CAPSULES_TOLD]
+        ],
+    }
+
+
+def _files(txn: Reader, directory: bytes, path: bytes) -> list[tuple[bytes, CapsuleRow]]:
+    """What is in a branch and is no directory, with its path there."""
+    found: list[tuple[bytes, CapsuleRow]] = []
+    todo = [(directory, path)]
+    while todo:
+        parent, above = todo.pop()
+        for key, value in txn.scan(ENTRY, parent):
+            entry, name = EntryRow.decode(value), key[ID_BYTES:]
+            here = above + b"/" + name if above else name
+            data = txn.get(CAPSULE, entry.capsule)
+            row = None if data is None else CapsuleRow.decode(data)
+            if entry.kind == Kind.DIRECTORY:
+                todo.append((entry.capsule, here))
+            elif row is not None:
+                found.append((here, row))
+    return sorted(found, key=lambda each: each[0])
