@@ -248,7 +248,7 @@ class Streams:
             lane: _Lane(cursor, (cursor.position, cursor.step)) for lane, cursor in cursors.items()
         }
         self._writers: dict[bytes, _Waiting] = {}
-        self._readers: dict[bytes, list[_Waiting]] = {}
+        self._readers: dict[bytes, dict[_Waiting, None]] = {}
         self._alone: _Waiting | None = None
         self._flight: deque[tuple[int, Cursor]] = deque()
         self._waiting = 0
@@ -311,7 +311,7 @@ class Streams:
             self._writers[key] = waiting
             self._readers.pop(key, None)
         for key in part.reads:
-            self._readers.setdefault(key, []).append(waiting)
+            self._readers.setdefault(key, {})[waiting] = None
         if part.alone:
             self._alone = waiting
 
@@ -323,10 +323,9 @@ class Streams:
             if self._writers.get(key) is waiting:
                 del self._writers[key]
         for key in waiting.part.reads:
-            readers = [each for each in self._readers.get(key, ()) if each is not waiting]
-            if readers:
-                self._readers[key] = readers
-            else:
+            readers = self._readers.get(key, {})
+            readers.pop(waiting, None)
+            if not readers:
                 self._readers.pop(key, None)
         if self._alone is waiting:
             self._alone = None

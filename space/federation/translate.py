@@ -385,7 +385,8 @@ class _Translation:
         self._policies()
         for capsule, command, source in contents:
             self._modified.add(capsule)
-            self._tell(self._stays[capsule], capsule, command, reads=[source] if source else ())
+            sources = self._sources([source] if source else [])
+            self._tell(self._stays[capsule], capsule, command, reads=sources)
         self._changed_xattrs()
         self._lost_files()
         self._names(clones)
@@ -487,12 +488,20 @@ class _Translation:
                 lane = self._joins[event.capsule]
                 parent, name = self._after.apart(event.capsule)
                 clone = cmd.Clone(event.capsule, event.source, parent, name)
-                self._tell(lane, event.capsule, clone, writes=copies, reads=members)
+                self._tell(lane, event.capsule, clone, writes=copies, reads=self._sources(members))
                 self._emissions[lane].capsules |= dict.fromkeys(copies)
                 for copy in copies:
                     del self._joins[copy]
                 made.add(event.capsule)
         return made
+
+    def _sources(self, capsules: Iterable[bytes]) -> Iterator[bytes]:
+        """What relying on the content of capsules touches: them, and that their lanes have brought them."""
+        for capsule in capsules:
+            lane = self._before.lane(capsule)
+            yield capsule
+            if lane is not None:
+                yield lane_key(lane)
 
     def _can_share(self, member: bytes, copy: bytes) -> bool:
         return (
@@ -652,9 +661,9 @@ class _Translation:
 
     def _lost_directories(self) -> None:
         """Deletes directories once everything that goes on has left them; with what goes along."""
-        for capsule, lane in self._leaves.items():
-            if self._before.row(capsule).kind != DIRECTORY:
-                continue
+        directories = [each for each in self._leaves if self._before.row(each).kind == DIRECTORY]
+        for capsule in sorted(directories, key=self._before.depth, reverse=True):
+            lane = self._leaves[capsule]
             self._withdrawn(capsule)
             if not self._gone(capsule) or not self._translator.certain:
                 self._withdraw(lane, capsule)
