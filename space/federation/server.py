@@ -36,7 +36,8 @@ from space.federation.exchange import (
     Peer,
     parse_document,
 )
-from space.federation.shelf import Shelf, ShelfRoutes
+from space.federation.shelf import Shelf
+from space.federation.shelf_routes import ShelfRoutes
 
 AHEAD: Final = 64
 AHEAD_BYTES: Final = 16 << 20
