@@ -32,7 +32,8 @@ pytest_plugins = ["pytester"]
 
 IMPORT_ALL = """
 import pkgutil, sys
-sys.modules.update(dict.fromkeys(["pyfuse3", "trio", "space_raft_engine", "aiohttp", "uvloop", "grpc", "google", "pyeclib"]))
+extras = ["pyfuse3", "trio", "space_raft_engine", "aiohttp", "uvloop", "grpc", "google", "pyeclib"]
+sys.modules.update(dict.fromkeys(extras))
 import space
 for module in pkgutil.walk_packages(space.__path__, "space."):
     late = ("space.projections.fuse", "space._node.http", "space.projections.csi.", "space._node.csi_")
