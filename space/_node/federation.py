@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from space.events.codec import Entry
 
 READY_SECONDS: Final = 30.0
+LINGER_SECONDS: Final = 0.1
+"""How long the loop goes on at its end: asyncio closes sockets of TLS handshakes that were given up a little later."""
+
 WATCH_SECONDS: Final = 1.0
 """How often promises (rpo) are looked at."""
 
@@ -166,6 +169,7 @@ class Federation:
                 self._end(zone)
             await asyncio.gather(*self._closing, return_exceptions=True)
             await server.close()
+            await asyncio.sleep(LINGER_SECONDS)
 
     def _soon(self, work: Callable[[], Any]) -> None:
         """Has the loop do something, from any thread."""
