@@ -18,7 +18,15 @@ from urllib.parse import urlsplit
 
 import attrs
 
-from space._errors import CorruptionError, NotFoundError, SpaceError, UnavailableError, UsageError
+from space._errors import (
+    CorruptionError,
+    NotFoundError,
+    RefusedError,
+    SpaceError,
+    Status,
+    UnavailableError,
+    UsageError,
+)
 from space._node.federation_keys import ZoneAuthority, ZoneKeys
 from space._node.federation_shelf import OwnZone, StoreShelf
 from space._node.federation_zones import Zone, Zones
@@ -27,6 +35,7 @@ from space.content.frames import Buffer, unpack_frames
 from space.content.keys import KEY_BYTES, Keyring, generate_master_key
 from space.content.pipeline import ContentReader
 from space.events.ids import CapsuleId
+from space.federation.compiler import permitted
 from space.federation.exchange import error_in, parse_document
 from space.federation.parity import (
     HASH_BYTES,
@@ -57,7 +66,7 @@ from space.federation.shelf import (
     encode_held,
 )
 from space.federation.stripes import STRIPE_BYTES, Part, pack_payload, stored_bytes, unpack_payload
-from space.policy.model import Shards
+from space.policy.model import Policy, Shards
 from space.projections import content_map
 from space.statemachine.store import ReadTransaction
 
@@ -228,6 +237,7 @@ def spread(
     """Makes the shards of a capsule as it is now, and puts into each zone what it has not got.
 
     Raises:
+        RefusedError: its policy does not ask for them.
         UnavailableError: a zone cannot be reached: the shards there were stay valid.
         UsageError: it has more stripes than a layout holds, or there is another number of zones.
         CorruptionError: what is stored is damaged.
@@ -244,6 +254,7 @@ def spread(
         with store._read() as txn, ThreadPoolExecutor(len(zones), "space-shards") as pool:
             row = store._row(txn, capsule)
             position = txn.applied.position
+            _check_policy(store._policy(txn, row.policy), scheme, home, zones, capsule)
             for offset, length, parts in _cut(txn, capsule, store._size(txn, capsule)):
                 if len(stripes) >= STRIPES_MAX:
                     raise UsageError(f"capsule {capsule} has more than {STRIPES_MAX} stripes")
@@ -282,6 +293,21 @@ def spread(
     if all(zone.id != home.id for zone in zones):
         own.put_layout(home.id, bytes(capsule), Held(packed))
     return Spread(layout, sent[0], sent[1])
+
+
+def _check_policy(
+    policy: Policy, scheme: Shards, home: Zone, zones: Sequence[ShardZone], capsule: CapsuleId
+) -> None:
+    """Whether the shards are what the policy asks for, at the position they are made of.
+
+    Raises:
+        RefusedError: they are not.
+    """
+    allowed = permitted(policy, home.name)
+    outside = [zone.name for zone in zones if zone.name not in allowed]
+    if outside or policy.federation_shards != scheme:
+        what = f"no shards in zone {outside[0]}" if outside else "other shards, or none"
+        raise RefusedError(f"the policy of capsule {capsule} allows {what}", status=Status.NOT_PERMITTED)
 
 
 def _packed(store: Store, parts: Sequence[Part]) -> bytes:

@@ -257,7 +257,8 @@ def test_a_strange_zone_gets_and_puts_nothing(
 ) -> None:
     """A zone reaches its own shards on a shelf, and those of layouts it is in; anything else is refused."""
     home, lima, paris = mesh["berlin"], mesh["lima"], mesh["paris"]
-    capsule = home.store.put(b"for two zones and the home" * 9, name="/film", policy=POLICY).id
+    policy = attrs.evolve(POLICY, federation_targets=("lima", "oslo"), federation_shards=Shards(2, 1))
+    capsule = home.store.put(b"for two zones and the home" * 9, name="/film", policy=policy).id
     with shard_zones(home.store) as zones:
         three = [zone for zone in zones if zone.name != "paris"]
         layout = spread(home.store, home.me, three, capsule, Shards(2, 1)).layout
@@ -281,6 +282,21 @@ def test_a_strange_zone_gets_and_puts_nothing(
     with pytest.raises(ConflictError, match="shards as of"):
         at_lima.put_layout(bytes(capsule), Held(encode_layout(older)))
     assert at_lima.get_shard(home.me.id, bytes(capsule), stripe.shards[place])
+
+
+def test_what_the_policy_does_not_ask_for_is_refused(mesh: dict[str, RunningZone]) -> None:
+    """No shard goes to a zone that the policy does not name, and none of a capsule that has no shards."""
+    home = mesh["berlin"]
+    elsewhere = attrs.evolve(POLICY, federation_targets=("lima", "oslo", "madrid"))
+    for policy, why in (
+        (elsewhere, "no shards in zone paris"),
+        (Policy(sovereignty=Sovereignty.LOCAL), "no shards in zone lima"),
+        (attrs.evolve(POLICY, federation_shards=None), "other shards, or none"),
+    ):
+        capsule = home.store.put(b"stays", policy=policy).id
+        with pytest.raises(RefusedError, match=why):
+            spread_from(home, capsule)
+    assert all(not zone.store.ls("/") for zone in mesh.values() if zone is not home)
 
 
 def test_a_layout_waits_for_its_shards(mesh: dict[str, RunningZone], closing: contextlib.ExitStack) -> None:
