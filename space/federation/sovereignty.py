@@ -1,6 +1,7 @@
 """Sovereignty, proved from the log alone: was each capsule allowed where it was sent, at the position it was sent as of?
 
-The home's log says what went where (:class:`space.events.types.ShipmentSent`), before the receiver's answer counts.  An
+The home's log says what went where (:class:`space.events.types.ShipmentSent`; for shards of a code the
+:class:`~space.events.types.ActionTaken` that makes them), before the receiver's answer counts.  An
 :class:`Audit` reads the log once, in order, beside the state it folds to, and remembers of each capsule from when on it
 had which policy, for as long as a shipment may refer to it.  It is offline: no key, no content, no other zone.
 
@@ -17,6 +18,7 @@ import attrs
 from space.events import types as ev
 from space.events.ids import ID_BYTES
 from space.federation.selection import Selection
+from space.policy.model import DEFAULT_POLICY
 from space.statemachine import zones
 from space.statemachine.decision import capsule_text
 from space.statemachine.tables import Overlay, Reader
@@ -81,6 +83,8 @@ class Audit:
                     self._remember(state, event.purged[at : at + ID_BYTES], position)
             elif isinstance(event, ev.ShipmentSent):
                 self._sent(state, position, event)
+            elif isinstance(event, ev.ActionTaken) and event.action == "ShardEC":
+                self._sharded(state, position, event)
 
     def _remember(self, state: Overlay, capsule: bytes, position: int) -> None:
         """Up to the position before this one, a capsule had the policy it has now."""
@@ -98,10 +102,30 @@ class Audit:
         for capsule, sent_as_of in ev.SHIPPED.iter_unpack(event.capsules):
             self.capsules += 1
             reason = self._reason(state, selection, capsule, sent_as_of, position)
-            if reason and len(self.findings) < FINDINGS_MAX:
-                self.findings.append(Finding(position, capsule, name, sent_as_of, reason))
-            elif reason:
-                self.missed += 1
+            self._found(position, capsule, name, sent_as_of, reason)
+
+    def _found(self, position: int, capsule: bytes, zone: str, sent_as_of: int, reason: str) -> None:
+        if reason and len(self.findings) < FINDINGS_MAX:
+            self.findings.append(Finding(position, capsule, zone, sent_as_of, reason))
+        elif reason:
+            self.missed += 1
+
+    def _sharded(self, state: Overlay, position: int, event: ev.ActionTaken) -> None:
+        """Shards go to the zones the action names, as the capsule is right after it."""
+        own = zones.own_zone(state)
+        row = state.capsule(event.capsule)
+        for name in event.argument.partition(" data ")[0].split():
+            if own is not None and name == own[1].name:
+                continue
+            self.capsules += 1
+            selection = self._selections.setdefault(name, Selection(name))
+            policy = DEFAULT_POLICY if row is None else selection.policy(state, row.policy)
+            reason = ""
+            if policy.federation_shards is None:
+                reason = f"its policy said sovereignty {policy.sovereignty.value}, and no shards"
+            elif name not in policy.federation_targets:
+                reason = f"its policy said shards to {', '.join(policy.federation_targets)}"
+            self._found(position, event.capsule, name, position, reason)
 
     def _reason(
         self, state: Overlay, selection: Selection, capsule: bytes, sent_as_of: int, position: int
