@@ -1,4 +1,4 @@
-"""Sovereignty, proved from the log alone: was each capsule allowed where it was sent, at the position it was sent as of?
+"""Sovereignty, proved from the log alone: was each capsule allowed where it was sent, as it was when it was sent?
 
 The home's log says what went where (:class:`space.events.types.ShipmentSent`; for shards of a code the
 :class:`~space.events.types.ActionTaken` that makes them), before the receiver's answer counts.  An
