@@ -19,10 +19,13 @@ from space.content.pipeline import ContentReader, ContentWriter
 from space.events import commands as cmd
 from space.events.commands import Buffer, Receipt, Request, StoredFrame
 from space.events.types import Event, ZoneKind
+from space.federation.initial import initial
 from space.federation.scope import Extent, Moment
 from space.federation.sealing import is_for_home, open_key, seal_key
 from space.federation.selection import Selection
-from space.federation.translate import Batch, Translator
+from space.federation.shipment import Shipment, decode_shipment, encode_shipment
+from space.federation.stream import Begin, Cursor, Streams, begin
+from space.federation.translate import Batch, Part, Translator, is_quiet
 from space.policy.model import Policy
 from space.projections import content_map
 from space.projections.contract import builtin_views
@@ -311,3 +314,62 @@ def pack_policy(policy: Policy) -> bytes:
     """A policy as the canonical document events carry."""
     packed: bytes = msgpack.packb(policy.to_document())
     return packed
+
+
+class Route:
+    """A faultless way from a home to another zone, which is brought up to date when asked."""
+
+    def __init__(self, home: MemoryZone, zone: MemoryZone) -> None:
+        self.home, self.zone = home, zone
+        self.translator = home.translator(zone)
+        self.now = 0.0
+        self.streams: Streams | None = None
+
+    def connect(self) -> Streams:
+        """Begins anew from the receiver's cursors."""
+        cursors = {
+            lane: Cursor(r.position, r.step, r.resume) for lane, r in self.zone.cursors(self.home.id).items()
+        }
+        at = begin(cursors) or Begin(self.home.position, copying=True)
+        streams = self.streams = Streams(self.home.id, self.zone.id, 0, cursors, at)
+        if at.copying:
+            time_ns = self.home.log[at.position - 1].time_ns
+            sent = [capsule for capsule, _ in rows.sent_capsules(self.home.tables, self.zone.id)]
+            parts = initial(self.translator, self.home.moments[at.position], at.position, time_ns, sent)
+            streams.add(parts, at.position, time_ns)
+        return streams
+
+    def read(self) -> list[Part]:
+        """Translates all of the log that was not yet."""
+        streams = self.streams or self.connect()
+        found: list[Part] = []
+        while streams.position < self.home.position and not streams.full:
+            position = streams.position + 1
+            moments, batch = self.home.moments, self.home.batch(position)
+            parts = self.translator.translate(moments[position - 1], moments[position], batch)
+            streams.add(parts, position, batch.time_ns, quiet=is_quiet(batch.events))
+            found += parts
+        return found
+
+    def run(self) -> list[Shipment]:
+        """Ships all there is; what was shipped, decoded."""
+        streams = self.streams or self.connect()
+        found: list[Shipment] = []
+        while True:
+            self.read()
+            self.now += 100.0
+            outgoing = streams.next(self.home, self.now)
+            if outgoing is None:
+                return found
+            shipment = decode_shipment(encode_shipment(outgoing.shipment))
+            for command in shipment.received():
+                self.zone.must(self.zone.adopted(command, self.home.id))
+            position, step = shipment.through
+            streams.acknowledge(shipment.lane, position, step)
+            found.append(shipment)
+
+    def commands(self) -> list[cmd.Command]:
+        """Ships all there is; the commands of it."""
+        return [
+            command for shipment in self.run() for entry in shipment.entries for command in entry.commands
+        ]

@@ -12,8 +12,8 @@ sets.
 
 **Where to go on.**  Each lane has a cursor in the receiver's log, which its shipments move: position, step, and a note
 of ours, set while copies beside a batch are under way.  Everything else follows from the log: reading goes on from
-the least position of any cursor, and what a lane has had is left out.  So a lane must have a cursor before others go
-on: its first part comes after everything before it and before everything after it.
+the least position of any cursor, and what a lane has had is left out.  So a lane has to have a cursor before others
+go on: it gets one, without anything else, after everything before and before everything after its first part.
 
 **Order on the wire.**  Shipments have to reach the receiver in the order :meth:`Streams.next` gave them, and nothing
 after one that was refused.
@@ -270,14 +270,20 @@ class Streams:
         ``quiet`` batches are only our own records: nobody needs to be told that they were passed.
         """
         self.position, self._time_ns = position, time_ns
-        for part in parts:
-            lane = self._lanes.get(part.lane)
-            if lane is None:
-                lane = self._lanes[part.lane] = _Lane(Cursor(self._origin), (self._origin, 0))
-                part = attrs.evolve(part, alone=part.alone or not part.first)  # noqa: PLW2901
-            self._wait(lane, part)
+        found = list(parts)
+        for part in found:
+            if part.lane not in self._lanes:
+                self._open(part)
+        for part in found:
+            self._wait(self._lanes[part.lane], part)
         if not quiet:
             self._loud.update(self._lanes)
+
+    def _open(self, part: Part) -> None:
+        """Begins a lane: with its first copy, or with a cursor right before the first batch that means something."""
+        lane = self._lanes[part.lane] = _Lane(Cursor(self._origin), (self._origin, 0))
+        if not part.first and part.position - 1 > self._origin:
+            self._wait(lane, Part(part.position - 1, part.time_ns, part.lane, (), alone=True))
 
     def _wait(self, lane: _Lane, part: Part) -> None:
         cursor = lane.cursor

@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, final
 
 import attrs
+from blake3 import blake3
 
 from space._errors import RefusedError
 from space.events import commands as cmd
 from space.events import types as ev
 from space.events.ids import ID_BYTES, ROOT
+from space.events.registry import NAME_BYTES_MAX
 from space.federation.portable import PART_BYTES, Copier, Copy, Piece, Portable, Seal, size
 from space.federation.scope import DIRECTORY, Moment, Scope, Slot
 from space.federation.selection import Selection
@@ -37,6 +39,9 @@ More than a batch usually has of its own (32 MiB), less than a shipment takes.
 
 JOINED_MAX: Final = 1 << 14
 """Capsules that join in one entry, each of which is several events there; others are copied beside."""
+
+JOINED_DIRECTORIES_MAX: Final = 1 << 14
+"""Directories of these.  More come beside too; what stays and has a name in one gets it when it is placed again."""
 
 STEP_PARTS: Final = 1000
 """Parts of copies in one entry: of small capsules there are many in few bytes."""
@@ -227,7 +232,7 @@ class _Translation:
         self._had: dict[bytes, list[Slot]] = {}
         self._has: dict[bytes, list[Slot]] = {}
         self._total = 0  # bytes of the entry so far
-        self._joined = 0  # capsules that joined in it
+        self._joined = {True: 0, False: 0}  # directories, and others, that joined in it
         self._emissions: dict[int, _Emission] = {}
         self._stage: list[tuple[int, Portable]] = []
         self._told: set[bytes] = (
@@ -243,7 +248,8 @@ class _Translation:
             self._note(event)
         self._note_below()
         self._classify()
-        if not (self._joins or self._leaves or self._stays or self._purged):
+        told = (self._joins, self._leaves, self._stays, self._purged, self._snapshots)
+        if not any(told):
             return []
         for slot in self._slots:
             was, now = self._before.entry(slot), self._after.entry(slot)
@@ -544,8 +550,10 @@ class _Translation:
         copies = self._copier.copy(after, self._moment, capsule, self._batch.position, places, hide=hide)
         first = next(copies)
         self._total += first.size
-        self._joined += 1
-        if first.last and self._total <= MAIN_BYTES and self._joined <= JOINED_MAX:
+        directory = after.row(capsule).kind == DIRECTORY
+        self._joined[directory] += 1
+        few = self._joined[directory] <= (JOINED_DIRECTORIES_MAX if directory else JOINED_MAX)
+        if first.last and self._total <= MAIN_BYTES and few:
             self._beside.discard(capsule)
             self._busy.update(parent for parent, _ in places)
             self._tell(lane, capsule, first, writes=keys, reads=[parent for parent, _ in names])
@@ -580,6 +588,7 @@ class _Translation:
         parents = [parent for parent, _ in (*has, *had)]
         known = len(has) == after.count(capsule)
         free = all(self._before.entry(slot) in (None, capsule) for slot in has)
+        free = free and not any(parent in self._beside for parent, _ in has)
         certain = self._translator.certain and free
         if not known and certain and set(old) <= set(new):  # one name more, of whatever others there are
             for parent, name in sorted(set(new) - set(old)):
@@ -720,7 +729,7 @@ class _Translation:
                 self._tell(lane, capsule, cmd.SetAttributes(capsule, **(changed or {"mtime": row.mtime})))
 
     def _named_moments(self) -> None:
-        for event in self._snapshots:
+        for event in {each.snapshot: each for each in self._snapshots}.values():
             lane = self._after.lane(event.capsule)
             if lane is not None and event.capsule not in self._beside:
                 name = snapshot_name(self._translator.home_name, event.snapshot, self._batch.position)
@@ -870,8 +879,8 @@ def lane_key(lane: int) -> bytes:
 def snapshot_name(home: str, snapshot: str, position: int) -> str:
     """What a snapshot of the home is called elsewhere: no two are called the same, whatever was dropped meanwhile."""
     name = f"{home}:{snapshot}@{position}"
-    if len(name.encode()) > 255:
-        name = f"{home}:{position}"
+    if len(name.encode()) > NAME_BYTES_MAX:
+        name = f"{home}:{blake3(snapshot.encode()).hexdigest(16)}@{position}"
     return name
 
 

@@ -764,7 +764,7 @@ def limits(chosen: random.Random) -> Iterator[None]:
         (translate, "PART_BYTES"): chosen.choice([1500, 4000]),
         (translate, "MAIN_BYTES"): chosen.choice([3000, 50_000]),
         (translate, "STEP_PARTS"): chosen.choice([1, 3]),
-        (translate, "JOINED_MAX"): chosen.choice([2, 100]),
+        (translate, "JOINED_MAX"): chosen.choice([2, 100]),  # directories come with the rest
         (stream, "SHIPMENT_BYTES"): chosen.choice([1, 3000, 100_000]),
         (stream, "WINDOW"): chosen.choice([20, 1000]),
         (stream, "PASSED_MAX"): chosen.choice([3, 1000]),
