@@ -30,6 +30,7 @@ from space._errors import (
 from space._node.caller import Document
 from space._node.federation_keys import ZONE, ZoneAuthority, ZoneKeys, check_name
 from space.events import commands as cmd
+from space.events.ids import zone_capsules, zone_root
 from space.events.types import URL_CHARACTERS_MAX, ZoneKind
 from space.federation.exchange import (
     AUTHORITY,
@@ -279,9 +280,10 @@ class Zones:
         with self._store._read() as txn:
             row = rows.zone_row(txn, zone.id)
             taken = 0 if row is None else row.taken
+            places = (zone_root(zone.id), zone_capsules(zone.id))
             found = 0
             for capsule, data in txn.scan(HOME, b""):
-                if rows.HomeRow.decode(data).zone == zone.id:
+                if rows.HomeRow.decode(data).zone == zone.id and capsule not in places:
                     found += _inode(txn, capsule) > taken
         return found
 

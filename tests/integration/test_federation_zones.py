@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -265,7 +266,7 @@ def test_nothing_forbidden_leaves(zones: Two, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(shipper, "frame", tapped)
     zones.serve()
-    plain = {"compression": Compression.NONE, "dedupe": False}
+    plain: dict[str, Any] = {"compression": Compression.NONE, "dedupe": False}
     hidden = {
         "local": Policy(sovereignty=Sovereignty.LOCAL, **plain),
         "zone": Policy(sovereignty=Sovereignty.ZONE, **plain),
