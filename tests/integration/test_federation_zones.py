@@ -16,7 +16,7 @@ from space._errors import ConflictError, NotFoundError, RefusedError
 from space._node.federation_zones import Zones
 from space._node.store import Store
 from space.events.types import Kind
-from space.federation import shipper
+from space.federation import exchange, shipper
 from space.policy.model import Compression, Encryption, Policy, Sovereignty
 from tests.federation_support import Served, Two, introduce, shared, space_command, two_zones, until
 
@@ -258,7 +258,7 @@ def test_policies_are_followed_when_they_change(zones: Two) -> None:
 def test_nothing_forbidden_leaves(zones: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     """In all that a zone sends there is no byte, name or id of what is local, of the zone, or for others."""
     sent = bytearray()
-    frame = shipper.frame
+    frame = exchange.frame
 
     def tapped(kind: int, body: bytes) -> bytes:
         sent.extend(body)
