@@ -43,7 +43,7 @@ from space.cli_session import (
     system_error,
     to_json,
 )
-from space.cli_zone import federation_app, zone_app
+from space.cli_zone import federation_app, verify_sovereignty, zone_app
 
 if TYPE_CHECKING:
     from space._node.service import Service
@@ -516,9 +516,17 @@ def replay(
 def verify(
     context: typer.Context,
     repair: Annotated[bool, typer.Option("--repair", help="Rebuild what the log can rebuild.")] = False,
+    sovereignty: Annotated[
+        bool, typer.Option("--sovereignty", help="Check that policies allowed all that left for other zones.")
+    ] = False,
 ) -> None:
-    """Check every checksum, chain link and reference."""
+    """Check every checksum, chain link and reference; or, from the log alone, every shipment."""
     session: Session = context.obj
+    if sovereignty:
+        if repair:
+            raise UsageError("what was shipped cannot be repaired", hint="leave --repair out")
+        verify_sovereignty(session)
+        return
     with session.service() as service:
         report = service.verify(repair=repair)
     lines = [_finding(each) for each in report["findings"]]

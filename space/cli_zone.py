@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from space._errors import UsageError
+from space._errors import CorruptionError, UsageError
 from space._node.caller import Caller, Document
 from space.cli_session import (
     Session,
@@ -217,6 +217,35 @@ def rollover(
     if result["without"]:
         note(f"these zones refuse this one until they get `space zone ca`: {', '.join(result['without'])}")
     session.show(result, f"zone {result['zone']} has a new authority, and a certificate of it")
+
+
+def verify_sovereignty(session: Session) -> None:
+    """Judges every shipment the log tells of (``space verify --sovereignty``).
+
+    Raises:
+        CorruptionError: one was not allowed.
+    """
+    with session.service() as service:
+        report = service.verify_sovereignty()
+    lines = [_violation(each) for each in report["findings"]]
+    since = "" if report["from_position"] == 1 else f" since position {report['from_position']}"
+    found = len(report["findings"]) + report["missed"]
+    lines.append(
+        f"{report['shipments']} shipments with {report['capsules']} capsules{since}: {found} not allowed"
+    )
+    session.show(report, "\n".join(lines))
+    if found:
+        raise CorruptionError(
+            f"{found} capsules went where they may not, the first: {lines[0]}",
+            hint="space log shows who changed what around that position",
+        )
+
+
+def _violation(each: Document) -> str:
+    return clean(
+        f"position {each['position']}: capsule {each['capsule']} was sent to zone {each['zone']} "
+        f"as of position {each['sent_as_of']}: {each['reason']}"
+    )
 
 
 # --- shipping ----------------------------------------------------------------------------------------

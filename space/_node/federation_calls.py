@@ -83,6 +83,12 @@ class FederationCalls:
 
         return branches(self.store)
 
+    def verify_sovereignty(self) -> Document:
+        """Whether the log says that every shipment was allowed."""
+        from space._node.federation_audit import audit
+
+        return audit(self.store)
+
     def zone_renew(self) -> Document:
         """Gives this zone another certificate of the same authority."""
         renewed = self._zones.renew()

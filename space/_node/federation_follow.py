@@ -22,7 +22,7 @@ import msgpack
 from space._errors import ConflictError, CorruptionError, RefusedError, Status
 from space._node.caller import Document
 from space._node.federation_home import Walk
-from space._node.federation_promote import ASKED_MAX
+from space._node.federation_promote import ASKED_MAX, Arrival
 from space.events import commands as cmd
 from space.events.ids import BRANCHES, ROOT, CapsuleId, zone_root
 from space.events.types import COPY_BYTES_MAX, Kind
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 ATTEMPTS: Final = 5
 """How often somebody may change something between looking and deciding; the last ones hold the store's lock."""
 
-Reached = dict[bytes, tuple[int, bool]]
-"""Capsule → the position of this log it has come to in the other zone, and whether it is there."""
-
-Ask = Callable[[Sequence[bytes]], list[tuple[int, bool]]]
+Ask = Callable[[Sequence[bytes]], list[Arrival]]
 """Asks the other zone about capsules."""
+
+_NOT_ASKED: Final = Arrival()
+"""Of a capsule nothing has happened to since its lane's cursor."""
 
 log: Final = logging.getLogger("space.federation")
 
@@ -87,6 +87,10 @@ class _State:
         parts = [] if row.kind != Kind.FILE else list(extents(capsule))
         packed = [[each.offset, each.length, each.skip, each.position, each.frames] for each in parts]
         return cls(row.copy(), policy, dict(scope.xattrs(capsule)), packed, scope.names(capsule))
+
+    def without(self, dead: Callable[[bytes], bool]) -> _State:
+        """Without names in directories that are gone."""
+        return attrs.evolve(self, names=[slot for slot in self.names if not dead(slot[0])])
 
     @property
     def attributes(self) -> tuple[int, int, int]:
@@ -149,7 +153,7 @@ class _Fork:
         self._promotion = promotion
         self._ask = ask
         self._selection = Selection(zone.name)
-        self._reached: Reached = {}
+        self._reached: dict[bytes, Arrival] = {}
         self._then: dict[bytes, tuple[int, _State | None]] = {}
         with store._read() as txn:
             row = rows.zone_row(txn, zone.id)
@@ -207,7 +211,7 @@ class _Fork:
 
     def _fork_of(self, scope: Scope, capsule: bytes, row: CapsuleRow) -> int:
         """The position of this log at which the other zone has a capsule."""
-        return max(self._confirmed(self._lane(scope, row)), self._reached.get(capsule, (0, True))[0])
+        return max(self._confirmed(self._lane(scope, row)), self._reached.get(capsule, _NOT_ASKED).position)
 
     def _changed(self, txn: Reader) -> dict[bytes, int]:
         """Shared capsules that the other zone has, and that changed after their fork, with it."""
@@ -224,7 +228,7 @@ class _Fork:
         return found
 
     def _is_there(self, capsule: bytes) -> bool:
-        return self._reached.get(capsule, (0, True))[1]
+        return self._reached.get(capsule, _NOT_ASKED).there
 
     def _scope(self, state: Reader) -> Scope:
         return Scope(state, self._selection, self._own)
@@ -246,7 +250,8 @@ class _Fork:
         scope = self._scope(moment.state)
         for capsule in capsules:
             state = _State.of(scope, lambda c: moment.extents(c, 0, content_map.OFFSET_MAX), capsule)
-            self._then[capsule] = (position, state)
+            alive = None if state is None else state.without(lambda parent: not scope.alive(parent))
+            self._then[capsule] = (position, alive)
 
     # --- deciding ----------------------------------------------------------------------------------
 
@@ -263,7 +268,7 @@ class _Fork:
                 made = _Setting(self._store, self._zone, self._promotion.epoch, self._scope(txn), txn)
                 self._set_aside(made, txn, forks)
         cursors = [(0, lane, position) for lane, position in sorted(self._promotion.lanes.items())]
-        kept = [each for each, (_, there) in self._reached.items() if not there]
+        kept = [each for each, arrival in self._reached.items() if not arrival.there]
         with self._store._read() as txn:
             sent = {capsule for capsule, _ in rows.sent_capsules(txn, self._zone.id)}
             kept = [each for each in kept if each in sent and txn.get(CAPSULE, each) is not None]
@@ -285,6 +290,16 @@ class _Fork:
             return None
         return {"branch": made.path, "capsules": [str(CapsuleId(each)) for each in made.aside]}
 
+    def _times(self, capsule: bytes, then: _State) -> tuple[int, int, int, int]:
+        """Times of a capsule in the other zone.
+
+        Those of a directory are of names in it too, which come by whatever lane what they lead to comes by.
+        """
+        arrival = self._reached.get(capsule)
+        if then.row.kind != Kind.DIRECTORY or arrival is None:
+            return then.times
+        return then.row.atime, arrival.mtime, arrival.ctime, then.row.btime
+
     def _set_aside(self, made: _Setting, txn: Reader, forks: dict[bytes, int]) -> None:
         theirs = {each for each in shared(txn, self._zone.id, self._row) if self._is_there(each)}
         homes = [capsule for capsule in forks if made.kind(capsule) == Kind.DIRECTORY]
@@ -301,6 +316,7 @@ class _Fork:
         made.place(pairs)
         for capsule, then, now in pairs:
             made.restore(capsule, then, now)
+            made.times.append((capsule, self._times(capsule, then)))
         made.close()
 
 
@@ -320,8 +336,9 @@ class _Setting:
         self._parking = b""
         self._mirrors: dict[bytes, bytes] = {}
         self._taken: set[Slot] = set()
-        self._moved: dict[bytes, Slot] = {}
-        self._vacated: set[Slot] = set()
+        self._moved: set[bytes] = set()
+        self._left: set[Slot] = set()
+        self._given: set[Slot] = set()
 
     @property
     def path(self) -> str | None:
@@ -406,13 +423,14 @@ class _Setting:
             return
         for name, entry in self._scope.children(directory):
             child = entry.capsule
-            known = child in theirs or child in self._moved
-            if known or self._scope.lane(child) is None or self._scope.row(child).change <= since:
+            if child in theirs or self._scope.lane(child) is None or self._scope.row(child).change <= since:
                 continue
             slot = self._in_branch(child, (directory, name))
             self.commands.append(cmd.Rename(directory, name, *slot, replace=False))
-            self._moved[child] = (directory, name)
-            self._keep_here(child, theirs)
+            self._left.add((directory, name))
+            if child not in self._moved:
+                self._moved.add(child)
+                self._keep_here(child, theirs)
 
     def _keep_here(self, capsule: bytes, theirs: set[bytes]) -> None:
         inside = (
@@ -459,6 +477,10 @@ class _Setting:
         directories = [each for each in moved if each[1].row.kind == Kind.DIRECTORY]
         files = [each for each in moved if each[1].row.kind != Kind.DIRECTORY]
         parked: dict[bytes, Slot] = {}
+        coming_back = {capsule for capsule, _, _ in directories}
+        for _, _, now in moved:
+            for parent, _ in now.names:
+                self._revive(parent, coming_back, parked)
         for back in (True, False):  # what was deleted first: others may be in it
             for capsule, _, now in directories:
                 if bool(now.row.deleted) == back:
@@ -473,12 +495,23 @@ class _Setting:
         for slot in parked.values():  # it had no name
             self.commands.append(cmd.Unlink(*slot, directory=None, recursive=True))
 
+    def _revive(self, directory: bytes, coming_back: set[bytes], parked: dict[bytes, Slot]) -> None:
+        """Brings a deleted directory back, for as long as it takes to get out of it what is not gone."""
+        at, row = directory, self._scope.state.capsule(directory)
+        while row is not None and not row.deleted and at != ROOT:
+            at = row.parent
+            row = self._scope.state.capsule(at)
+        if row is not None and row.deleted and at not in coming_back and at not in parked:
+            parked[at] = (self._park(), str(CapsuleId(at)).encode())
+            self.commands.append(cmd.Undelete(at, *parked[at]))
+
     def _leave(self, capsule: bytes, now: _State, parked: dict[bytes, Slot]) -> None:
         place = (self._park(), str(CapsuleId(capsule)).encode())
         if now.row.deleted:
             self.commands.append(cmd.Undelete(capsule, *place))
         else:
             self.commands.append(cmd.Rename(*now.names[0], *place, replace=False))
+            self._left.add(now.names[0])
         parked[capsule] = place
 
     def _leave_file(self, capsule: bytes, then: _State, now: _State, parked: dict[bytes, Slot]) -> list[Slot]:
@@ -488,6 +521,7 @@ class _Setting:
             self._leave(capsule, now, parked)
             extra = extra[1:]
         self.commands += [cmd.Unlink(*slot) for slot in extra]
+        self._left.update(extra)
         return [slot for slot in then.names if slot not in now.names]
 
     def _from_the_top(self, directories: list[tuple[bytes, _State]]) -> list[tuple[bytes, _State]]:
@@ -505,20 +539,28 @@ class _Setting:
 
     def _arrive(self, capsule: bytes, names: Sequence[Slot], parked: dict[bytes, Slot]) -> None:
         for slot in names:
-            self._vacate(slot, capsule, parked)
+            if (
+                slot in self._given
+            ):  # of two that came by different lanes, and had one name at different times
+                continue
+            self._given.add(slot)
+            self._vacate(slot, capsule)
             if capsule in parked:
                 self.commands.append(cmd.Rename(*parked.pop(capsule), *slot, replace=False))
             else:
                 self.commands.append(cmd.Link(capsule, *slot))
+        if names and capsule in parked:
+            place = self._in_branch(capsule, None)
+            self.commands.append(cmd.Rename(*parked.pop(capsule), *place, replace=False))
 
-    def _vacate(self, slot: Slot, capsule: bytes, parked: dict[bytes, Slot]) -> None:
+    def _vacate(self, slot: Slot, capsule: bytes) -> None:
         """Moves what has a name now, and is this zone's alone, into the branch."""
         holder = self._scope.entry(slot)
-        gone = holder is None or holder == capsule or holder in parked or self._moved.get(holder) == slot
-        if not gone and holder is not None and slot not in self._vacated:
-            self._vacated.add(slot)
-            self.commands.append(cmd.Rename(*slot, *self._in_branch(holder, slot), replace=False))
-            self.aside[holder] = None
+        if holder is None or holder == capsule or slot in self._left:
+            return
+        self._left.add(slot)
+        self.commands.append(cmd.Rename(*slot, *self._in_branch(holder, slot), replace=False))
+        self.aside[holder] = None
 
     # --- everything else -----------------------------------------------------------------------------
 
@@ -535,7 +577,6 @@ class _Setting:
                 self.commands.append(cmd.SetXattr(capsule, name, value))
         if then.attributes != now.attributes:
             self.commands.append(cmd.SetAttributes(capsule, *then.attributes))
-        self.times.append((capsule, then.times))
 
     def _restore_content(self, capsule: bytes, then: _State, now: _State) -> None:
         if then.row.key != now.row.key:

@@ -11,7 +11,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from space._errors import ConflictError, NotFoundError, Status
+import attrs
+
+from space._errors import ConflictError, NotFoundError, Status, UnavailableError
 from space._node.caller import Document
 from space._node.federation_status import load_notes
 from space.events import commands as cmd
@@ -175,14 +177,56 @@ def promote(store: Store, zones: Zones, name: str, *, again: bool = False) -> Do
     )
 
 
-def reached(store: Store, zone: bytes, capsules: Sequence[bytes]) -> list[tuple[int, bool]]:
-    """Of some capsules of another zone, the position of its log they have come to here, and whether they are here."""
+@attrs.frozen
+class Arrival:
+    """How a capsule of another zone is here.
+
+    Attributes:
+        position: of that zone's log, to which it has come.
+        there: whether it is here at all.
+        mtime, ctime: its times, nanoseconds.
+    """
+
+    position: int = 0
+    there: bool = True
+    mtime: int = 0
+    ctime: int = 0
+
+
+def arrivals(store: Store, zone: bytes, capsules: Sequence[bytes]) -> list[Arrival]:
+    """How some capsules of another zone are here."""
     with store._read() as txn:
         row = rows.zone_row(txn, zone)
         state = Overlay(txn)
-        if row is None:
-            return [(0, False)] * len(capsules)
-        return [(rows.reached(state, row, each), state.capsule(each) is not None) for each in capsules]
+        return [_arrival(state, row, each) for each in capsules]
+
+
+def _arrival(state: Overlay, zone: rows.ZoneRow | None, capsule: bytes) -> Arrival:
+    row = state.capsule(capsule)
+    if row is None or zone is None:
+        return Arrival(there=False)
+    return Arrival(rows.reached(state, zone, capsule), True, row.mtime, row.ctime)
+
+
+def parse_arrivals(document: Document, count: int) -> list[Arrival]:
+    """What another zone answered about so many capsules.
+
+    Raises:
+        UnavailableError: it is nothing of the kind.
+    """
+    found = document.get("capsules")
+    if not isinstance(found, list) or len(found) != count or not all(map(_is_arrival, found)):
+        raise UnavailableError("the zone answers something else than was asked", hint="is it newer?")
+    return [Arrival(*each) for each in found]
+
+
+def _is_arrival(row: Any) -> bool:
+    return (
+        isinstance(row, list)
+        and [type(each) for each in row] == [int, bool, int, int]
+        and 0 <= row[0] < 1 << 63
+        and all(-(1 << 63) <= each < 1 << 63 for each in row[2:])
+    )
 
 
 # --- branches --------------------------------------------------------------------------------------

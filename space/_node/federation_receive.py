@@ -19,7 +19,7 @@ import attrs
 from space._errors import ConflictError, RefusedError, SpaceError, UsageError
 from space._node.caller import Document
 from space._node.federation_keys import ZoneAuthority, claimed, proves
-from space._node.federation_promote import ASKED_MAX, reached
+from space._node.federation_promote import ASKED_MAX, arrivals
 from space.events import commands as cmd
 from space.events.commands import Command, Durability, Request
 from space.events.ids import ID_BYTES
@@ -162,8 +162,7 @@ class ZoneReceiver:
             ids = [b""]
         if len(ids) > ASKED_MAX or any(len(each) != ID_BYTES for each in ids):
             raise UsageError(f"not the ids of 1 to {ASKED_MAX} capsules", hint="is the other zone newer?")
-        found = reached(self._store, peer.id, ids)
-        return {"capsules": [[position, there] for position, there in found]}
+        return {"capsules": [attrs.astuple(each) for each in arrivals(self._store, peer.id, ids)]}
 
     # --- beside shipments --------------------------------------------------------------------------
 

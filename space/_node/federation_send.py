@@ -19,7 +19,7 @@ from space._node.caller import Document
 from space._node.federation_follow import Promotion, follow
 from space._node.federation_home import HomeContent, Sealer, Walk
 from space._node.federation_keys import ZoneAuthority
-from space._node.federation_promote import CAPSULES_TOLD, PARTS_TOLD
+from space._node.federation_promote import CAPSULES_TOLD, PARTS_TOLD, Arrival, parse_arrivals
 from space._node.federation_zones import ask
 from space.events import commands as cmd
 from space.events.commands import Durability
@@ -65,9 +65,7 @@ class ZoneSource:
         self._content = HomeContent(store)
         self._selection = Selection(zone.name)
         seal = Sealer(store, keys, zone)
-        self._translator = Translator(
-            self._home.id, self._home.name, self._selection, seal, zone=zone.id
-        )
+        self._translator = Translator(self._home.id, self._home.name, self._selection, seal, zone=zone.id)
         self._lock = threading.RLock()
         self._streams: Streams | None = None
         self._walk: Walk | None = None
@@ -131,14 +129,11 @@ class ZoneSource:
             raise NotFoundError(f"zone {self._zone.name} is not known any more")
         return row
 
-    def _ask_reached(self, capsules: Sequence[bytes]) -> list[tuple[int, bool]]:
+    def _ask_reached(self, capsules: Sequence[bytes]) -> list[Arrival]:
         authority = ZoneAuthority.parse(self._zone.authorities)
         question = {"capsules": [each.hex() for each in capsules]}
         answer = ask(self._zone.url, self._zones.keys(), authority, "POST", REACHED, question)
-        found = answer.get("capsules")
-        if not isinstance(found, list) or len(found) != len(capsules):
-            raise UnavailableError(f"zone {self._zone.name} answers another question than was asked")
-        return [(_number(position), there is True) for position, there in found]
+        return parse_arrivals(answer, len(capsules))
 
     def _begin(self, cursors: Mapping[int, Cursor], origin: int, epoch: int) -> None:
         """Reads the log from where a zone with these cursors goes on."""
