@@ -210,7 +210,7 @@ class Shipper:
         async with aiohttp.ClientSession(
             self._target.url, connector=connector, timeout=timeout, trust_env=False
         ) as http:
-            identity = await self._ask(http, "GET", IDENTITY)
+            identity = await self._meet(http)
             if VERSION not in identity.get("versions", ()):
                 raise UnavailableError(
                     f"zone {self._target.name} speaks versions {identity.get('versions')!r:.60} of the protocol, "
@@ -227,6 +227,20 @@ class Shipper:
             await self._call(self._source.connected, identity, cursors)
             backoff.reset()
             await self._stream(http)
+
+    async def _meet(self, http: aiohttp.ClientSession) -> Document:
+        """Asks who answers.
+
+        In TLS 1.3 a server refuses a certificate after the client has done its part, so all that shows may be that the
+        connection has ended.
+        """
+        try:
+            return await self._ask(http, "GET", IDENTITY)
+        except (aiohttp.ServerDisconnectedError, ConnectionResetError):
+            raise UnavailableError(
+                "it ended the connection before it answered",
+                hint="if it does not know this zone: space zone add, on that side",
+            ) from None
 
     async def _ask(
         self, http: aiohttp.ClientSession, method: str, path: str, document: Document | None = None
