@@ -27,7 +27,7 @@ from space.events.commands import Buffer, StoredFrame
 from space.events.types import Kind
 from space.federation.scope import DIRECTORY, Extent, Moment, Scope, Slot
 from space.federation.selection import Selection
-from space.policy.model import Policy
+from space.policy.model import Encryption, Policy
 from space.statemachine.tables import KEY, POLICY, U32, CapsuleRow
 
 PART_BYTES: Final = 4 << 20
@@ -162,6 +162,13 @@ class Copier:
         """The document of a policy; none for the default."""
         return scope.state.get(POLICY, U32.pack(number)) or b""
 
+    def encoding(self, scope: Scope, row: CapsuleRow) -> Policy:
+        """The policy new frames of a capsule follow: without a key, content is what it was before it encrypted."""
+        policy = self._selection.policy(scope.state, row.policy)
+        if row.key or policy.encryption is Encryption.NONE:
+            return policy
+        return attrs.evolve(policy, encryption=Encryption.NONE, federation_sealed=False)
+
     def key(self, scope: Scope, row: CapsuleRow) -> cmd.NewKey | None:
         """The data key of a capsule, as it may leave."""
         if not row.key:
@@ -186,7 +193,7 @@ class Copier:
     ) -> Iterator[Piece]:
         """Writes that make a range what it is."""
         row = scope.row(capsule)
-        policy = self._selection.policy(scope.state, row.policy)
+        policy = self.encoding(scope, row)
         for extent in moment.extents(capsule, offset, length):
             if extent.frames:
                 yield Piece(capsule, extent, policy, row.key)

@@ -11,7 +11,7 @@ them out.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Final, Protocol, final
 
 from space.events.ids import ID_BYTES, NIL, ROOT, zone_capsules, zone_root
@@ -59,13 +59,16 @@ class Moment(Protocol):
 class Scope:
     """What a zone may see of one state; ``home`` is the id of the zone whose state it is.
 
-    Looks at most rows once: it is for one moment and thrown away with it.
+    Looks at most rows once: it is for one moment and thrown away with it.  ``without`` is out of scope.
     """
 
-    def __init__(self, state: Reader, selection: Selection, home: bytes) -> None:
+    def __init__(
+        self, state: Reader, selection: Selection, home: bytes, without: Container[bytes] = ()
+    ) -> None:
         self.state = Overlay(state)
         self._below = state
         self._selection = selection
+        self._without = without
         self._root = bytes(zone_root(home))
         self._capsules = bytes(zone_capsules(home))
         stood_in = selection.stood_in_for(state)
@@ -98,7 +101,7 @@ class Scope:
 
     def _lane(self, capsule: bytes) -> int | None:
         row = self.state.capsule(capsule)
-        if row is None or capsule == ROOT:
+        if row is None or capsule == ROOT or capsule in self._without:
             return None
         lane = self._selection.lane(self.state, row.policy)
         if lane is None or zones.home_of(self.state, capsule, row) is not None:
@@ -110,7 +113,9 @@ class Scope:
 
         Of a file with several names, one that is not is enough.  Which directories a file is in, only a look through
         all names can say; so where it last got a name counts, and a file that has lost that one since, and has another
-        in a deleted directory, is taken to be alive; at the latest when it is purged the zone is told to delete it.
+        in a deleted directory, is taken to be alive while that directory is.  Nobody can see the difference here; at
+        the latest when it is purged the zone is told to delete it, and if the zone turns out not to have it, it is
+        copied (:func:`space.federation.translate.missing_capsule`).
         """
         if self.hinted(capsule):
             return True

@@ -14,13 +14,14 @@ says what it touches, so that lanes overtake each other only where it makes no d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, final
 
 import attrs
 from blake3 import blake3
 
-from space._errors import RefusedError
+from space._errors import NotFoundError, RefusedError, SpaceError
 from space.events import commands as cmd
 from space.events import types as ev
 from space.events.ids import ID_BYTES, ROOT
@@ -129,6 +130,7 @@ class Translator:
     Attributes:
         certain: whether all names there are those that were told.  Not so once one of the two zones was promoted in
             the other's place: each may have kept a name for something of its own, so capsules are told by their ids.
+        missing: capsules the zone was found not to have, though it should: they are copied when they change next.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class Translator:
         self.selection: Final = selection
         self.copier: Final = Copier(seal, selection)
         self.certain = True
+        self.missing: set[bytes] = set()
 
     def scope(self, moment: Moment) -> Scope:
         """What the zone may see of a moment."""
@@ -149,8 +152,22 @@ class Translator:
         """The parts of a batch, highest lane first; none if it means nothing to the zone."""
         if is_quiet(batch.events):
             return []
-        return _Translation(self, before, after, batch).parts()
+        translation = _Translation(self, before, after, batch)
+        parts = translation.parts()
+        self.missing -= translation.joins
+        return parts
 
+
+def missing_capsule(error: SpaceError) -> bytes | None:
+    """The capsule a shipment was refused for because the zone has none of that id; None for other refusals.
+
+    Whoever hears that puts it among what is ``missing`` and translates anew from where the zone is.
+    """
+    found = _NO_CAPSULE.search(str(error)) if isinstance(error, NotFoundError) else None
+    return None if found is None else bytes.fromhex(found[1].replace("-", ""))
+
+
+_NO_CAPSULE: Final = re.compile(r"no capsule ([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
 
 _BOOKKEEPING: Final = (
     ev.ShipmentSent,
@@ -212,7 +229,7 @@ class _Translation:
     def __init__(self, translator: Translator, before: Moment, after: Moment, batch: Batch) -> None:
         self._translator = translator
         self._copier = translator.copier
-        self._before = translator.scope(before)
+        self._before = Scope(before.state, translator.selection, translator.home, translator.missing.copy())
         self._after = translator.scope(after)
         self._moment = after
         self._batch = batch
@@ -242,6 +259,11 @@ class _Translation:
         self._modified: set[bytes] = set()  # capsules whose content is said to change
 
     # --- what happened ---------------------------------------------------------------------------
+
+    @property
+    def joins(self) -> set[bytes]:
+        """What the zone gets copies of."""
+        return set(self._joins)
 
     def parts(self) -> list[Part]:
         for event in self._batch.events:
@@ -439,7 +461,7 @@ class _Translation:
         match event:
             case ev.ExtentWritten():
                 row = self._after.row(capsule)
-                policy = self._translator.selection.policy(self._after.state, row.policy)
+                policy = self._copier.encoding(self._after, row)
                 yield Piece(capsule, _Written(event, self._batch.position), policy, row.key), b""
             case ev.RangeDeallocated():
                 yield cmd.Deallocate(capsule, event.offset, event.length), b""
@@ -596,7 +618,8 @@ class _Translation:
             return
         names = new if known else after.places(after.names(capsule))
         places = cmd.PlaceCapsule(capsule, names, old)
-        self._name(lane, capsule, places, [parent for parent, _ in (*names, *old)], keys, parents)
+        moved = [parent for parent, _ in set(old) ^ set(new)]
+        self._name(lane, capsule, places, moved, keys, parents)
 
     def _name(
         self,
@@ -624,12 +647,7 @@ class _Translation:
             if certain and row.nlink == 1 and len(names) == 1 and self._gone(capsule):
                 (slot,) = names
                 (place,) = self._before.places(names) or [self._before.apart(capsule)]
-                # It may hang apart too, since it had names in other directories.
-                only = cmd.PlaceCapsule(
-                    capsule, [place] if place[0] != self._before.apart(capsule)[0] else []
-                )
-                for command in (only, cmd.Unlink(*place)):
-                    self._name(lane, capsule, command, [place[0]], [slot[0] + slot[1]], [slot[0]])
+                self._name(lane, capsule, cmd.Unlink(*place), [place[0]], [slot[0] + slot[1]], [slot[0]])
             elif not self._gone(capsule) or not self._goes_along(capsule):
                 self._withdraw(lane, capsule)
 

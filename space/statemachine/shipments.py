@@ -309,6 +309,8 @@ class _Delivery:
         key = command.key if isinstance(command, cmd.SetPolicy) else None
         if key is None:
             self._happen(*self._rule(command))
+            if isinstance(command, cmd.Link):
+                self._named(command.capsule)
         else:
             self._happen(*self._rule(attrs.evolve(command, key=None)), self._key(command.capsule, key))
 
@@ -388,6 +390,12 @@ class _Delivery:
     def _apart(self, capsule: bytes) -> Name:
         """Where a capsule hangs whose own directory is not shipped."""
         return bytes(zone_capsules(self._zone)), capsule_text(capsule).encode()
+
+    def _named(self, capsule: bytes) -> None:
+        """A capsule that has a name somewhere does not hang apart any more."""
+        apart = self._apart(capsule)
+        if _at(self._tried, *apart) == [capsule]:
+            self._happen(ev.NameUnlinked(bytes(capsule), *apart))
 
     def _place(self, capsule: bytes, names: Iterable[Name], gone: Iterable[Name]) -> None:
         row = self._ours(capsule)

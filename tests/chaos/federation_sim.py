@@ -35,7 +35,7 @@ from space.federation.selection import Selection
 from space.federation.shipment import decode_shipment, encode_shipment
 from space.federation.sovereignty import Audit
 from space.federation.stream import Begin, Cursor, Outgoing, Streams, begin
-from space.federation.translate import is_quiet
+from space.federation.translate import is_quiet, missing_capsule
 from space.policy.model import Compression, Encryption, Policy, Sovereignty
 from space.statemachine import zones as rows
 from space.statemachine.tables import (
@@ -99,6 +99,13 @@ class Home:
         every = policies()
         self.policies = every if lanes > 1 else [attrs.evolve(p, federation_priority=0) for p in every]
         self.counts: Counter[str] = Counter()
+        self.several: set[bytes] = set()
+
+    def execute(self, commands: list[cmd.Command]) -> None:
+        """Carries out commands that may be possible."""
+        purges = [each for each in commands if isinstance(each, cmd.PurgeCapsules)]
+        self.zone.execute(purges or commands, tick_ns=10**6)  # what is purged must not come back meanwhile
+        self.several.update(key for key, row in self._rows() if row.nlink > 1 and row.kind == Kind.FILE)
 
     def _token(self) -> bytes:
         token = self.random.randbytes(12).hex().encode()
@@ -452,20 +459,12 @@ def home_image(home: MemoryZone, position: int, target: str) -> Image:
     return image
 
 
-def cut_off(tables: Tables) -> set[bytes]:
-    """Files that are not where they last got a name, and have others in deleted directories only.
+def cut_off(home: Home, tables: Tables) -> set[bytes]:
+    """Files that had several names once and cannot be reached any more.
 
-    Whether those are there is not promised: :meth:`space.federation.scope.Scope.alive`.
+    Whether a zone has those is not promised: :meth:`space.federation.scope.Scope.alive`.
     """
-    found = reachable(tables, bytes(ROOT))
-    lost = set()
-    for capsule, data in tables.scan(CAPSULE, b""):
-        row = CapsuleRow.decode(data)
-        if row.kind != Kind.DIRECTORY and row.nlink and capsule not in found:
-            here = any(value[:16] == capsule for _, value in tables.scan(ENTRY, row.parent))
-            if not here:
-                lost.add(capsule)
-    return lost
+    return home.several - reachable(tables, bytes(ROOT)).keys()
 
 
 def zone_image(zone: MemoryZone, home: MemoryZone) -> Image:
@@ -630,6 +629,9 @@ class Receiver:
         before = self.zone.position
         for command in shipment.received():
             outcome = self.zone.execute([self.zone.adopted(command, self.home.zone.id)])[0]
+            if isinstance(outcome, SpaceError) and (missing := missing_capsule(outcome)) and not again:
+                self._missing(missing)
+                return
             if isinstance(outcome, SpaceError):
                 raise outcome
             if self.exact and not again:
@@ -640,12 +642,23 @@ class Receiver:
         position, step = shipment.through
         self.unsynced.append((shipment.lane, position, step))
 
+    def _missing(self, capsule: bytes) -> None:
+        """A file nobody could see at home was changed: see :meth:`space.federation.scope.Scope.alive`."""
+        row = Overlay(self.home.zone.tables).capsule(capsule)
+        assert row is not None
+        assert row.kind != Kind.DIRECTORY, "directories are always where they are"
+        assert capsule not in self.translator.missing, "once missing, it is copied"
+        self.translator.missing.add(capsule)
+        self.streams = None
+        self.counts["missing"] += 1
+        self.connect()
+
     def _compare_now(self, command: cmd.ReceiveShipment) -> None:
         if command.resume:
             return
         self.counts["positions looked at"] += 1
         expected = home_image(self.home.zone, command.through_position, self.zone.name)
-        lost = cut_off(self.home.zone.moments[command.through_position].state)
+        lost = cut_off(self.home, self.home.zone.moments[command.through_position].state)
         wrong = difference(expected, zone_image(self.zone, self.home.zone), lanes=1, lost=lost)
         assert not wrong, f"{self.zone.name} at position {command.through_position}: {wrong}"
 
@@ -799,8 +812,7 @@ def _run(seed: int, chosen: random.Random) -> Counter[str]:
     trouble = chosen.choice([0.0, 0.05, 0.3])
     for round_ in range(POSITIONS):
         commands = [each for _ in range(chosen.choice([1, 1, 2, 5])) for each in home.command()]
-        purges = [each for each in commands if isinstance(each, cmd.PurgeCapsules)]
-        home.zone.execute(purges or commands, tick_ns=10**6)  # what is purged must not come back meanwhile
+        home.execute(commands)
         if round_ < connected:
             continue
         for receiver in receivers:
@@ -829,7 +841,7 @@ def _check(home: Home, receiver: Receiver) -> None:
     target = receiver.zone.name
     expected = home_image(home.zone, home.zone.position, target)
     lanes = 1 if receiver.exact else 3
-    lost = cut_off(home.zone.tables)
+    lost = cut_off(home, home.zone.tables)
     wrong = difference(expected, zone_image(receiver.zone, home.zone), lanes=lanes, lost=lost)
     assert not wrong, f"{target} in the end: {wrong}"
     allowed = _allowed(home, target)
