@@ -39,6 +39,7 @@ from space._node.nfs_recovery import StoreRecovery
 from space._node.nfs_watch import Watch
 from space._node.nvme_view import SERIAL_BYTES, WATCH_SECONDS, joined, subsystem_name
 from space._node.store import Store
+from space._node.view_policy import enforce_view_policy
 from space.events.ids import CapsuleId
 from space.projections.csi.model import NFS, NVME, Published, Reach, Volume, host_nqn, node_address
 from space.projections.nfs.exports import ChangingExports, Export, Network, Rule, Squash, export_number
@@ -125,11 +126,21 @@ class Servers:
                 status=Status.NOT_PERMITTED,
             )
 
+    def allow(self, transport: str, data: CapsuleId) -> None:
+        """Refuses what a policy keeps from where the transport can be reached.
+
+        Raises:
+            RefusedError: one in ``data`` does; the log says so from now on.
+        """
+        listen = self._where.nfs if transport == NFS else self._where.nvme
+        assert listen is not None
+        enforce_view_policy(self._store, [data], transport, listen[0])
+
     def offer(self, volume: Volume, data: CapsuleId) -> Reach:
         """Lets those nodes reach a volume that it is published on; says how.
 
         Raises:
-            RefusedError: its transport is not served here.
+            RefusedError: its transport is not served here, or a policy in it forbids that.
             UnavailableError: the loop does not get to it, or is not listening yet.
         """
         self.check(volume.transport)
@@ -212,7 +223,12 @@ class Servers:
             log.warning("volume %s is published, and not served: %s", volume.id, error)
 
     def put(self, volume: Volume, data: CapsuleId) -> None:
-        """Offers a volume to the nodes it is published on, and to no others."""
+        """Offers a volume to the nodes it is published on, and to no others.
+
+        Raises:
+            RefusedError: a policy in it forbids that it is seen from the network.
+        """
+        self.allow(volume.transport, data)
         if volume.transport == NFS:
             self._put_export(volume, data)
         else:

@@ -44,7 +44,7 @@ from space.events import commands as cmd
 from space.events.commands import Durability, Receipt, Request
 from space.events.ids import CapsuleId
 from space.events.types import Kind
-from space.policy.model import Encryption, Policy
+from space.policy.model import Encryption, Policy, Sovereignty
 from space.projections import content_map
 from space.projections.csi import check
 from space.projections.csi.model import (
@@ -424,13 +424,24 @@ class VolumeTree:
         return self._volume_at(volume, directory)
 
     def modify(self, volume: str, mutable: Mapping[str, str]) -> None:
-        """Lets a volume, and everything in it, follow another policy from now on."""
+        """Lets a volume, and everything in it, follow another policy from now on.
+
+        Raises:
+            RefusedError: it would forbid what the volume is published for.
+        """
         directory = self._directory(VOLUMES, volume)
         about = self._about(directory)
         about["mutable"] = {**about["mutable"], **mutable}
         policy = _policy({**about["parameters"], **about["mutable"]})
         if policy is None:
             return
+        known = self.volume(volume)
+        if policy.sovereignty is Sovereignty.LOCAL and known.published and known.transport in NETWORK:
+            raise RefusedError(
+                f"volume {volume} is served over the network, and sovereignty: local keeps it on its node",
+                hint="end its publications first",
+                status=Status.NOT_PERMITTED,
+            )
         packed = pack_policy(policy)
         pending: list[cmd.Command] = []
         data = self._store.lookup(directory, DATA)
@@ -508,6 +519,8 @@ class VolumeTree:
                     status=Status.NOT_PERMITTED,
                 )
             self._check_transport(known.transport)
+            if self._network is not None and known.transport in NETWORK:
+                self._network.allow(known.transport, self._store.lookup(directory, DATA))
             if remote and self._node_or_none(node) is None:
                 self.register(node, "", 0)
             self._note_published(directory, known, node, published)

@@ -270,6 +270,27 @@ def test_what_is_not_served_is_refused(store: Store) -> None:
     assert made.tree.volume(volume).published == {}
 
 
+def test_what_is_to_stay_on_its_node_is_not_served_to_the_network(store: Store) -> None:
+    """A volume with sovereignty: local is not published beyond this machine, and none that is becomes local."""
+    everywhere = Listening(("0.0.0.0", 0), ("0.0.0.0", 0), advertise="127.0.0.1")  # noqa: S104 - a closed port
+    world = World(store, everywhere)
+
+    async def work() -> None:
+        for transport in ("nfs", "nvme"):
+            kept = world.make(f"{transport}-kept", transport)
+            await asyncio.to_thread(world.tree.modify, kept, {"sovereignty": "local"})
+            with pytest.raises(RefusedError, match="keeps it on this node"):
+                await asyncio.to_thread(world.publish, kept)
+            assert world.tree.volume(kept).published == {}
+            shown = world.make(f"{transport}-shown", transport)
+            await asyncio.to_thread(world.publish, shown)
+            with pytest.raises(RefusedError, match="keeps it on its node"):
+                await asyncio.to_thread(world.tree.modify, shown, {"sovereignty": "local"})
+            await asyncio.to_thread(world.tree.modify, shown, {"sovereignty": "zone"})
+
+    run(world, work)
+
+
 def test_a_volume_that_is_lost_does_not_stop_the_others(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
