@@ -108,6 +108,9 @@ class Network(Protocol):
     def check(self, transport: str) -> None:
         """Refuses a transport that is not served."""
 
+    def allow(self, transport: str, data: CapsuleId) -> None:
+        """Refuses what a policy keeps from where the transport can be reached."""
+
     def offer(self, volume: Volume, data: CapsuleId) -> Reach:
         """Lets the nodes reach a volume that it is published on."""
 
