@@ -45,7 +45,7 @@ Ask = Callable[[Sequence[bytes]], list[Arrival]]
 """Asks the other zone about capsules."""
 
 _NOT_ASKED: Final = Arrival()
-"""Of a capsule nothing has happened to since its lane's cursor."""
+"""Of a capsule nothing has happened to since all of it was there."""
 
 log: Final = logging.getLogger("space.federation")
 
@@ -112,6 +112,16 @@ class _State:
         return packed
 
 
+Pair = tuple[bytes, _State, _State]
+"""A capsule, as it was at its fork and as it is now."""
+
+
+def _is_elsewhere(pair: Pair) -> bool:
+    """Whether a capsule has other names than it had."""
+    _, then, now = pair
+    return set(then.names) != set(now.names) or bool(then.row.deleted) != bool(now.row.deleted)
+
+
 def follow(store: Store, zone: Zone, promotion: Promotion, ask: Ask) -> Document:
     """Gives up the home of what ``zone`` took over, and sets aside what it does not have.
 
@@ -162,19 +172,10 @@ class _Fork:
         assert own is not None
         self._own = own[0]
         self._row = row
+        # Up to here everything came, by whatever lane; both were alike when this zone last took the other's place.
+        self._all_there = max(row.promoted, min(promotion.lanes.values(), default=0))
 
     # --- looking ---------------------------------------------------------------------------------
-
-    def _confirmed(self, lane: int | None) -> int:
-        """The position up to which everything of a lane came to the other zone.
-
-        What never had a cursor was there when this zone last took its place, or never came; of what is shipped no
-        longer, that is least to rely on.
-        """
-        lanes = self._promotion.lanes
-        if lane is None:
-            return min(lanes.values(), default=self._row.promoted)
-        return lanes.get(lane, self._row.promoted)
 
     def look(self) -> None:
         """Asks what has to be asked, and looks up how everything that changed was at its fork."""
@@ -193,25 +194,23 @@ class _Fork:
         self._look_back(forks)
 
     def _unsure(self, txn: Reader) -> list[bytes]:
-        """Shared capsules that changed, or were sent, after what their lane has come to: only the other zone knows."""
+        """Shared capsules that changed, or were sent, since all was there: how far they came, the other zone knows."""
         scope = self._scope(txn)
         sent = dict(rows.sent_capsules(txn, self._zone.id))
         found = []
         for capsule in shared(txn, self._zone.id, self._row):
             row = scope.state.capsule(capsule)
-            if row is not None and max(row.change, sent.get(capsule, 0)) > self._confirmed(
-                self._lane(scope, row)
-            ):
+            if row is not None and max(row.change, sent.get(capsule, 0)) > self._all_there:
                 found.append(capsule)
             scope.forget()
         return found
 
-    def _lane(self, scope: Scope, row: CapsuleRow) -> int | None:
-        return self._selection.lane(scope.state, row.policy)
+    def _fork_of(self, capsule: bytes) -> int:
+        """The position of this log at which the other zone has a capsule.
 
-    def _fork_of(self, scope: Scope, capsule: bytes, row: CapsuleRow) -> int:
-        """The position of this log at which the other zone has a capsule."""
-        return max(self._confirmed(self._lane(scope, row)), self._reached.get(capsule, _NOT_ASKED).position)
+        What came of it came in order, so that is the last position it came to, whatever lane brought it there.
+        """
+        return max(self._all_there, self._reached.get(capsule, _NOT_ASKED).position)
 
     def _changed(self, txn: Reader) -> dict[bytes, int]:
         """Shared capsules that the other zone has, and that changed after their fork, with it."""
@@ -221,7 +220,7 @@ class _Fork:
             row = scope.state.capsule(capsule)
             if row is None or not self._is_there(capsule):
                 continue
-            fork = self._fork_of(scope, capsule, row)
+            fork = self._fork_of(capsule)
             if row.change > fork > 0:
                 found[capsule] = fork
             scope.forget()
@@ -302,18 +301,17 @@ class _Fork:
 
     def _set_aside(self, made: _Setting, txn: Reader, forks: dict[bytes, int]) -> None:
         theirs = {each for each in shared(txn, self._zone.id, self._row) if self._is_there(each)}
-        homes = [capsule for capsule in forks if made.kind(capsule) == Kind.DIRECTORY]
-        for directory in (bytes(ROOT), bytes(zone_root(self._zone.id)), *homes):
-            made.take_new(directory, theirs, self._confirmed(None))
         pairs = []
         for capsule in forks:
-            then = self._then[capsule][1]
-            now = made.state(capsule)
+            then, now = self._then[capsule][1], made.state(capsule)
             if then is not None and now is not None:
                 pairs.append((capsule, then, now))
         for capsule, then, now in pairs:
             made.keep(capsule, then, now)
-        made.place(pairs)
+        made.clear([each for each in pairs if each[1].row.kind == Kind.DIRECTORY])
+        for directory in (*made.tops, *forks):
+            made.take_new(directory, theirs, self._all_there)
+        made.place([each for each in pairs if each[1].row.kind != Kind.DIRECTORY])
         for capsule, then, now in pairs:
             made.restore(capsule, then, now)
             made.times.append((capsule, self._times(capsule, then)))
@@ -331,19 +329,26 @@ class _Setting:
         self._scope = scope
         self._txn = txn
         self._name = f"{zone.name}-{epoch}"
-        self._tops = (bytes(ROOT), bytes(zone_root(zone.id)))
+        self.tops = (bytes(ROOT), bytes(zone_root(zone.id)))
+        self._selection = Selection(zone.name)
         self._branch = b""
         self._parking = b""
         self._mirrors: dict[bytes, bytes] = {}
         self._taken: set[Slot] = set()
         self._moved: set[bytes] = set()
         self._left: set[Slot] = set()
+        self._parked: dict[bytes, Slot] = {}
+        self._directories: list[Pair] = []
         self._given: set[Slot] = set()
 
     @property
     def path(self) -> str | None:
         """Where the branch is, if there is anything in it."""
-        return f"/zones/.branches/{self._name}" if self.aside else None
+        return f"/zones/.branches/{self._name}" if self._is_used else None
+
+    @property
+    def _is_used(self) -> bool:
+        return bool(self._taken - {(self._branch, b".parking")})
 
     def kind(self, capsule: bytes) -> int:
         row = self._scope.state.capsule(capsule)
@@ -370,7 +375,7 @@ class _Setting:
 
     def _mirror(self, directory: bytes) -> bytes:
         """The directory of the branch that stands for one of this store."""
-        if directory in self._tops:
+        if directory in self.tops:
             return self._top()
         if directory not in self._mirrors:
             row = self._scope.state.capsule(directory)
@@ -419,11 +424,11 @@ class _Setting:
     def take_new(self, directory: bytes, theirs: set[bytes], since: int) -> None:
         """Moves what came into a directory since a position, and would have been shipped, into the branch."""
         row = self._scope.state.capsule(directory)
-        if row is None or row.deleted:
+        if row is None or row.kind != Kind.DIRECTORY:
             return
         for name, entry in self._scope.children(directory):
             child = entry.capsule
-            if child in theirs or self._scope.lane(child) is None or self._scope.row(child).change <= since:
+            if child in theirs or not self._would_leave(child, since):
                 continue
             slot = self._in_branch(child, (directory, name))
             self.commands.append(cmd.Rename(directory, name, *slot, replace=False))
@@ -431,6 +436,13 @@ class _Setting:
             if child not in self._moved:
                 self._moved.add(child)
                 self._keep_here(child, theirs)
+
+    def _would_leave(self, capsule: bytes, since: int) -> bool:
+        """Whether a capsule that changed since a position is this zone's and would be shipped to the other one."""
+        row = self._scope.state.capsule(capsule)
+        if row is None or row.change <= since or self._scope.moved(capsule):
+            return False
+        return self._selection.lane(self._scope.state, row.policy) is not None
 
     def _keep_here(self, capsule: bytes, theirs: set[bytes]) -> None:
         inside = (
@@ -467,58 +479,56 @@ class _Setting:
             self._parking = self._directory(self._top(), self._free(self._top(), b".parking"))
         return self._parking
 
-    def place(self, pairs: Sequence[tuple[bytes, _State, _State]]) -> None:
-        """Gives capsules the names back they had; all are out of the way before the first gets its own."""
-        moved = [
-            (capsule, then, now)
-            for capsule, then, now in pairs
-            if set(then.names) != set(now.names) or bool(then.row.deleted) != bool(now.row.deleted)
-        ]
-        directories = [each for each in moved if each[1].row.kind == Kind.DIRECTORY]
-        files = [each for each in moved if each[1].row.kind != Kind.DIRECTORY]
-        parked: dict[bytes, Slot] = {}
-        coming_back = {capsule for capsule, _, _ in directories}
+    def clear(self, directories: Sequence[Pair]) -> None:
+        """Gets directories that are not where they were out of the way, and back those that were deleted."""
+        self._directories = [each for each in directories if _is_elsewhere(each)]
+        coming_back = {capsule for capsule, _, _ in self._directories}
+        for _, _, now in self._directories:
+            for parent, _ in now.names:
+                self._revive(parent, coming_back)
+        for back in (True, False):  # what was deleted first: others may be in it
+            for capsule, _, now in self._directories:
+                if bool(now.row.deleted) == back:
+                    self._leave(capsule, now)
+
+    def place(self, files: Sequence[Pair]) -> None:
+        """Gives everything the names back it had; all are out of the way before the first gets its own."""
+        moved = [each for each in files if _is_elsewhere(each)]
         for _, _, now in moved:
             for parent, _ in now.names:
-                self._revive(parent, coming_back, parked)
-        for back in (True, False):  # what was deleted first: others may be in it
-            for capsule, _, now in directories:
-                if bool(now.row.deleted) == back:
-                    self._leave(capsule, now, parked)
-        missing = [
-            (capsule, then, self._leave_file(capsule, then, now, parked)) for capsule, then, now in files
-        ]
-        for capsule, then in self._from_the_top([(capsule, then) for capsule, then, _ in directories]):
-            self._arrive(capsule, then.names, parked)
-        for capsule, _, names in missing:
-            self._arrive(capsule, names, parked)
-        for slot in parked.values():  # it had no name
+                self._revive(parent, {capsule for capsule, _, _ in self._directories})
+        missing = [(capsule, self._leave_file(capsule, then, now)) for capsule, then, now in moved]
+        for capsule, then in self._from_the_top([(capsule, then) for capsule, then, _ in self._directories]):
+            self._arrive(capsule, then.names)
+        for capsule, names in missing:
+            self._arrive(capsule, names)
+        for slot in self._parked.values():  # it had no name
             self.commands.append(cmd.Unlink(*slot, directory=None, recursive=True))
 
-    def _revive(self, directory: bytes, coming_back: set[bytes], parked: dict[bytes, Slot]) -> None:
+    def _revive(self, directory: bytes, coming_back: set[bytes]) -> None:
         """Brings a deleted directory back, for as long as it takes to get out of it what is not gone."""
         at, row = directory, self._scope.state.capsule(directory)
         while row is not None and not row.deleted and at != ROOT:
             at = row.parent
             row = self._scope.state.capsule(at)
-        if row is not None and row.deleted and at not in coming_back and at not in parked:
-            parked[at] = (self._park(), str(CapsuleId(at)).encode())
-            self.commands.append(cmd.Undelete(at, *parked[at]))
+        if row is not None and row.deleted and at not in coming_back and at not in self._parked:
+            self._parked[at] = (self._park(), str(CapsuleId(at)).encode())
+            self.commands.append(cmd.Undelete(at, *self._parked[at]))
 
-    def _leave(self, capsule: bytes, now: _State, parked: dict[bytes, Slot]) -> None:
+    def _leave(self, capsule: bytes, now: _State) -> None:
         place = (self._park(), str(CapsuleId(capsule)).encode())
         if now.row.deleted:
             self.commands.append(cmd.Undelete(capsule, *place))
         else:
             self.commands.append(cmd.Rename(*now.names[0], *place, replace=False))
             self._left.add(now.names[0])
-        parked[capsule] = place
+        self._parked[capsule] = place
 
-    def _leave_file(self, capsule: bytes, then: _State, now: _State, parked: dict[bytes, Slot]) -> list[Slot]:
+    def _leave_file(self, capsule: bytes, then: _State, now: _State) -> list[Slot]:
         """Takes names away it did not have; what it has to get."""
         extra = [slot for slot in now.names if slot not in then.names]
         if now.row.deleted or (extra and len(extra) == len(now.names)):
-            self._leave(capsule, now, parked)
+            self._leave(capsule, now)
             extra = extra[1:]
         self.commands += [cmd.Unlink(*slot) for slot in extra]
         self._left.update(extra)
@@ -537,7 +547,7 @@ class _Setting:
             found += [(each, waiting.pop(each)) for each in ready]
         return found
 
-    def _arrive(self, capsule: bytes, names: Sequence[Slot], parked: dict[bytes, Slot]) -> None:
+    def _arrive(self, capsule: bytes, names: Sequence[Slot]) -> None:
         for slot in names:
             if (
                 slot in self._given
@@ -545,13 +555,13 @@ class _Setting:
                 continue
             self._given.add(slot)
             self._vacate(slot, capsule)
-            if capsule in parked:
-                self.commands.append(cmd.Rename(*parked.pop(capsule), *slot, replace=False))
+            if capsule in self._parked:
+                self.commands.append(cmd.Rename(*self._parked.pop(capsule), *slot, replace=False))
             else:
                 self.commands.append(cmd.Link(capsule, *slot))
-        if names and capsule in parked:
+        if names and capsule in self._parked:
             place = self._in_branch(capsule, None)
-            self.commands.append(cmd.Rename(*parked.pop(capsule), *place, replace=False))
+            self.commands.append(cmd.Rename(*self._parked.pop(capsule), *place, replace=False))
 
     def _vacate(self, slot: Slot, capsule: bytes) -> None:
         """Moves what has a name now, and is this zone's alone, into the branch."""
@@ -604,5 +614,5 @@ class _Setting:
         """Leaves nothing in the branch but what is set aside."""
         if self._parking:
             self.commands.append(cmd.Unlink(self._branch, b".parking", directory=True))
-        if self._branch and not self.aside:
+        if self._branch and not self._is_used:
             self.commands.append(cmd.Unlink(bytes(BRANCHES), self._name.encode(), directory=True))
