@@ -5,7 +5,7 @@ The home's log says what went where (:class:`space.events.types.ShipmentSent`; f
 :class:`Audit` reads the log once, in order, beside the state it folds to, and remembers of each capsule from when on it
 had which policy, for as long as a shipment may refer to it.  It is offline: no key, no content, no other zone.
 
-What it remembers is bounded by what changed its policy, or went for good, while some zone had not been sent it yet.
+It remembers some 200 bytes for each change of a policy, and for each capsule that could be shipped and was purged.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Audit:
         self.capsules = 0
         self.missed = 0
         self._selections: dict[str, Selection] = {}
+        self._any = Selection("")
         self._before: dict[
             bytes, list[tuple[int, int]]
         ] = {}  # capsule → (position up to which, policy), in order
@@ -80,7 +81,7 @@ class Audit:
                 self._remember(state, event.capsule, position)
             elif isinstance(event, ev.CapsulesPurged):
                 for at in range(0, len(event.purged), ID_BYTES):
-                    self._remember(state, event.purged[at : at + ID_BYTES], position)
+                    self._purged(state, event.purged[at : at + ID_BYTES], position)
             elif isinstance(event, ev.ShipmentSent):
                 self._sent(state, position, event)
             elif isinstance(event, ev.ActionTaken) and event.action == "ShardEC":
@@ -93,6 +94,15 @@ class Audit:
             spans = self._before.setdefault(capsule, [])
             if not spans or spans[-1][0] < position - 1:
                 spans.append((position - 1, row.policy))
+
+    def _purged(self, state: Overlay, capsule: bytes, position: int) -> None:
+        """A capsule goes for good.  One that no zone was ever to have need not be remembered: it is not there."""
+        row = state.capsule(capsule)
+        if row is None:
+            return
+        shipped = self._any.policy(state, row.policy).federation_targets
+        if shipped or capsule in self._before:
+            self._remember(state, capsule, position)
 
     def _sent(self, state: Overlay, position: int, event: ev.ShipmentSent) -> None:
         self.shipments += 1
