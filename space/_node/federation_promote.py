@@ -154,7 +154,7 @@ def promote(store: Store, zones: Zones, name: str, *, again: bool = False) -> Do
     zone = zones.find(name)
     for _ in range(ATTEMPTS):
         expected = predict(store, zone)
-        if not expected["streams"] and not again:
+        if not (expected["streams"] or again or _is_lost(store, zone)):
             raise NotFoundError(
                 f"nothing has come from zone {name}, so there is nothing to be taken over",
                 hint="space federation status shows what came from where",
@@ -175,6 +175,13 @@ def promote(store: Store, zones: Zones, name: str, *, again: bool = False) -> Do
         f"zone {name} ships faster than its place can be taken",
         hint="stop space federation serve there first",
     )
+
+
+def _is_lost(store: Store, zone: Zone) -> bool:
+    """Whether a zone has taken this one's place."""
+    with store._read() as txn:
+        row = rows.zone_row(txn, zone.id)
+    return row is not None and row.lost > 0
 
 
 @attrs.frozen

@@ -535,6 +535,7 @@ class _Translation:
         return (
             self._before.lane(member) is not None
             and self._after.lane(member) is not None
+            and (self._translator.certain or self._after.row(member).kind != DIRECTORY)
             and copy in self._joins
             and member not in self._mentions
             and self._mentions.get(copy) == 1

@@ -1,0 +1,102 @@
+"""Two stores as zones without a network between them: shipments are handed over one by one, as far as a test wants."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import space
+from space._errors import UnavailableError
+from space._node.federation_promote import Arrival, parse_arrivals
+from space._node.federation_receive import ZoneReceiver
+from space._node.federation_send import ZoneSource
+from space._node.federation_zones import Zones
+from space._node.store import Store
+from space.federation.exchange import Peer
+from tests.federation_support import introduce
+
+
+class Pump:
+    """Ships from one store to the other; counts what goes."""
+
+    def __init__(self, home: Store, target: Store) -> None:
+        self.home, self.target = home, target
+        zones = Zones(home)
+        (self.zone,) = zones.others()
+        (peer,) = Zones(target).others()
+        self.peer = Peer(peer.id, peer.name)
+        self.receiver = ZoneReceiver(target, Zones(target))
+        self.source = ZoneSource(home, zones, self.zone, {})
+        self.source._ask_reached = self._ask  # type: ignore[method-assign]
+        self.shipped_bytes = 0
+
+    def _ask(self, capsules: Sequence[bytes]) -> list[Arrival]:
+        found = self.receiver.reached(self.peer, [each.hex() for each in capsules])
+        return parse_arrivals(json.loads(json.dumps(found)), len(capsules))
+
+    def connect(self) -> None:
+        """Agrees where to go on."""
+        self.source.connected({}, self.receiver.cursors(self.peer))
+
+    def run(self, shipments: int = 1 << 30) -> int:
+        """Ships up to so many; returns how many there were.
+
+        Raises:
+            SpaceError: one was refused.
+        """
+        count = 0
+        while count < shipments and (outgoing := self.source.next()) is not None:
+            received = self.receiver.receive(self.peer, [outgoing.body])
+            if received.error is not None:
+                raise received.error
+            self.source.acknowledged(outgoing, received.cursors[0])
+            self.shipped_bytes += len(outgoing.body)
+            count += 1
+        return count
+
+    def pulse(self) -> None:
+        """Says what there is."""
+        self.receiver.heard(self.peer, json.loads(json.dumps(self.source.pulse())))
+
+    def close(self) -> None:
+        self.source.close()
+
+
+class Pumped:
+    """Two zones, ``oslo`` and ``paris``; ``there`` ships to paris and ``back`` to oslo."""
+
+    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
+        self.oslo = stack.enter_context(space.open(path / "oslo"))
+        self.paris = stack.enter_context(space.open(path / "paris"))
+        for store, name in ((self.oslo, "oslo"), (self.paris, "paris")):
+            Zones(store).init(name, "metro", f"https://{name}:1")
+        introduce(self.oslo, self.paris, "https://paris:1")
+        introduce(self.paris, self.oslo, "https://oslo:1")
+        self.there, self.back = Pump(self.oslo, self.paris), Pump(self.paris, self.oslo)
+        stack.callback(self.there.close)
+        stack.callback(self.back.close)
+
+    def settle(self) -> None:
+        """Lets both connect until they agree, and ship all there is."""
+        for pump in (self.there, self.back, self.there, self.back):
+            with contextlib.suppress(UnavailableError):
+                pump.connect()
+        for pump in (self.there, self.back):
+            pump.connect()
+            pump.run()
+
+    def restart(self, name: str) -> None:
+        """What a zone that ships forgets when its process ends."""
+        pump: Any = Pump(*((self.oslo, self.paris) if name == "oslo" else (self.paris, self.oslo)))
+        (self.there if name == "oslo" else self.back).close()
+        setattr(self, "there" if name == "oslo" else "back", pump)
+
+
+@contextlib.contextmanager
+def pumped(path: Path) -> Iterator[Pumped]:
+    """Two zones that know each other."""
+    with contextlib.ExitStack() as stack:
+        yield Pumped(path, stack)
