@@ -516,7 +516,10 @@ class _Translation:
                 lane = self._joins[event.capsule]
                 parent, name = self._after.apart(event.capsule)
                 clone = cmd.Clone(event.capsule, event.source, parent, name)
-                self._tell(lane, event.capsule, clone, writes=copies, reads=self._sources(members))
+                # What is in a directory is relied on too, and not only that it is there: names may wait in other lanes.
+                listed = [each for each in members if self._before.row(each).kind == DIRECTORY]
+                touches = [*copies, *listed]
+                self._tell(lane, event.capsule, clone, writes=touches, reads=self._sources(members))
                 self._emissions[lane].capsules |= dict.fromkeys(copies)
                 for copy in copies:
                     del self._joins[copy]

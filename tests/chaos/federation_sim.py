@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -882,7 +883,10 @@ def _overwritten(home: Home, position: int, target: str) -> set[bytes]:
 
 def _tokens(content: bytes) -> set[bytes]:
     """Tokens a content shows any whole of."""
-    return {part[-24:] for part in content.replace(b"\0", b"-").split(b"-") if len(part) >= 24}
+    found: set[bytes] = set()
+    for run in re.findall(rb"[0-9a-f]{24,}", content):
+        found.update(run[at : at + 24] for at in range(len(run) - 23))
+    return found
 
 
 def audit(zone: MemoryZone) -> None:
