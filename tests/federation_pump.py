@@ -10,11 +10,14 @@ from typing import Any
 
 import space
 from space._errors import UnavailableError
-from space._node.federation_promote import Arrival, parse_arrivals
+from space._node.caller import Document
+from space._node.federation_promote import Arrival, parse_arrivals, predict
 from space._node.federation_receive import ZoneReceiver
 from space._node.federation_send import ZoneSource
+from space._node.federation_status import save_notes
 from space._node.federation_zones import Zones
 from space._node.store import Store
+from space.events.ids import CapsuleId
 from space.federation.exchange import Peer
 from tests.federation_support import introduce
 
@@ -87,6 +90,13 @@ class Pumped:
         for pump in (self.there, self.back):
             pump.connect()
             pump.run()
+
+    def predicted(self) -> Document:
+        """What ``paris`` would lose if it took over now: told by ``oslo`` to whoever listens there."""
+        heard = self.there.receiver.heard_of(self.back.zone.id)
+        note = {str(CapsuleId(self.back.zone.id)): heard}
+        save_notes(self.paris.path, note)
+        return predict(self.paris, self.back.zone)
 
     def restart(self, name: str) -> None:
         """What a zone that ships forgets when its process ends."""

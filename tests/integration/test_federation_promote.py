@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from space._errors import RefusedError
+import space
+from space._errors import ConflictError, NotFoundError, RefusedError
+from space._node.federation_audit import audit
 from space._node.federation_promote import branches, promote
 from space._node.federation_zones import Zones
 from space._node.store import Store
+from space.events import commands as cmd
 from space.events.types import Kind
-from tests.federation_support import Two, shared, two_zones, until
+from space.policy.model import Encryption
+from tests.federation_pump import Pumped, pumped
+from tests.federation_support import Two, shared, space_command, two_zones, until
 
 pytestmark = pytest.mark.requires("py:aiohttp")
 
@@ -148,3 +154,192 @@ def test_and_back_again(zones: Two) -> None:
     assert tree(oslo, "/all") == tree(paris, "/zones/oslo/all")
     oslo.verify()
     paris.verify()
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Pumped]:
+    """Two zones without a network between them; ``paris`` has a tree of ``oslo``."""
+    with pumped(tmp_path) as found:
+        found.oslo.mkdir("/all")
+        found.oslo.set_policy("/all", shared("paris"))
+        for number in range(20):
+            found.oslo.put(os.urandom(1000), name=f"/all/f{number}")
+        found.settle()
+        yield found
+
+
+def promoted(store: Store, zone: str, **options: Any) -> dict[str, Any]:
+    """What a promotion said."""
+    return promote(store, Zones(store), zone, **options)
+
+
+def test_what_is_lost_was_predicted(two: Pumped) -> None:
+    """What a home said is missing, less what came after it said so, is what its branch has when it comes back."""
+    for number in (3, 5, 7):
+        two.oslo.write(two.oslo.resolve(f"/all/f{number}"), 0, os.urandom(500))
+    two.oslo.put(b"new", name="/all/new")
+    two.there.pulse()
+    told = two.predicted()
+    assert told["positions"] == 6
+    assert told["unknown"] == 0
+    assert not told["more"]
+    expected = {str(two.oslo.resolve(f"/all/{name}")) for name in ("f3", "f5", "f7", "new")}
+    assert {each["capsule"] for each in told["capsules"]} == expected
+    assert told["bytes"] >= 1503
+    assert promoted(two.paris, "oslo")["capsules"] == told["capsules"]
+    two.settle()
+    (branch,) = branches(two.oslo)
+    assert {each["path"] for each in branch["files"]} == {"all/f3", "all/f5", "all/f7", "all/new"}
+
+
+def test_only_the_difference_moves(two: Pumped) -> None:
+    """Following again ships what the new home did since, and 1 % more at most; what was set aside stays where it is."""
+    big = os.urandom(40 << 20)
+    two.oslo.put(big, name="/all/big")
+    two.settle()
+    two.oslo.write(two.oslo.resolve("/all/big"), 0, os.urandom(10 << 20))
+    promoted(two.paris, "oslo")
+    changed = os.urandom(4 << 20)
+    two.paris.write(two.paris.resolve("/zones/oslo/all/big"), 20 << 20, changed)
+    before = two.there.shipped_bytes + two.back.shipped_bytes
+    two.settle()
+    moved = two.there.shipped_bytes + two.back.shipped_bytes - before
+    assert two.oslo.get("/all/big") == two.paris.get("/zones/oslo/all/big")
+    assert two.oslo.get("/all/big") == big[: 20 << 20] + changed + big[24 << 20 :]
+    assert len(changed) <= moved <= len(changed) * 1.01
+
+
+def test_a_zone_is_promoted_once(two: Pumped) -> None:
+    """A second promotion is refused; so is one over a zone nothing came from, and of one that is not known."""
+    promoted(two.paris, "oslo")
+    with pytest.raises(ConflictError, match="since epoch 1"):
+        promoted(two.paris, "oslo")
+    with pytest.raises(NotFoundError, match="nothing has come"):
+        promoted(two.oslo, "paris")
+    with pytest.raises(NotFoundError):
+        promoted(two.oslo, "rome")
+
+
+def test_both_take_each_others_place(two: Pumped) -> None:
+    """Where both sides were promoted nothing is shipped and both say why, until one is promoted again and wins."""
+    two.paris.mkdir("/mine")
+    two.paris.set_policy("/mine", shared("oslo"))
+    two.paris.put(b"of paris", name="/mine/file")
+    two.settle()
+    promoted(two.paris, "oslo")
+    promoted(two.oslo, "paris")
+    two.oslo.put(b"o", name="/all/o")
+    two.paris.put(b"p", name="/zones/oslo/all/p")
+    for pump in (two.there, two.back):
+        with pytest.raises(RefusedError, match="both took each other's place in epoch 1"):
+            pump.connect()
+    assert promoted(two.oslo, "paris", again=True)["epoch"] == 2
+    two.settle()
+    assert tree(two.oslo, "/all") == tree(two.paris, "/zones/oslo/all")
+    assert two.oslo.get("/zones/paris/mine/file") == b"of paris"
+    assert two.oslo.get("/all/o") == b"o"
+    (branch,) = branches(two.paris)
+    assert [each["path"] for each in branch["files"]] == ["all/p"]
+    with pytest.raises(RefusedError):
+        two.paris.put(b"x", name="/zones/oslo/all/x")
+
+
+def test_the_higher_epoch_wins(two: Pumped) -> None:
+    """A side that was promoted in an epoch the other has left behind gives way, whatever it took."""
+    two.paris.mkdir("/mine")
+    two.paris.set_policy("/mine", shared("oslo"))
+    two.paris.put(b"of paris", name="/mine/file")
+    two.settle()
+    promoted(two.oslo, "paris")
+    promoted(two.paris, "oslo")
+    promoted(two.paris, "oslo", again=True)
+    two.oslo.write(two.oslo.resolve("/zones/paris/mine/file"), 0, b"by oslo")
+    two.settle()
+    assert two.oslo.get("/zones/paris/mine/file") == two.paris.get("/mine/file") == b"of paris"
+    (branch,) = branches(two.oslo)
+    assert branch["path"] == "/zones/.branches/paris-2"
+    assert [each["path"] for each in branch["files"]] == ["mine/file"]
+
+
+def test_half_of_a_copy_is_no_capsule(two: Pumped) -> None:
+    """What was being copied when the place was taken is dropped there; the old home has all of it in its branch."""
+    big = os.urandom(20 << 20)
+    made = two.oslo.put(big, name="/big")
+    two.oslo.set_policy("/big", shared("paris"))
+    two.there.run(2)
+    assert two.paris.stat(made.id).nlink == 0
+    assert two.predicted()["incomplete"] == [str(made.id)]
+    promoted(two.paris, "oslo")
+    with pytest.raises(NotFoundError):
+        two.paris.stat(made.id)
+    assert two.paris.verify().findings == []
+    two.settle()
+    assert two.oslo.resolve("/zones/.branches/paris-1/big") == made.id
+    assert two.oslo.get(made.id) == big
+    two.oslo.write(made.id, 0, b"ours still")
+
+
+def test_encrypted_content_comes_back_under_its_key(two: Pumped) -> None:
+    """An encrypted file is taken back, changed by the new home, cloned there, and read at the old one."""
+    two.oslo.put(b"secret", name="/all/e", policy=shared("paris", encryption=Encryption.AES_256_GCM))
+    two.settle()
+    two.oslo.write(two.oslo.resolve("/all/e"), 0, b"SECRET")
+    promoted(two.paris, "oslo")
+    two.paris.write(two.paris.resolve("/zones/oslo/all/e"), 6, b" there")
+    two.paris.clone("/zones/oslo/all/e", "/zones/oslo/all/copy")
+    two.settle()
+    assert two.oslo.get("/all/e") == two.oslo.get("/all/copy") == b"secret there"
+    (branch,) = branches(two.oslo)
+    assert two.oslo.get(f"{branch['path']}/all/e") == b"SECRET"
+
+
+def test_the_branch_stays_where_it_is(two: Pumped) -> None:
+    """Nothing of a branch is shipped, though it is of files that were; and it can be changed and removed."""
+    two.oslo.write(two.oslo.resolve("/all/f1"), 0, b"kept aside")
+    promoted(two.paris, "oslo")
+    two.settle()
+    path = "/zones/.branches/paris-1"
+    aside = two.oslo.resolve(f"{path}/all/f1")
+    two.oslo.write(aside, 0, b"changed")
+    two.settle()
+    with pytest.raises(NotFoundError):
+        two.paris.stat(aside)
+    two.oslo.rm(path, recursive=True)
+    assert branches(two.oslo) == []
+
+
+def test_the_log_proves_where_things_went(two: Pumped) -> None:
+    """Every shipment of both zones was allowed; one that a log tells of and was not is found, and where."""
+    two.oslo.put(b"mine", name="/mine")
+    promoted(two.paris, "oslo")
+    two.paris.put(b"more", name="/zones/oslo/all/more")
+    two.settle()
+    for store in (two.oslo, two.paris):
+        report = audit(store)
+        assert report["shipments"] > 0
+        assert report["findings"] == []
+    mine = two.oslo.resolve("/mine")
+    position = two.oslo.position
+    paris = two.there.zone.id
+    two.oslo.execute(cmd.RecordShipment(paris, 0, 0, position, position, 0, [(bytes(mine), position)], 100))
+    (finding,) = audit(two.oslo)["findings"]
+    assert (finding["position"], finding["capsule"], finding["zone"]) == (position + 1, str(mine), "paris")
+    assert "sovereignty" in finding["reason"]
+
+
+def test_a_forged_shipment_is_damage_for_people(tmp_path: Path) -> None:
+    """``space verify --sovereignty`` ends with status 6 and names capsule, position and policy."""
+    path = tmp_path / "oslo"
+    with pumped(tmp_path) as two:
+        two.oslo.put(b"mine", name="/mine")
+        position = two.oslo.position
+        mine = two.oslo.resolve("/mine")
+        clean = [(bytes(mine), position)]
+    assert "0 not allowed" in space_command("--data", path, "verify", "--sovereignty")
+    with space.open(path) as store:
+        (paris,) = Zones(store).others()
+        store.execute(cmd.RecordShipment(paris.id, 0, 0, position, position, 0, clean, 100))
+    told = space_command("--data", path, "verify", "--sovereignty", status=6)
+    for part in (str(mine), f"position {position + 1}", "sovereignty zone"):
+        assert part in told
+    assert "--repair" in space_command("--data", path, "verify", "--sovereignty", "--repair", status=2)
