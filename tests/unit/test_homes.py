@@ -340,3 +340,60 @@ def test_ids_of_directories_are_for_ever() -> None:
     """The ids of ``/zones`` and what is in it follow from the zone's alone, and from nothing that may change."""
     assert str(ZONES) == "955e5174-1f28-80f7-a6d8-c8aa95be505a"
     assert len({ROOT, CLUSTER, ZONES, BRANCHES, zone_root(HOME), zone_root(OTHER)}) == 6
+
+
+def test_a_promotion_is_as_far_as_was_looked_at(state: State) -> None:
+    """With other cursors than were looked at nothing happens; a second time it is done only if that is asked for."""
+    state.done(shipment(0, 3, made(1, name=b"a")))
+    for cursors in ([], [(0, 0, 2, 0)], [(0, 0, 3, 1)], [(0, 0, 3, 0), (0, 1, 1, 0)]):
+        assert "meanwhile" in str(state.refused(cmd.PromoteZone(HOME, cursors)))
+    state.done(cmd.PromoteZone(HOME, [(0, 0, 3, 0)]))
+    row = zones.zone_row(state.rows, HOME)
+    assert row is not None
+    assert (row.epoch, row.promoted) == (1, state.position)
+    assert isinstance(state.refused(cmd.PromoteZone(HOME, [(0, 0, 3, 0)])), ConflictError)
+    (event,) = state.done(cmd.PromoteZone(HOME, again=True))
+    assert isinstance(event, ev.ZonePromoted)
+    assert event.epoch == 2
+    folds_again(state)
+
+
+def test_halves_of_copies_are_purged(state: State) -> None:
+    """A replica of which a copy is under way goes with the promotion; whole ones and others' halves stay."""
+    half = cmd.Copied(capsule(1), 2, 0, False, [made(1)], (0,) * 4)
+    hidden = cmd.Copied(capsule(2), 3, 0, False, [made(2), cmd.PlaceCapsule(capsule(2), ())], (0,) * 4)
+    state.done(shipment(0, 2, made(2, name=b"b"), made(3, name=b"c"), half))
+    state.done(shipment(2, 3, hidden))
+    state.done(shipment(0, 2, attrs.evolve(half, capsule=capsule(4), commands=[made(4)]), zone=OTHER))
+    for wrong in (capsule(3), capsule(4), capsule(9)):
+        assert isinstance(state.refused(cmd.PromoteZone(HOME, incomplete=[wrong])), ConflictError)
+    state.done(cmd.PromoteZone(HOME, incomplete=[capsule(1), capsule(2)]))
+    assert [state.overlay.capsule(capsule(n)) is None for n in (1, 2, 3, 4)] == [True, True, False, False]
+    folds_again(state)
+
+
+def test_a_home_is_lost_as_it_was_looked_at() -> None:
+    """If what was shared has changed since, nothing happens; what is taken back has the times it had."""
+    state = old_home()
+    state.done(write(1, 0, b"fork"))
+    seen = state.position
+    copy = [
+        cmd.CreateCapsule(capsule(70), Kind.DIRECTORY, parent=bytes(BRANCHES), name=b"paris-1"),
+        cmd.Clone(capsule(71), capsule(1), capsule(70), b"1"),
+        cmd.CopyRange(capsule(1), 0, capsule(2), 0, 10),
+    ]
+    command = cmd.LoseHome(HOME, 1, 30, [(0, 0, 6)], copy, [], [(capsule(1), (1, 2, 3, 4))], seen)
+    assert "meanwhile" in str(state.refused(attrs.evolve(command, seen=seen - 1)))
+    wrong = attrs.evolve(command, times=[(capsule(3), (1, 2, 3, 4))])
+    assert isinstance(state.refused(wrong), UsageError)
+    state.done(command)
+    row = state.overlay.capsule(capsule(1))
+    assert row is not None
+    assert (row.atime, row.mtime, row.ctime, row.btime) == (1, 2, 3, 4)
+    home = zones.home_row(state.rows, capsule(1))
+    assert home is not None
+    assert (home.zone, home.position) == (HOME, 30)
+    about = zones.zone_row(state.rows, HOME)
+    assert about is not None
+    assert (about.lost, about.parted) == (state.position, state.position)
+    folds_again(state)
