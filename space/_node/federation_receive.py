@@ -2,8 +2,8 @@
 
 Everything a shipment holds is decided like anybody's commands (:class:`space.events.commands.ReceiveShipment`), so a
 zone can do no more here than commands on its own replicas can.  What is done before: the bytes are checked, they have
-to be from whom the connection is and for this zone, and data keys that were sealed for this zone on the way are opened
-and wrapped by this store's master key.
+to be from whom the connection is and for this zone, data keys that were sealed for this zone on the way are opened
+and wrapped by this store's master key, and frames are checked and made this store's (:mod:`space.federation.arrival`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from space._node.federation_promote import ASKED_MAX, arrivals
 from space.events import commands as cmd
 from space.events.commands import Command, Durability, Request
 from space.events.ids import ID_BYTES
+from space.federation.arrival import arrived
 from space.federation.exchange import VERSION, Peer
 from space.federation.sealing import is_for_home, open_key
 from space.federation.server import Received
@@ -138,7 +139,15 @@ class ZoneReceiver:
     # --- keys ------------------------------------------------------------------------------------
 
     def _adopted(self, command: Any, home: bytes) -> Any:
-        """A command with the keys in it wrapped for this store; those sealed for their home stay as they are."""
+        """A command with keys wrapped for this store, and frames that are this store's.
+
+        Keys that are sealed for their home stay as they are.
+
+        Raises:
+            SpaceError: a key does not open, or a frame is none.
+        """
+        if isinstance(command, cmd.WriteExtent):
+            return arrived(command, self._store._hash_key, self._store._find_frame)
         if isinstance(command, cmd.ReceiveShipment | cmd.Copied | cmd.Together):
             inside: list[Command] = [self._adopted(each, home) for each in command.commands]
             return attrs.evolve(command, commands=inside)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from space._errors import CorruptionError, NotFoundError, RefusedError, UnavailableError
+from space._errors import CorruptionError, NotFoundError, RefusedError, SpaceError, UnavailableError
 from space._node.caller import Document
 from space._node.federation_follow import Promotion, follow
 from space._node.federation_home import HomeContent, Sealer, Walk
@@ -31,7 +31,7 @@ from space.federation.selection import Selection
 from space.federation.shipment import encode_shipment
 from space.federation.shipper import Outgoing
 from space.federation.stream import Begin, Cursor, Streams, begin
-from space.federation.translate import Part, Translator, is_quiet
+from space.federation.translate import Part, Translator, is_quiet, missing_capsule
 from space.statemachine import zones as rows
 from space.statemachine.tables import POLICY, U32
 
@@ -74,6 +74,7 @@ class ZoneSource:
         self._begun_ns = time.time_ns()
         self._noted = note
         self._epoch = 0
+        self._anew = False  # what was translated is not what the zone needs
         self.remark = ""
         """What people should know about how shipping goes on."""
 
@@ -89,7 +90,8 @@ class ZoneSource:
                 hint="was this store restored from an older copy?",
             )
         with self._lock:
-            if self._streams is None or self._epoch != epoch or not self._streams.reconnected(found):
+            anew = self._anew or self._streams is None or self._epoch != epoch
+            if anew or self._streams is None or not self._streams.reconnected(found):
                 self._begin(found, origin, epoch)
 
     def _settle(self, epoch: int, promoted: int, cursors: Mapping[int, Cursor]) -> None:
@@ -138,6 +140,7 @@ class ZoneSource:
     def _begin(self, cursors: Mapping[int, Cursor], origin: int, epoch: int) -> None:
         """Reads the log from where a zone with these cursors goes on."""
         self._forget()
+        self._anew = False
         self.remark = ""
         self._epoch = epoch
         self._translator.certain = not epoch
@@ -248,6 +251,15 @@ class ZoneSource:
         with self._lock:
             assert self._streams is not None
             self._streams.acknowledge(_number(lane), _number(position), _number(step))
+
+    def refused(self, error: SpaceError) -> None:
+        missing = missing_capsule(error)
+        if missing is None:
+            return
+        with self._lock:
+            log.warning("zone %s lacks capsule %s: it is copied", self._zone.name, CapsuleId(missing))
+            self._translator.lacks(missing)
+            self._anew = True
 
     # --- beside shipments --------------------------------------------------------------------------
 

@@ -101,6 +101,9 @@ class Source(Protocol):
             SpaceError: the zone says it has come to where it was not sent.
         """
 
+    def refused(self, error: SpaceError) -> None:
+        """Takes note why the zone refused the oldest shipment under way; the connection ends then."""
+
     def pulse(self) -> Document:
         """Where the log ends."""
 
@@ -323,6 +326,7 @@ class Shipper:
         while line := await _line(content):
             document = parse_document(line)
             if (error := error_in(document)) is not None:
+                await self._call(self._source.refused, error)
                 raise error
             if not flight.sent:
                 raise UnavailableError(f"zone {self._target.name} answers what it was not sent")

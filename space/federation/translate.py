@@ -144,6 +144,11 @@ class Translator:
         self.certain = True
         self.missing: set[bytes] = set()
 
+    def lacks(self, capsule: bytes) -> None:
+        """The zone turned out not to have a capsule: see :func:`missing_capsule`."""
+        if len(self.missing) < MISSING_MAX:
+            self.missing.add(capsule)
+
     def scope(self, moment: Moment) -> Scope:
         """What the zone may see of a moment."""
         return Scope(moment.state, self.selection, self.home)
@@ -158,10 +163,14 @@ class Translator:
         return parts
 
 
+MISSING_MAX: Final = 1 << 14
+"""Capsules a zone is believed to lack at a time: each is remembered until it changes."""
+
+
 def missing_capsule(error: SpaceError) -> bytes | None:
     """The capsule a shipment was refused for because the zone has none of that id; None for other refusals.
 
-    Whoever hears that puts it among what is ``missing`` and translates anew from where the zone is.
+    Whoever hears that says so to the translator (:meth:`Translator.lacks`) and translates anew from where the zone is.
     """
     found = _NO_CAPSULE.search(str(error)) if isinstance(error, NotFoundError) else None
     return None if found is None else bytes.fromhex(found[1].replace("-", ""))

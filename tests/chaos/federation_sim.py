@@ -649,7 +649,7 @@ class Receiver:
         assert row is not None
         assert row.kind != Kind.DIRECTORY, "directories are always where they are"
         assert capsule not in self.translator.missing, "once missing, it is copied"
-        self.translator.missing.add(capsule)
+        self.translator.lacks(capsule)
         self.streams = None
         self.counts["missing"] += 1
         self.connect()

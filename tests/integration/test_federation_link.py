@@ -120,6 +120,9 @@ class Shelf:
         assert cursor["position"] == sent.token == self.acknowledged_at + 1
         self.acknowledged_at = sent.token
 
+    def refused(self, error: SpaceError) -> None:
+        self.threads.add(threading.get_ident())
+
     def pulse(self) -> Document:
         return {"position": len(self.shipments)}
 
