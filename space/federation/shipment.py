@@ -292,4 +292,3 @@ def _entry(row: Any, attachments: Iterator[Buffer]) -> Entry:
 def _follows(before: tuple[int, int], after: tuple[int, int]) -> bool:
     """Whether a cursor moves from one to the other: to the next step, or to a later position."""
     return after == (before[0], before[1] + 1) or (after[0] > before[0] and after[1] == 0)
-
