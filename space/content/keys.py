@@ -43,6 +43,9 @@ KEY_BYTES: Final = 32
 NONCE_BYTES: Final = 12
 TAG_BYTES: Final = 16
 WRAPPED_BYTES: Final = NONCE_BYTES + KEY_BYTES + TAG_BYTES
+SEALED_BYTES: Final = 1 + 32 + KEY_BYTES + TAG_BYTES
+"""A row as another zone sent it, sealed for itself (docs/formats/shipment.md): kept, and not to be opened here."""
+
 DESTROYED: Final = b""
 """The row of a key that was destroyed: it never comes back, unlike one that is missing."""
 
@@ -198,6 +201,11 @@ class Keyring:
         if row == DESTROYED:
             raise RefusedError(
                 f"{name} was destroyed: content under it cannot be read any more", status=Status.NOT_PERMITTED
+            )
+        if len(row) == SEALED_BYTES:
+            raise RefusedError(
+                f"{name} is sealed for the zone it comes from: content under it is kept here, and can be read there",
+                status=Status.NOT_PERMITTED,
             )
         master, context = self._master(key_id, version), _ROW_CONTEXT.pack(key_id, version)
         try:

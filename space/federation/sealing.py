@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from space._errors import RefusedError, Status, UsageError
-from space.content.keys import KEY_BYTES, TAG_BYTES
+from space.content.keys import KEY_BYTES, SEALED_BYTES
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -27,8 +27,6 @@ FOR_ZONE: Final = 1
 FOR_HOME: Final = 2
 
 PUBLIC_BYTES: Final = 32
-SEALED_BYTES: Final = 1 + PUBLIC_BYTES + KEY_BYTES + TAG_BYTES
-
 _CONTEXT: Final = struct.Struct("<16s16sIH")
 _NONCE: Final = bytes(12)
 

@@ -726,7 +726,8 @@ class _Translation:
         (slot,) = self._before.names(capsule)
         places = self._before.places([slot])
         now = self._after.entry(slot)
-        if places and now is not None and self._after.lane(now) is not None:
+        taken = now is not None and self._after.lane(now) is not None and self._after.places([slot])
+        if places and taken:
             # Who has its name now takes it, and leaves the directory without one.
             self._touches(lane, capsule, [slot[0] + slot[1]], [slot[0]])
             return

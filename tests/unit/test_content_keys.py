@@ -8,6 +8,7 @@ from space._errors import NotFoundError, RefusedError, UsageError
 from space.content.keys import (
     DESTROYED,
     KEY_BYTES,
+    SEALED_BYTES,
     WRAPPED_BYTES,
     Keyring,
     content_hash,
@@ -59,6 +60,12 @@ def test_row_of_another_length_does_not_open(size: int) -> None:
     ring = keyring({})
     with pytest.raises(RefusedError, match="does not open"):
         ring.unwrap(1, 0, (ring.wrap(1, 0, bytes(KEY_BYTES)) + b"x")[:size])
+
+
+def test_row_sealed_for_another_zone_says_so() -> None:
+    """What was sent by a zone that alone can open it is refused by that name."""
+    with pytest.raises(RefusedError, match="key 1 version 0 is sealed for the zone it comes from"):
+        keyring({}).unwrap(1, 0, bytes(SEALED_BYTES))
 
 
 @pytest.mark.parametrize("number", [(2, 1), (1, 2)])

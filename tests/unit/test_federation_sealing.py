@@ -6,7 +6,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from space._errors import RefusedError, SpaceError, UsageError
-from space.federation.sealing import FOR_HOME, SEALED_BYTES, is_for_home, open_key, seal_key
+from space.content.keys import SEALED_BYTES
+from space.federation.sealing import FOR_HOME, is_for_home, open_key, seal_key
 
 pytestmark = pytest.mark.unit
 
