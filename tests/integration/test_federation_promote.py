@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from space.events import commands as cmd
 from space.events.types import Kind
 from space.policy.model import Encryption
 from tests.federation_pump import Pumped, pumped
-from tests.federation_support import Two, shared, space_command, two_zones, until
+from tests.federation_support import Served, Two, shared, space_command, two_zones, until
 
 pytestmark = pytest.mark.requires("py:aiohttp")
 
@@ -343,3 +347,89 @@ def test_a_forged_shipment_is_damage_for_people(tmp_path: Path) -> None:
     for part in (str(mine), f"position {position + 1}", "sovereignty zone"):
         assert part in told
     assert "--repair" in space_command("--data", path, "verify", "--sovereignty", "--repair", status=2)
+
+
+def test_two_processes_to_and_fro(tmp_path: Path) -> None:
+    """By commands: the home is killed, the other zone takes over, the home follows; and the other way round."""
+    data = {name: tmp_path / name for name in ("oslo", "paris")}
+    for name, path in data.items():
+        space_command("--data", path, "zone", "init", name)
+        (tmp_path / f"{name}.pem").write_text(space_command("--data", path, "zone", "ca"))
+    policy = tmp_path / "shared.yaml"
+    policy.write_text("sovereignty: global\nfederation:\n  targets: [paris]\n")
+    with contextlib.ExitStack() as stack:
+        at = {
+            name: stack.enter_context(Served(path, "--listen", "127.0.0.1:0")) for name, path in data.items()
+        }
+        for name, other in (("oslo", "paris"), ("paris", "oslo")):
+            url, pem = f"https://127.0.0.1:{at[other].port}", tmp_path / f"{other}.pem"
+            space_command("--data", data[name], "zone", "add", other, "--url", url, "--ca", pem)
+
+        def put(zone: str, path: str, text: str) -> None:
+            space_command("--data", data[zone], "put", "-", "--name", path, text=text)
+
+        def comes(zone: str, path: str, text: str) -> None:
+            until(lambda: _content(data[zone], path) == text, f"{path} in {zone}")
+
+        def up(zone: str) -> None:
+            at[zone] = stack.enter_context(Served(data[zone], "--listen", f"127.0.0.1:{at[zone].port}"))
+
+        def change_alone(zone: str, path: str, text: str) -> None:
+            """What nobody ships: the process is gone."""
+            at[zone].kill()
+            with space.open(data[zone]) as store:
+                store.write(store.resolve(path), 0, text.encode())
+
+        space_command("--data", data["oslo"], "mkdir", "/dir")
+        space_command("--data", data["oslo"], "policy", "set", "/dir", policy)
+        put("oslo", "/dir/file", "one, in oslo")
+        comes("paris", "/zones/oslo/dir/file", "one, in oslo")
+        change_alone("oslo", "/dir/file", "two, in oslo")
+        assert "--yes" in space_command("--data", data["paris"], "zone", "promote", "oslo", status=2)
+        told = json.loads(
+            space_command("--data", data["paris"], "--json", "zone", "promote", "oslo", "--yes")
+        )
+        assert told["epoch"] == 1
+        put("paris", "/zones/oslo/dir/more", "three, in paris")
+        up("oslo")
+        comes("oslo", "/dir/more", "three, in paris")
+        comes("oslo", "/dir/file", "one, in oslo")
+        (branch,) = json.loads(space_command("--data", data["oslo"], "--json", "zone", "branches"))
+        space_command("--data", data["oslo"], "export", branch["path"], tmp_path / "exported")
+        assert (tmp_path / "exported" / "dir" / "file").read_text() == "two, in oslo"
+
+        change_alone("paris", "/zones/oslo/dir/more", "THREE")
+        space_command("--data", data["oslo"], "zone", "promote", "paris", "--yes")
+        put("oslo", "/dir/again", "four, in oslo again")
+        up("paris")
+        comes("paris", "/zones/oslo/dir/again", "four, in oslo again")
+        comes("paris", "/zones/oslo/dir/more", "three, in paris")
+        assert "oslo" in space_command("--data", data["paris"], "rm", "/zones/oslo/dir/file", status=5)
+        (branch,) = json.loads(space_command("--data", data["paris"], "--json", "zone", "branches"))
+        assert [each["path"] for each in branch["files"]] == ["dir/more"]
+        for path in data.values():
+            assert "0 not allowed" in space_command("--data", path, "verify", "--sovereignty")
+
+
+def _content(data: Path, path: str) -> str | None:
+    try:
+        return space_command("--data", data, "get", path)
+    except AssertionError:
+        return None
+
+
+@pytest.mark.requires("/dev/fuse", "fusermount3", "py:pyfuse3")
+def test_the_demonstration_of_the_manual() -> None:
+    """``examples/two_zones.sh`` shows what it says it shows."""
+    root = Path(__file__).parents[2]
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [str(root / "examples" / "two_zones.sh")],
+        env={**os.environ, "PATH": programs},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "== Done" in done.stdout

@@ -377,7 +377,7 @@ def test_a_home_is_lost_as_it_was_looked_at() -> None:
     state = old_home()
     state.done(write(1, 0, b"fork"))
     seen = state.position
-    copy = [
+    copy: list[cmd.Command] = [
         cmd.CreateCapsule(capsule(70), Kind.DIRECTORY, parent=bytes(BRANCHES), name=b"paris-1"),
         cmd.Clone(capsule(71), capsule(1), capsule(70), b"1"),
         cmd.CopyRange(capsule(1), 0, capsule(2), 0, 10),
