@@ -36,7 +36,7 @@ class Driver:
     """A driver, asked over its socket."""
 
     def __init__(self, home: Path, command: list[str], socket: Path, ready: Callable[[], bool]) -> None:
-        from tests.csi_support import Client
+        from tests.csi_client import Client
 
         self.home = home
         home.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ class Driver:
 
 
 def _capability(*, block: bool) -> Any:
-    from tests.csi_support import device, tree
+    from tests.csi_client import device, tree
 
     return device() if block else tree()
 

@@ -76,6 +76,9 @@ class Network:
     def check(self, transport: str) -> None:
         """It is served."""
 
+    def allow(self, transport: str, data: CapsuleId) -> None:
+        """It may be."""
+
     def offer(self, volume: Volume, data: CapsuleId) -> Reach:
         """Somewhere."""
         return Reach(volume.transport, "server:1", share=f"/{volume.id}")
