@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 import space
-from space._errors import ConflictError, NotFoundError, RefusedError
+from space._errors import ConflictError, NotFoundError, RefusedError, SpaceError
 from space._node.federation_audit import audit
 from space._node.federation_promote import branches, promote
 from space._node.federation_zones import Zones
@@ -433,3 +434,64 @@ def test_the_demonstration_of_the_manual() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "== Done" in done.stdout
+
+
+def test_what_is_sealed_goes_back_sealed(two: Pumped) -> None:
+    """A zone that cannot read what it took over can name, clone and remove it, and its home reads it afterwards."""
+    sealed = shared("paris", encryption=Encryption.AES_256_GCM, federation_sealed=True)
+    two.oslo.put(b"for oslo alone", name="/all/s", policy=sealed)
+    two.settle()
+    promoted(two.paris, "oslo")
+    with pytest.raises(RefusedError):
+        two.paris.get("/zones/oslo/all/s")
+    two.paris.clone("/zones/oslo/all/s", "/zones/oslo/all/clone")
+    two.paris.mv("/zones/oslo/all/s", "/zones/oslo/all/moved")
+    two.settle()
+    assert two.oslo.get("/all/moved") == two.oslo.get("/all/clone") == b"for oslo alone"
+
+
+def test_a_home_that_is_written_to_gives_way(two: Pumped) -> None:
+    """Writes that come while what was not shipped is set aside are in the branch, or refused; none is lost in between."""
+    done = threading.Event()
+    written: list[int] = []
+    refused: list[str] = []
+
+    def write() -> None:
+        number = 0
+        while not refused and not done.is_set():
+            try:
+                two.oslo.write(two.oslo.resolve("/all/f1"), number * 10, b"%09d\n" % number)
+                written.append(number)
+            except RefusedError as error:
+                refused.append(str(error))
+            number += 1
+
+    promoted(two.paris, "oslo")
+    thread = threading.Thread(target=write)
+    thread.start()
+    until(lambda: len(written) > 20)
+    two.there.connect()
+    until(lambda: refused)
+    done.set()
+    thread.join()
+    assert "paris" in refused[0]
+    kept = two.oslo.get("/zones/.branches/paris-1/all/f1")
+    assert [int(line) for line in kept[: 10 * len(written)].split()] == written
+    two.settle()
+    assert two.oslo.get("/all/f1") == two.paris.get("/zones/oslo/all/f1")
+
+
+def test_a_home_that_cannot_be_taken_back_stays_fenced(two: Pumped) -> None:
+    """Where bytes of the fork were given back nothing changes, and the reason is told."""
+    two.oslo.set_policy("/all/f2", shared("paris", history_ns=0))
+    two.settle()
+    two.oslo.write(two.oslo.resolve("/all/f2"), 0, os.urandom(1000))
+    assert two.oslo.gc().bytes_given_back > 0
+    promoted(two.paris, "oslo")
+    before = two.oslo.digest()
+    with pytest.raises(RefusedError, match="reclaimed"):
+        two.there.connect()
+    assert two.oslo.digest() == before
+    two.paris.write(two.paris.resolve("/zones/oslo/all/f2"), 0, b"x")
+    with pytest.raises(SpaceError, match="not learnt"):
+        two.back.connect()
