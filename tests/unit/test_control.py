@@ -116,7 +116,7 @@ def test_every_operation_can_be_checked() -> None:
         assert set(hints) == {each.name for each in parameters}
         assert {kind for kinds in hints.values() for kind in kinds} <= {str, int, bool, dict, type(None)}
         returned = inspect.signature(method).return_annotation
-        assert returned in {"Document", "Iterator[Document]"}, name
+        assert returned in {"Document", "list[Document]", "Iterator[Document]"}, name
 
 
 def test_bytes_travel_by_descriptor(store: Store, remote: Service, tmp_path: Path) -> None:
