@@ -588,7 +588,8 @@ class _Translation:
         directory = after.row(capsule).kind == DIRECTORY
         self._joined[directory] += 1
         few = self._joined[directory] <= (JOINED_DIRECTORIES_MAX if directory else JOINED_MAX)
-        if first.last and self._total <= MAIN_BYTES and few:
+        small = first.last and self._total <= MAIN_BYTES
+        if few and (small or directory):  # what stays may have a name in a directory
             self._beside.discard(capsule)
             self._busy.update(parent for parent, _ in places)
             self._tell(lane, capsule, first, writes=keys, reads=[parent for parent, _ in names])
