@@ -276,7 +276,7 @@ class Zones:
         return {"zone": name, "id": _text(zone.id), "replicas": replicas, "position": receipt.position}
 
     def replicas(self, zone: Zone) -> int:
-        """How many capsules here came from a zone and have their home there."""
+        """How many capsules here have their home in a zone: they came from there, or it took them over."""
         with self._store._read() as txn:
             row = rows.zone_row(txn, zone.id)
             taken = 0 if row is None else row.taken
@@ -285,6 +285,9 @@ class Zones:
             for capsule, data in txn.scan(HOME, b""):
                 if rows.HomeRow.decode(data).zone == zone.id and capsule not in places:
                     found += _inode(txn, capsule) > taken
+            lost = 0 if row is None else row.lost
+            for capsule, position in rows.sent_capsules(txn, zone.id) if lost else ():
+                found += position <= lost and txn.get(HOME, capsule) is None
         return found
 
     # --- another authority -----------------------------------------------------------------------

@@ -301,8 +301,10 @@ def test_encrypted_content_comes_back_under_its_key(two: Pumped) -> None:
 def test_the_branch_stays_where_it_is(two: Pumped) -> None:
     """Nothing of a branch is shipped, though it is of files that were; and it can be changed and removed."""
     two.oslo.write(two.oslo.resolve("/all/f1"), 0, b"kept aside")
+    assert Zones(two.oslo).replicas(two.there.zone) == 0
     promoted(two.paris, "oslo")
     two.settle()
+    assert Zones(two.oslo).replicas(two.there.zone) == 21
     path = "/zones/.branches/paris-1"
     aside = two.oslo.resolve(f"{path}/all/f1")
     two.oslo.write(aside, 0, b"changed")
