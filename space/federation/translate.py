@@ -261,9 +261,7 @@ class _Translation:
         self._joined = {True: 0, False: 0}  # directories, and others, that joined in it
         self._emissions: dict[int, _Emission] = {}
         self._stage: list[tuple[int, Portable]] = []
-        self._told: set[bytes] = (
-            set()
-        )  # capsules something is said about, whose change time so is the batch's
+        self._told: set[bytes] = set()  # what something is said about, and so gets the batch's change time
         self._busy: set[bytes] = set()  # directories of the receiver in which names come or go
         self._modified: set[bytes] = set()  # capsules whose content is said to change
 
