@@ -24,7 +24,7 @@ from space._node.caller import Document
 from space._node.federation_home import Walk
 from space._node.federation_promote import ASKED_MAX, Arrival
 from space.events import commands as cmd
-from space.events.ids import BRANCHES, ROOT, CapsuleId, zone_root
+from space.events.ids import BRANCHES, ID_BYTES, ROOT, CapsuleId, zone_root
 from space.events.types import COPY_BYTES_MAX, Kind
 from space.federation.scope import Moment, Scope, Slot
 from space.federation.selection import Selection
@@ -32,7 +32,7 @@ from space.policy.model import Sovereignty
 from space.projections import content_map
 from space.statemachine import zones as rows
 from space.statemachine.homes import shared
-from space.statemachine.tables import CAPSULE, POLICY, U32, CapsuleRow, Reader
+from space.statemachine.tables import CAPSULE, ENTRY, POLICY, U32, CapsuleRow, Reader
 
 if TYPE_CHECKING:
     from space._node.federation_zones import Zone
@@ -79,14 +79,16 @@ class _State:
     names: list[Slot]
 
     @classmethod
-    def of(cls, scope: Scope, extents: Callable[[bytes], Iterable[Any]], capsule: bytes) -> _State | None:
+    def of(
+        cls, scope: Scope, extents: Callable[[bytes], Iterable[Any]], capsule: bytes, names: list[Slot]
+    ) -> _State | None:
         row = scope.state.capsule(capsule)
         if row is None:
             return None
         policy = scope.state.get(POLICY, U32.pack(row.policy)) or b""
         parts = [] if row.kind != Kind.FILE else list(extents(capsule))
         packed = [[each.offset, each.length, each.skip, each.position, each.frames] for each in parts]
-        return cls(row.copy(), policy, dict(scope.xattrs(capsule)), packed, scope.names(capsule))
+        return cls(row.copy(), policy, dict(scope.xattrs(capsule)), packed, names)
 
     def without(self, dead: Callable[[bytes], bool]) -> _State:
         """Without names in directories that are gone."""
@@ -110,6 +112,24 @@ class _State:
             [[capsule, self.row.encode(), [], list(self.xattrs.items()), self.extents]]
         )
         return packed
+
+
+def _names(scope: Scope, capsules: Iterable[bytes]) -> dict[bytes, list[Slot]]:
+    """The names of many capsules: :meth:`Scope.names` for all of them, which looks through each directory once."""
+    found: dict[bytes, list[Slot]] = {capsule: [] for capsule in capsules}
+    known = {capsule: scope.state.capsule(capsule) for capsule in found}
+    parents = {row.parent for row in known.values() if row is not None and not row.deleted}
+    for parent in parents:
+        for name, entry in scope.children(parent):
+            if entry.capsule in found:
+                found[entry.capsule].append((parent, name))
+    named = {capsule for capsule, row in known.items() if row is not None and not row.deleted}
+    scattered = {capsule for capsule in named if len(found[capsule]) < scope.count(capsule)}
+    for key, value in scope.state.scan(ENTRY, b"") if scattered else ():
+        capsule, slot = value[:ID_BYTES], (key[:ID_BYTES], key[ID_BYTES:])
+        if capsule in scattered and slot not in found[capsule]:
+            found[capsule].append(slot)
+    return found
 
 
 Pair = tuple[bytes, _State, _State]
@@ -247,8 +267,8 @@ class _Fork:
 
     def _note(self, position: int, moment: Moment, capsules: list[bytes]) -> None:
         scope = self._scope(moment.state)
-        for capsule in capsules:
-            state = _State.of(scope, lambda c: moment.extents(c, 0, content_map.OFFSET_MAX), capsule)
+        for capsule, names in _names(scope, capsules).items():
+            state = _State.of(scope, lambda c: moment.extents(c, 0, content_map.OFFSET_MAX), capsule, names)
             alive = None if state is None else state.without(lambda parent: not scope.alive(parent))
             self._then[capsule] = (position, alive)
 
@@ -302,8 +322,8 @@ class _Fork:
     def _set_aside(self, made: _Setting, txn: Reader, forks: dict[bytes, int]) -> None:
         theirs = {each for each in shared(txn, self._zone.id, self._row) if self._is_there(each)}
         pairs = []
-        for capsule in forks:
-            then, now = self._then[capsule][1], made.state(capsule)
+        for capsule, names in _names(made.scope, forks).items():
+            then, now = self._then[capsule][1], made.state(capsule, names)
             if then is not None and now is not None:
                 pairs.append((capsule, then, now))
         for capsule, then, now in pairs:
@@ -326,7 +346,7 @@ class _Setting:
         self.times: list[tuple[bytes, tuple[int, int, int, int]]] = []
         self.aside: dict[bytes, None] = {}
         self._store = store
-        self._scope = scope
+        self.scope = scope
         self._txn = txn
         self._name = f"{zone.name}-{epoch}"
         self.tops = (bytes(ROOT), bytes(zone_root(zone.id)))
@@ -351,13 +371,13 @@ class _Setting:
         return bool(self._taken - {(self._branch, b".parking")})
 
     def kind(self, capsule: bytes) -> int:
-        row = self._scope.state.capsule(capsule)
+        row = self.scope.state.capsule(capsule)
         return 0 if row is None else row.kind
 
-    def state(self, capsule: bytes) -> _State | None:
+    def state(self, capsule: bytes, names: list[Slot]) -> _State | None:
         """A capsule as it is now."""
         whole = content_map.OFFSET_MAX
-        return _State.of(self._scope, lambda c: content_map.extents(self._txn, c, 0, whole), capsule)
+        return _State.of(self.scope, lambda c: content_map.extents(self._txn, c, 0, whole), capsule, names)
 
     # --- the branch --------------------------------------------------------------------------------
 
@@ -378,9 +398,9 @@ class _Setting:
         if directory in self.tops:
             return self._top()
         if directory not in self._mirrors:
-            row = self._scope.state.capsule(directory)
-            names = self._scope.names(directory)
-            if row is None or not names or not self._scope.alive(directory):
+            row = self.scope.state.capsule(directory)
+            names = self.scope.names(directory)
+            if row is None or not names or not self.scope.alive(directory):
                 return self._top()
             parent = self._mirror(names[0][0])
             self._mirrors[directory] = self._directory(parent, self._free(parent, names[0][1]), row.mode)
@@ -402,11 +422,11 @@ class _Setting:
 
     def _stays(self, capsule: bytes, row: CapsuleRow) -> None:
         """Lets nothing of the branch leave this zone."""
-        policy = self._scope.state.get(POLICY, U32.pack(row.policy))
+        policy = self.scope.state.get(POLICY, U32.pack(row.policy))
         if policy is None:
             return
         selection = Selection("")
-        meant = selection.policy(self._scope.state, row.policy)
+        meant = selection.policy(self.scope.state, row.policy)
         here = attrs.evolve(
             meant,
             sovereignty=Sovereignty.ZONE,
@@ -423,10 +443,10 @@ class _Setting:
 
     def take_new(self, directory: bytes, theirs: set[bytes], since: int) -> None:
         """Moves what came into a directory since a position, and would have been shipped, into the branch."""
-        row = self._scope.state.capsule(directory)
+        row = self.scope.state.capsule(directory)
         if row is None or row.kind != Kind.DIRECTORY:
             return
-        for name, entry in self._scope.children(directory):
+        for name, entry in self.scope.children(directory):
             child = entry.capsule
             if child in theirs or not self._would_leave(child, since):
                 continue
@@ -439,17 +459,17 @@ class _Setting:
 
     def _would_leave(self, capsule: bytes, since: int) -> bool:
         """Whether a capsule that changed since a position is this zone's and would be shipped to the other one."""
-        row = self._scope.state.capsule(capsule)
-        if row is None or row.change <= since or self._scope.moved(capsule):
+        row = self.scope.state.capsule(capsule)
+        if row is None or row.change <= since or self.scope.moved(capsule):
             return False
-        return self._selection.lane(self._scope.state, row.policy) is not None
+        return self._selection.lane(self.scope.state, row.policy) is not None
 
     def _keep_here(self, capsule: bytes, theirs: set[bytes]) -> None:
         inside = (
-            (child for _, child in self._scope.below(capsule)) if self.kind(capsule) == Kind.DIRECTORY else ()
+            (child for _, child in self.scope.below(capsule)) if self.kind(capsule) == Kind.DIRECTORY else ()
         )
         for each in dict.fromkeys((capsule, *inside)):
-            row = self._scope.state.capsule(each)
+            row = self.scope.state.capsule(each)
             if row is None or each in theirs:
                 continue
             if row.kind != Kind.DIRECTORY:
@@ -507,10 +527,10 @@ class _Setting:
 
     def _revive(self, directory: bytes, coming_back: set[bytes]) -> None:
         """Brings a deleted directory back, for as long as it takes to get out of it what is not gone."""
-        at, row = directory, self._scope.state.capsule(directory)
+        at, row = directory, self.scope.state.capsule(directory)
         while row is not None and not row.deleted and at != ROOT:
             at = row.parent
-            row = self._scope.state.capsule(at)
+            row = self.scope.state.capsule(at)
         if row is not None and row.deleted and at not in coming_back and at not in self._parked:
             self._parked[at] = (self._park(), str(CapsuleId(at)).encode())
             self.commands.append(cmd.Undelete(at, *self._parked[at]))
@@ -565,7 +585,7 @@ class _Setting:
 
     def _vacate(self, slot: Slot, capsule: bytes) -> None:
         """Moves what has a name now, and is this zone's alone, into the branch."""
-        holder = self._scope.entry(slot)
+        holder = self.scope.entry(slot)
         if holder is None or holder == capsule or slot in self._left:
             return
         self._left.add(slot)
