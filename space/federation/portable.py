@@ -215,9 +215,11 @@ class Copier:
         row = scope.row(capsule)
         times = (row.atime, row.mtime, row.ctime, row.btime)
         commands: list[cmd.Command | Piece] = [self._create(scope, capsule, row)]
+        total, step = 0, 0
         if hide:
             commands.append(cmd.PlaceCapsule(capsule, ()))
-        total, step = 0, 0
+            yield Copy(capsule, position, step, False, commands, times)
+            commands, step = [], 1
         for each in self._filling(scope, moment, capsule, row):
             length = size(each)
             if total and total + length > PART_BYTES and row.kind != DIRECTORY:

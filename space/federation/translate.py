@@ -802,13 +802,17 @@ class _Translation:
         """Parts of copies of capsules, as they are after the batch: nothing of the translation itself is kept."""
         scope, moment, copier = self._after, self._moment, self._copier
         batch = self._batch
-        hidden = {capsule for capsule in capsules if self._before.lane(capsule) is not None}
+        before = self._before
+        hidden = {
+            capsule: [parent for parent, _ in before.names(capsule)]
+            for capsule in capsules
+            if before.lane(capsule) is not None
+        }
 
         def parts() -> Iterator[tuple[Copy, int]]:
             for capsule in capsules:
                 slots = scope.names(capsule)
-                hide = capsule in hidden
-                yield from timed(copier, scope, moment, capsule, slots, batch, hide=hide)
+                yield from timed(copier, scope, moment, capsule, slots, batch, hide=hidden.get(capsule))
 
         return lambda after: steps(resumed(parts(), after))
 
@@ -842,12 +846,14 @@ def timed(
     slots: list[Slot],
     batch: Batch,
     *,
-    hide: bool = False,
+    hide: Sequence[bytes] | None = None,
 ) -> Iterator[tuple[Copy, int]]:
-    """Parts of a copy, each with a time; names in a directory come at its own, so that it keeps it.
+    """Parts of a copy, each with a time; names in a directory come and go at its own, so that it keeps it.
 
-    ``slots`` are the capsule's names, ``batch`` when the copy is of.
+    ``slots`` are the capsule's names, ``batch`` when the copy is of, ``hide`` the directories in which an older replica
+    has names, if there is one; for those that differ in time, and have names of one capsule, one time has to do.
     """
+    lost = [scope.row(parent).mtime for parent in hide or () if scope.lane(parent) is not None]
     times: dict[bytes, int] = {}
     names: dict[bytes, list[Slot]] = {}
     for slot in slots:
@@ -859,8 +865,9 @@ def timed(
     first = names[parents[0]] if parents else []
     time_ns = times[parents[0]] if parents else batch.time_ns
     part = None
-    for part in copier.copy(scope, moment, capsule, batch.position, first, hide=hide):
-        yield attrs.evolve(part, last=part.last and len(parents) < 2), time_ns
+    for part in copier.copy(scope, moment, capsule, batch.position, first, hide=hide is not None):
+        at = lost[0] if lost and part.step == 0 else time_ns
+        yield attrs.evolve(part, last=part.last and len(parents) < 2), at
     assert part is not None, "a copy has a part"
     told = tuple(first)
     for number, parent in enumerate(parents[1:], 1):
