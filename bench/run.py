@@ -32,6 +32,7 @@ NAMES: Final = (
     "nfs",
     "csi",
     "resolve",
+    "federation",
 )
 """In the order they run when none is named."""
 
