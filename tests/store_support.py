@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import shutil
@@ -117,8 +118,9 @@ def busy(store: Store) -> list[int]:
 @functools.cache
 def template(variant: str) -> Template:
     """The template of a variant: closed in order or as kill -9 leaves it, with or without a checkpoint."""
-    home = Path(tempfile.mkdtemp(prefix=f"space-{variant}-")) / "store"
-    work = home.with_name("work")
+    directory = Path(tempfile.mkdtemp(prefix=f"space-{variant}-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    home, work = directory / "store", directory / "work"
     store = space.open(
         work, segment_bytes=SEGMENT_BYTES, clock=steady_clock(), random_bytes=steady_bytes(), actor="test"
     )

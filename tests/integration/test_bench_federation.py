@@ -145,7 +145,7 @@ def test_a_failback_is_counted(tmp_path: Path) -> None:
 
 
 def test_puts_are_timed_with_and_without_federation(tmp_path: Path) -> None:
-    """Durable and buffered puts have rows with the other zone away and there, beside no federation."""
+    """Puts and writes have rows with the other zone away and there, beside no federation."""
     rows = bench_federation._puts(Scale(True, 1, tmp_path), tmp_path / "puts")
     assert [row.peer for row in rows] == ["no federation"] * 4 + ["aim"]
     assert all(row.ours > 0 for row in rows[:4])

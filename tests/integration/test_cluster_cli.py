@@ -98,7 +98,8 @@ def test_dev_tells_of_deaths(tmp_path: Path) -> None:
 
 def test_dev_ends_its_nodes_when_it_is_killed(tmp_path: Path) -> None:
     """No node outlives the command, even if it is killed."""
-    process = start(tmp_path, "--json", "cluster", "dev", "--nodes", "1", "--insecure")
+    home = str(tmp_path / "dev")
+    process = start(tmp_path, "--json", "cluster", "dev", "--dir", home, "--nodes", "1", "--insecure")
     assert process.stdout is not None
     (node,) = json.loads(process.stdout.readline())["nodes"]
     process.kill()
