@@ -119,8 +119,7 @@ class Pair:
         label = self.label()
         position = self.home.ask("put_files", label, str(directory))
         self.begin(self.target)
-        self.home.ask("shipped", position)
-        arrivals = self.target.ask("arrivals")
+        arrivals = self.target.ask("arrived", position)
         path = f"{TREE}/{label}/{max(directory.iterdir()).name}"
         if self.home.ask("digest", path) != self.target.ask("digest", f"/zones/home{path}"):
             raise RuntimeError(f"{path} is not the same in both zones")
@@ -128,10 +127,8 @@ class Pair:
 
     def lags(self, rate: float, seconds: float) -> list[float]:
         """Seconds from durable at home to durable in the target, of each of many steady writes."""
-        self.target.ask("arrivals")
         done = self.home.ask("steady", self.label(), SMALL_BYTES, rate, seconds)
-        self.home.ask("shipped", done[-1][0])
-        positions, moments = zip(*self.target.ask("arrivals"), strict=True)
+        positions, moments = zip(*self.target.ask("arrived", done[-1][0]), strict=True)
         found = [moments[bisect.bisect_left(positions, position)] - moment for position, moment in done]
         return [max(0.0, each) for each in found]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ class Zone:
         self._store: Store = space.open(path)
         self._federation: Federation | None = None
         self._arrivals: list[tuple[int, float]] = []
+        self._came = threading.Condition()
         self._met = 0.0
         self._watch_receiver()
 
@@ -73,7 +75,9 @@ class Zone:
         def receive_and_note(receiver: ZoneReceiver, peer: Peer, shipments: Sequence[bytes]) -> Received:
             received = receive(receiver, peer, shipments)
             now = time.monotonic()
-            self._arrivals += [(int(cursor["position"]), now) for cursor in received.cursors]
+            with self._came:
+                self._arrivals += [(int(cursor["position"]), now) for cursor in received.cursors]
+                self._came.notify_all()
             return received
 
         setattr(ZoneReceiver, "identity", identity_and_note)  # noqa: B010 - a method is not assigned to
@@ -92,12 +96,13 @@ class Zone:
     # --- content ---------------------------------------------------------------------------------
 
     def put_files(self, label: str, directory: str) -> int:
-        """Every file of a directory, one after the other; the position after the last."""
+        """Every file of a directory, one after the other; the position of the last."""
+        position = 0
         for path in sorted(Path(directory).iterdir()):
             with path.open("rb") as file:
-                self._store.put(file, name=f"{TREE}/{label}/{path.name}")
+                position = self._store.put(file, name=f"{TREE}/{label}/{path.name}").position
         self._store.sync()
-        return self._store.position
+        return position
 
     def overwrite(self, path: str, size: int, step: int) -> int:
         """Random bytes over a file, in writes of ``step``; the position after the last."""
@@ -156,7 +161,7 @@ class Zone:
         return document
 
     def shipped(self, position: int) -> None:
-        """Returns when the other zone has everything up to a position.
+        """Returns when the other zone has everything up to a position; asking costs the shipping something.
 
         Raises:
             RuntimeError: it does not come there.
@@ -167,15 +172,23 @@ class Zone:
                 raise RuntimeError(f"not shipped: {link}")
             time.sleep(_POLL_SECONDS)
 
+    def arrived(self, position: int) -> list[tuple[int, float]]:
+        """Up to which position what came was durable here, and when, since this was last asked, up to a position.
+
+        Raises:
+            RuntimeError: it does not come there.
+        """
+        with self._came:
+            if not self._came.wait_for(
+                lambda: self._arrivals and self._arrivals[-1][0] >= position, STALL_SECONDS
+            ):
+                raise RuntimeError(f"position {position} did not come")
+            found, self._arrivals = self._arrivals, []
+        return found
+
     def met(self) -> float:
         """When the other zone last connected here."""
         return self._met
-
-    def arrivals(self) -> list[tuple[int, float]]:
-        """Up to which position what came was durable here, and when, since this was last asked."""
-        found = self._arrivals[:]
-        del self._arrivals[: len(found)]
-        return found
 
     # --- who is the home -------------------------------------------------------------------------
 
