@@ -262,7 +262,7 @@ def _files(directory: Path, count: int, size: int) -> Path:
 
 
 def _size(size: int) -> str:
-    return f"{size // MIB} MiB" if size >= MIB else f"{size // 1024} KiB"
+    return f"{size / MIB:.3g} MiB" if size >= MIB else f"{size // 1024} KiB"
 
 
 def _throughput(
