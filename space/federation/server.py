@@ -148,11 +148,12 @@ class FederationServer:
         for task in self._streams.values():
             task.cancel()
         if self._runner is not None and self._runner.server is not None:
-            transports = [connection.transport for connection in self._runner.server.connections]
+            for connection in self._runner.server.connections:
+                if connection.transport is not None:
+                    # TLS would wait for the other side to say goodbye as well
+                    with contextlib.suppress(AttributeError):  # of one closed twice, in Python 3.11.2
+                        connection.transport.abort()
             await self._runner.cleanup()
-            for transport in transports:
-                if transport is not None:
-                    transport.abort()  # TLS would wait for the other side to say goodbye as well
         await asyncio.sleep(0)
 
     async def _peer(self, request: web.Request) -> Peer:
