@@ -23,6 +23,9 @@ _MIRROR: Final = "mirror"
 MESSAGE_BYTES_MAX: Final = 1 << 20
 """What is larger is published in pieces: NATS advises against more in a message."""
 
+_BOUND: Final = ("setpriv", "--pdeathsig", "TERM", "--")
+"""What runs a server so that it ends with a benchmark that is killed."""
+
 _IN_FLIGHT: Final = 64
 _CALL_SECONDS: Final = 60.0
 _STALL_SECONDS: Final = 300.0
@@ -59,7 +62,7 @@ class Rsync:
         config.write_text(_RSYNC_CONFIG.format(path=self._files, uid=os.getuid(), gid=os.getgid()))
         target = route.target
         daemon = [program, "--daemon", "--no-detach", f"--address={target.address}", f"--port={self._port}"]
-        self._daemon = Program([*target.prefix, *daemon, f"--config={config}"], home / "rsyncd")
+        self._daemon = Program([*target.prefix, *_BOUND, *daemon, f"--config={config}"], home / "rsyncd")
         self._runs = 0
         try:
             wait_for("an rsync daemon", self._answers)
@@ -113,7 +116,7 @@ class Jetstream:
                     )
                 )
                 self._servers.append(
-                    Program([*side.prefix, program, "--config", str(config)], home / f"nats-{name}")
+                    Program([*side.prefix, *_BOUND, program, "--config", str(config)], home / f"nats-{name}")
                 )
                 self._clients.append(
                     Child(

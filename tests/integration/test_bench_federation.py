@@ -108,16 +108,19 @@ def test_a_line_loses(tmp_path: Path) -> None:
 
 
 @needs_a_line
+@pytest.mark.requires(RSYNC)
 def test_a_killed_benchmark_leaves_no_process(tmp_path: Path) -> None:
-    """What holds namespaces, carries packets and runs zones ends when the benchmark is killed."""
+    """What holds namespaces, runs zones and serves peers ends when the benchmark is killed."""
     program = (
         "import pathlib, sys, time\n"
         "from bench.bench_federation import Pair\n"
         "from bench.federation.line import line\n"
+        "from bench.federation.peers import Rsync\n"
         "home = pathlib.Path(sys.argv[1])\n"
         "with line(home, 'far', rtt_seconds=0.0, loss=0.0) as route, Pair(home, route) as pair:\n"
         "    pids = [int(side.prefix[1].split('/')[2]) for side in (route.home, route.target)]\n"
-        "    print(*pids, *(child.program.process.pid for child in (pair.home, pair.target)), flush=True)\n"
+        "    pids += [child.program.process.pid for child in (pair.home, pair.target)]\n"
+        "    print(*pids, Rsync(home, route)._daemon.process.pid, flush=True)\n"
         "    time.sleep(600)\n"
     )
     with subprocess.Popen(
@@ -125,7 +128,7 @@ def test_a_killed_benchmark_leaves_no_process(tmp_path: Path) -> None:
     ) as bench:
         assert bench.stdout is not None
         pids = [int(word) for word in bench.stdout.readline().split()]
-        assert len(pids) == 4
+        assert len(pids) == 5
         assert all(map(alive, pids))
         bench.kill()
     deadline = time.monotonic() + 60
