@@ -1,5 +1,7 @@
 # What every job of test_nfs_kernel.py begins with: $1 is the server's port, $2 the client's name.
 set -euo pipefail
+# As grep -q, but reads all: who writes to a pipe that is closed early is killed, and pipefail takes that for a failure.
+has() { grep "$@" >/dev/null; }
 PORT=$1
 hostname "$2" # a client is known by its host's name, and two guests are two clients
 modprobe -q nfsv4 || true # built in under User-Mode Linux

@@ -1,5 +1,7 @@
 # What every job of test_nvme_kernel.py begins with: $1 is the target's port, $2 its subsystem.
 set -euo pipefail
+# As grep -q, but reads all: who writes to a pipe that is closed early is killed, and pipefail takes that for a failure.
+has() { grep "$@" >/dev/null; }
 PORT=$1 NQN=$2
 at=(-t tcp -a 10.0.2.2 -s "$PORT")
 modprobe -q nvme-tcp || true # built in under User-Mode Linux

@@ -107,21 +107,21 @@ def test_the_kernel_discovers_connects_and_looks(serve: Serve, tmp_path: Path) -
     """Discovery, connections with and without digests and of several queue counts, and all nvme-cli asks, work."""
     view = serve("--path", "/one")
     job = """
-    nvme discover "${at[@]}" | grep -q "subnqn: *$NQN$"
+    nvme discover "${at[@]}" | has "subnqn: *$NQN$"
     for options in "" -g -G "-g -G" "-i 1" "-i 4 -g -G" -D; do connect $options; device 1; disconnect; done
     connect -i 4; D=$(device 1)
-    dmesg | grep -q "nvme0: mapped 4/0/0"
+    dmesg | has "nvme0: mapped 4/0/0"
     echo size=$(blockdev --getsize64 $D)
     echo block=$(cat /sys/block/${D##*/}/queue/logical_block_size)
     echo cache=$(cat /sys/block/${D##*/}/queue/write_cache)
     echo uuid=$(cat /sys/block/${D##*/}/uuid)
-    nvme list | grep -q "^$D "; nvme list-subsys | grep -q "live"
-    nvme id-ctrl $D | grep -q "^subnqn *: $NQN$"
-    nvme id-ns $D | grep -q "lbads:12 .*in use"
+    nvme list | has "^$D "; nvme list-subsys | has "live"
+    nvme id-ctrl $D | has "^subnqn *: $NQN$"
+    nvme id-ns $D | has "lbads:12 .*in use"
     nvme ns-descs $D; nvme smart-log $D; nvme error-log $D; nvme fw-log $D
-    nvme effects-log $D; nvme ana-log /dev/nvme0 | grep -q "optimized"
+    nvme effects-log $D; nvme ana-log /dev/nvme0 | has "optimized"
     for feature in 1 2 4 5 6 7 0xa 0xb 0xe 0xf; do nvme get-feature /dev/nvme0 -f $feature; done
-    nvme set-feature /dev/nvme0 -f 6 -v 0; nvme get-feature /dev/nvme0 -f 6 | grep -q "value:0*x*0*$"
+    nvme set-feature /dev/nvme0 -f 6 -v 0; nvme get-feature /dev/nvme0 -f 6 | has "value:0*x*0*$"
     if nvme get-feature /dev/nvme0 -f 0x7f; then exit 1; fi
     if nvme admin-passthru /dev/nvme0 --opcode=0x84 --namespace-id=1; then exit 1; fi
     disconnect
@@ -304,7 +304,7 @@ def test_a_killed_server_comes_back_under_load(serve: Serve, tmp_path: Path) -> 
       --verify=crc32c --verify_fatal=1 >/tmp/fio 2>&1 & load=$!
     for i in 1 2; do sleep 3; ask again; done
     wait $load || { cat /tmp/fio; exit 1; }
-    dmesg | grep -q "Successfully reconnected"
+    dmesg | has "Successfully reconnected"
     echo 3 >/proc/sys/vm/drop_caches; (cd /m; sha256sum -c --quiet /tmp/sums)
     umount /m; fsck.ext4 -fn $D; disconnect
     """
