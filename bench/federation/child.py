@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.peers.programs import Program
+from bench.peers.programs import Asked, Program
 from space._errors import SpaceError
 
 
-class Child:
+class Child(Asked):
     """Such a process, from outside."""
 
     def __init__(self, home: Path, server: str, *arguments: Any, prefix: Sequence[str] = ()) -> None:
@@ -40,30 +40,6 @@ class Child:
         except BaseException:
             self.close()
             raise
-
-    def tell(self, method: str, *arguments: Any) -> None:
-        """Asks for something; the answer is taken later."""
-        self.program.input.write(json.dumps([method, *arguments]).encode() + b"\n")
-        self.program.input.flush()
-
-    def answer(self) -> Any:
-        """The answer to the oldest question.
-
-        Raises:
-            RuntimeError: it is an error, or the process has ended.
-        """
-        line = self.program.output.readline()
-        if not line:
-            raise RuntimeError(f"a process of the benchmark ended: {self.program.last_words()}")
-        document = json.loads(line)
-        if "error" in document:
-            raise RuntimeError(document["error"])
-        return document["result"]
-
-    def ask(self, method: str, *arguments: Any) -> Any:
-        """Asks, and waits for the answer."""
-        self.tell(method, *arguments)
-        return self.answer()
 
     def close(self) -> None:
         """Ends it."""

@@ -6,7 +6,6 @@ client is.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -14,13 +13,13 @@ from typing import Any, Final
 import attrs
 
 from bench.peers.load import Load, Measured
-from bench.peers.programs import HOST, Program, free_ports, wait_for
+from bench.peers.programs import HOST, Asked, Program, free_ports, wait_for
 from space._node.cluster import TLS, NodeConfig, found, invite, join
 
 _NODES: Final = 3
 
 
-class _Member:
+class _Member(Asked):
     """One node's process, and how to talk to it."""
 
     def __init__(self, home: Path) -> None:
@@ -35,30 +34,6 @@ class _Member:
         """Starts it again after it was killed."""
         self.program = self._start()
         self.answer()
-
-    def tell(self, method: str, *arguments: Any) -> None:
-        """Asks for something; the answer is taken later."""
-        self.program.input.write(json.dumps([method, *arguments]).encode() + b"\n")
-        self.program.input.flush()
-
-    def answer(self) -> Any:
-        """The answer to the oldest question.
-
-        Raises:
-            RuntimeError: it is an error, or the node has ended.
-        """
-        line = self.program.output.readline()
-        if not line:
-            raise RuntimeError(f"a node ended: {self.program.last_words()}")
-        document = json.loads(line)
-        if "error" in document:
-            raise RuntimeError(document["error"])
-        return document["result"]
-
-    def ask(self, method: str, *arguments: Any) -> Any:
-        """Asks, and waits for the answer."""
-        self.tell(method, *arguments)
-        return self.answer()
 
 
 class Ours:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -109,3 +110,33 @@ def wait_for(what: str, question: Callable[[], Any], seconds: float = WAIT_SECON
             problem = f": {error}"
         time.sleep(POLL_SECONDS)
     raise RuntimeError(f"{what} did not happen within {seconds:.0f} s{problem}")
+
+
+class Asked:
+    """Whoever has a program that is talked to: lines of JSON, each question with one answer, in order."""
+
+    program: Program
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Asks for something; the answer is taken later."""
+        self.program.input.write(json.dumps([method, *arguments]).encode() + b"\n")
+        self.program.input.flush()
+
+    def answer(self) -> Any:
+        """The answer to the oldest question.
+
+        Raises:
+            RuntimeError: it is an error, or the process has ended.
+        """
+        line = self.program.output.readline()
+        if not line:
+            raise RuntimeError(f"a process of the benchmark ended: {self.program.last_words()}")
+        document = json.loads(line)
+        if "error" in document:
+            raise RuntimeError(document["error"])
+        return document["result"]
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Asks, and waits for the answer."""
+        self.tell(method, *arguments)
+        return self.answer()
