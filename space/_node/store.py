@@ -328,10 +328,13 @@ class Store(Reading):
             StorageError, UnavailableError: the log refused; the commands not yet logged did not happen.
         """
         ticket = _Ticket(list(requests))
-        self._queue.append(ticket)
-        with self._lock:
-            if not ticket.done:
-                self._drain()
+        if getattr(self._local, "alone", False):
+            self._decide([ticket])
+        else:
+            self._queue.append(ticket)
+            with self._lock:
+                if not ticket.done:
+                    self._drain()
         if durability is Durability.DURABLE:
             positions = [outcome.position for outcome in ticket.outcomes if isinstance(outcome, Receipt)]
             if positions:
@@ -352,8 +355,10 @@ class Store(Reading):
         tickets = []
         while self._queue:
             tickets.append(self._queue.popleft())
-        if not tickets:
-            return
+        if tickets:
+            self._decide(tickets)
+
+    def _decide(self, tickets: list[_Ticket]) -> None:
         requests = [request for ticket in tickets for request in ticket.requests]
         outcomes: list[Receipt | SpaceError] = []
         unexpected: BaseException | None = None
@@ -442,9 +447,16 @@ class Store(Reading):
     def heal_later(self) -> None:
         """Notes damage of the log that only a start with peers can heal; a store without peers has none to ask."""
 
-    def alone(self) -> AbstractContextManager[object]:
-        """While it is held, nobody else's command is decided."""
-        return self._lock
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While it is held, nobody else's command is decided: what others have handed in waits until it ends."""
+        with self._lock:
+            nested = getattr(self._local, "alone", False)
+            self._local.alone = True
+            try:
+                yield
+            finally:
+                self._local.alone = nested
 
     def still(self) -> AbstractContextManager[object]:
         """While it is held, the tables stand at :attr:`last` and nobody changes them."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import space
+from space._errors import NotFoundError
 from space._node import history
 from space._node.store import Store, _Ticket
 from space.events.commands import CreateCapsule, Request
@@ -134,3 +137,20 @@ def test_an_unexpected_error_leaves_nobody_waiting(tmp_path: Path, monkeypatch: 
         assert isinstance(waiting.outcomes[0], space.StorageError)
         store.create(parent=store.root, name=b"c")
         assert [entry.name for entry in store.ls("/")] == [b"c"]
+
+
+def test_who_is_alone_is_not_overtaken(tmp_path: Path) -> None:
+    """Commands that others handed in while one thread has the store to itself are decided after all of its own."""
+    with space.open(tmp_path) as store, ThreadPoolExecutor(1) as pool:
+        store.put(b"0", name="/x")
+        with store.alone():
+            waiting = pool.submit(store.put, b"other", name="/other")
+            while not store._queue:
+                time.sleep(0.001)
+            store.put(b"mine", name="/mine")
+            assert not waiting.done()
+            with pytest.raises(NotFoundError):
+                store.resolve("/other")
+        waiting.result(60)
+        assert store.get("/other") == b"other"
+        assert store.stat(store.resolve("/other")).change > store.stat(store.resolve("/mine")).change
