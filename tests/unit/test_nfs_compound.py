@@ -109,12 +109,37 @@ def test_without_a_session_there_is_one_operation() -> None:
 
 
 def test_arguments_that_end_are_the_error_of_their_operation() -> None:
-    """A request that ends inside an operation has carried out all those before it."""
+    """A request that ends inside an operation has carried out all those before it, and the last result says so."""
     made, session = world(ACCESS=lambda ctx, args, out: NfsStatus.OK)
     found = made.call(sequence(session, 2), op(Op.ACCESS), op(Op.RECLAIM_COMPLETE))
     assert (found.status, found.operations) == (NfsStatus.BADXDR, 3)
-    found = made.call(sequence(session, 3), op(Op.ACCESS), b"")
-    assert (found.status, found.operations) == (NfsStatus.BADXDR, 2)
+    assert found.results.endswith(results((Op.ACCESS, 0), (Op.RECLAIM_COMPLETE, NfsStatus.BADXDR)))
+
+
+def test_an_operation_without_a_number_has_a_result() -> None:
+    """Where the request ends before an operation's number the result is OP_ILLEGAL's, so that the status of the
+    last result is that of the COMPOUND (RFC 8881 §15.2, §16.2.3)."""
+    made, session = world(ACCESS=lambda ctx, args, out: NfsStatus.OK)
+    for missing in (b"", b"\0\0\0"):
+        found = made.call(sequence(session, 2), op(Op.ACCESS), missing)
+        assert (found.status, found.operations) == (NfsStatus.BADXDR, 3)
+        assert found.results.endswith(results((Op.ACCESS, 0), (Op.ILLEGAL, NfsStatus.BADXDR)))
+        made, session = world(ACCESS=lambda ctx, args, out: NfsStatus.OK)
+    found = made.call(b"")
+    assert (found.status, found.results) == (NfsStatus.BADXDR, results((Op.ILLEGAL, NfsStatus.BADXDR)))
+
+
+SETATTR_FAILURES = [NfsError(NfsStatus.IO), XdrError("short"), NotFoundError("none"), ZeroDivisionError()]
+
+
+@pytest.mark.parametrize("error", SETATTR_FAILURES)
+def test_setattr_says_what_was_set_whatever_went_wrong(error: Exception) -> None:
+    """The result of SETATTR has a bitmap also when it failed (RFC 8881 §18.30.2): an empty one."""
+    made, session = world(SETATTR=fails_with(error))
+    found = made.call(sequence(session, 2), op(Op.SETATTR))
+    assert found.results.endswith(results((Op.SETATTR, found.status)) + bytes(4))
+    found = made.call(op(Op.SETATTR))
+    assert found.results == results((Op.SETATTR, NfsStatus.OP_NOT_IN_SESSION)) + bytes(4)
 
 
 def test_a_request_that_ends_before_its_operations_is_no_request() -> None:
@@ -163,7 +188,7 @@ def test_a_promise_that_cannot_be_kept_is_taken_back() -> None:
     )
     found = made.call(sequence(session, 2), op(Op.ACCESS), op(Op.SETATTR), op(Op.ACCESS))
     assert (found.status, found.operations) == (NfsStatus.NOSPC, 3)
-    assert found.results.endswith(results((Op.ACCESS, 0), (Op.SETATTR, NfsStatus.NOSPC)))
+    assert found.results.endswith(results((Op.ACCESS, 0), (Op.SETATTR, NfsStatus.NOSPC)) + bytes(4))
 
 
 def test_what_must_be_remembered_is_before_any_answer() -> None:

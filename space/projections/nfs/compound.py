@@ -147,6 +147,9 @@ GRANTING: Final = frozenset({Op.OPEN, Op.LOCK, Op.WANT_DELEGATION})
 _PLACED: Final = frozenset({Op.SEQUENCE, Op.BIND_CONN_TO_SESSION})
 """Operations that must not come later in a COMPOUND."""
 
+_UNREADABLE: Final = -1
+"""Stands for the number of an operation where the request ends before it."""
+
 ABOLISHED: Final = frozenset(
     {Op.OPEN_CONFIRM, Op.RENEW, Op.SETCLIENTID, Op.SETCLIENTID_CONFIRM, Op.RELEASE_LOCKOWNER}
 )
@@ -193,7 +196,7 @@ async def run(ctx: Compound, args: Reader) -> list[Bytes]:
 async def _operations(ctx: Compound, args: Reader, out: Writer) -> int:
     """Runs operations until one fails; ``ctx.index`` is how many have results then."""
     operations, last = ctx.service.operations, OP_MAX[ctx.minor]
-    place = None  # of the last result: its status, what follows that, and how many there are
+    place = None  # of the last result: its status, what follows that, its operation, and how many there are
     promise = None  # the first result that promises something stable
     shared = unseen = ctx.service.recovery.shared
     status: int = NfsStatus.OK
@@ -202,12 +205,11 @@ async def _operations(ctx: Compound, args: Reader, out: Writer) -> int:
         try:
             number = args.u32()
         except XdrError:
-            status = NfsStatus.BADXDR
-            break
+            number = _UNREADABLE
         operation = operations.get(number) if number <= last else None
         known = operation is not None
         status_at, after = out.begin(number if known or number in ABOLISHED else Op.ILLEGAL)
-        place = status_at, after, index + 1
+        place = status_at, after, number, index + 1
         try:
             status = (
                 _misplaced(ctx, index, number, known=known)
@@ -241,6 +243,8 @@ async def _operations(ctx: Compound, args: Reader, out: Writer) -> int:
         if ctx.room(out) < 0:
             status = _too_big(ctx)
             out.truncate(after)
+        if status:
+            _say_what_was_set(out, after, number)
         out.fill(status_at, status)
         ctx.index = index + 1
         if shared and number in GRANTING and not status:
@@ -256,17 +260,24 @@ async def _operations(ctx: Compound, args: Reader, out: Writer) -> int:
     return await _stable(ctx, out, promise or place, status)
 
 
-async def _stable(ctx: Compound, out: Writer, promise: tuple[Mark, Mark, int], status: int) -> int:
+async def _stable(ctx: Compound, out: Writer, promise: tuple[Mark, Mark, int, int], status: int) -> int:
     """Waits until what was promised is stable; if it cannot be, the promise and all that follows it are taken back."""
     try:
         await ctx.service.barrier(ctx.unsynced)
     except SpaceError as error:
         log.warning("what was promised cannot be made stable: %s", error)
-        status_at, after, ctx.index = promise
+        status_at, after, number, ctx.index = promise
         status = status_of(error)
         out.truncate(after)
+        _say_what_was_set(out, after, number)
         out.fill(status_at, status)
     return status
+
+
+def _say_what_was_set(out: Writer, after: Mark, number: int) -> None:
+    """SETATTR says which attributes were set also when it fails (RFC 8881 §18.30.2): none."""
+    if number == Op.SETATTR and not out.since(after):
+        out.bitmap(0)
 
 
 def _misplaced(ctx: Compound, index: int, number: int, *, known: bool) -> int:
@@ -282,6 +293,8 @@ def _misplaced(ctx: Compound, index: int, number: int, *, known: bool) -> int:
         return NfsStatus.SEQUENCE_POS
     elif number == Op.BIND_CONN_TO_SESSION:
         return NfsStatus.NOT_ONLY_OP
+    if number == _UNREADABLE:
+        return NfsStatus.BADXDR  # the last result says what the COMPOUND does: of OP_ILLEGAL (RFC 8881 §15.2)
     if not known:
         return NfsStatus.NOTSUPP if number in ABOLISHED else NfsStatus.OP_ILLEGAL
     return NfsStatus.OK

@@ -10,9 +10,8 @@ look before, the change, and the look after; nothing of this server ever is, but
 
 from __future__ import annotations
 
-import functools
 import stat as modes
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Final
 
 import attrs
@@ -414,28 +413,6 @@ def _nverify(ctx: Compound, args: Reader, out: Writer) -> int:
     return NfsStatus.SAME if attributes.same(ctx, node, look(node), args) else _OK
 
 
-def _saying_what_was_set(
-    operation: Callable[[Compound, Reader, Writer], Awaitable[int]],
-) -> Callable[[Compound, Reader, Writer], Awaitable[int]]:
-    """SETATTR says which attributes were set also when it fails (RFC 8881 §18.30.2): none."""
-
-    @functools.wraps(operation)
-    async def answer(ctx: Compound, args: Reader, out: Writer) -> int:
-        try:
-            return await operation(ctx, args, out)
-        except NfsError as error:
-            status = error.status
-        except XdrError:
-            status = NfsStatus.BADXDR
-        except SpaceError as error:
-            status = status_of(error)
-        out.bitmap(0)
-        return status
-
-    return answer
-
-
-@_saying_what_was_set
 async def _setattr(ctx: Compound, args: Reader, out: Writer) -> int:
     stateid = read_stateid(args)
     settable = attributes.decode_settable(ctx, args, creating=False)
