@@ -155,18 +155,39 @@ class ContentWriter:
                 asks for a transform, which this store cannot run.
             NotFoundError: there is no such key.
         """
-        recipe = self._recipe(policy, key)
+        recipe = self._recipe(policy, self._frame_key(policy, key))
         view, size = memoryview(data).cast("B"), self.frame_bytes
         if len(view) > size:
             return self._encode_run(recipe, [view[at : at + size] for at in range(0, len(view), size)])
         return [self._encode_frame(recipe, view)] if view else []
 
-    def _encode_frame(self, recipe: _Recipe, plain: memoryview) -> EncodedFrame:
+    def encode_frame(
+        self, content: Buffer, policy: Policy, key: FrameKey | None, body: tuple[int, Buffer] | None = None
+    ) -> EncodedFrame:
+        """One frame that holds ``content``, however long a frame it is.
+
+        Args:
+            content: 1 byte to 4 MiB.
+            policy: as for :meth:`encode`.
+            key: what to encrypt with, if the policy encrypts; it need not be in the keyring yet.
+            body: the content as it is compressed already: codec and bytes.
+
+        Raises:
+            RefusedError: the policy encrypts and there is no key, or it asks for a transform.
+        """
+        if policy.encryption is not Encryption.NONE and key is None:
+            raise _no_key(policy)
+        recipe = self._recipe(policy, None if policy.encryption is Encryption.NONE else key)
+        return self._encode_frame(recipe, memoryview(content).cast("B"), body)
+
+    def _encode_frame(
+        self, recipe: _Recipe, plain: memoryview, body: tuple[int, Buffer] | None = None
+    ) -> EncodedFrame:
         if self._is_zero(plain):
             return EncodedFrame(zero_frame(len(plain)), None)
         nonce = self._random_bytes(recipe.nonce_bytes) if recipe.nonce_bytes else b""
         hash_ = _hash(recipe, plain, nonce)
-        return self._found(recipe, hash_, len(plain)) or _seal(recipe, plain, nonce, hash_)
+        return self._found(recipe, hash_, len(plain)) or _seal(recipe, plain, nonce, hash_, body)
 
     def _encode_run(self, recipe: _Recipe, plains: list[memoryview]) -> list[EncodedFrame]:
         """Hash and look up here, where ``find`` may be called; seal what is new on all threads."""
@@ -191,14 +212,13 @@ class ContentWriter:
         self._seal_all(recipe, todo, frames)
         return [frames[twins.get(index, index)] for index in range(len(plains))]
 
-    def _recipe(self, policy: Policy, key: tuple[int, int] | None) -> _Recipe:
+    def _recipe(self, policy: Policy, frame_key: FrameKey | None) -> _Recipe:
         if policy.transform:
             raise RefusedError(
                 f"policy asks for transform {', '.join(policy.transform)}, and this store runs no transforms",
                 status=Status.NOT_PERMITTED,
             )
         encryption = _ENCRYPTION[policy.encryption]
-        frame_key = self._frame_key(policy, key) if encryption else None
         return _Recipe(
             policy.compression,
             policy.compression_level,
@@ -210,12 +230,11 @@ class ContentWriter:
             codecs.nonce_bytes(encryption) if encryption else 0,
         )
 
-    def _frame_key(self, policy: Policy, key: tuple[int, int] | None) -> FrameKey:
+    def _frame_key(self, policy: Policy, key: tuple[int, int] | None) -> FrameKey | None:
+        if policy.transform or policy.encryption is Encryption.NONE:
+            return None
         if key is None:
-            raise RefusedError(
-                f"policy asks for {policy.encryption.value}, and the capsule has no data key",
-                status=Status.NOT_PERMITTED,
-            )
+            raise _no_key(policy)
         return self._keyring.frame_key(*key)
 
     def _is_zero(self, plain: memoryview) -> bool:
@@ -275,26 +294,35 @@ class _Sealing(NamedTuple):
     hash: bytes
 
 
+def _no_key(policy: Policy) -> RefusedError:
+    return RefusedError(
+        f"policy asks for {policy.encryption.value}, and the capsule has no data key",
+        status=Status.NOT_PERMITTED,
+    )
+
+
 def _hash(recipe: _Recipe, plain: memoryview, nonce: bytes) -> bytes:
     return content_hash(recipe.hash_key, plain, b"" if recipe.shared else nonce)
 
 
-def _seal(recipe: _Recipe, plain: memoryview, nonce: bytes, hash_: bytes) -> EncodedFrame:
-    code, body = codecs.compress(plain, recipe.compression, recipe.level, hot=recipe.hot)
+def _seal(
+    recipe: _Recipe, plain: memoryview, nonce: bytes, hash_: bytes, body: tuple[int, Buffer] | None = None
+) -> EncodedFrame:
+    code, packed = body or codecs.compress(plain, recipe.compression, recipe.level, hot=recipe.hot)
     codec = code | recipe.encryption << 4
     flags = FLAG_SHARED if recipe.shared else 0
     key = recipe.key
     if key is None:
-        stored, key_version, key_id = body, 0, 0
+        stored, key_version, key_id = packed, 0, 0
     else:
         key_version, key_id = key.version, key.key_id
         if recipe.encryption is EncryptionCode.AES_256_XTS:
-            stored, padded = codecs.encrypt_xts(key.xts_key, body, nonce)
+            stored, padded = codecs.encrypt_xts(key.xts_key, packed, nonce)
             flags |= padded
         else:
             associated = codecs.context(len(plain), codec, flags, key_version, key_id, hash_)
             cipher = key.convergent(hash_) if recipe.shared else key.gcm
-            stored = codecs.encrypt_gcm(cipher, body, nonce, associated)
+            stored = codecs.encrypt_gcm(cipher, packed, nonce, associated)
     crc = crc32c(stored)
     ref = FrameRef(len(plain), len(stored), crc, codec, flags, key_version, key_id, 0, 0, hash_)
     return EncodedFrame(ref, stored)
@@ -413,24 +441,39 @@ class ContentReader:
         return stored
 
     def _opened(self, ref: FrameRef, stored: Buffer, *, verify: bool) -> Buffer:
-        encryption, body, key, nonce = ref.encryption, stored, None, b""
-        if encryption:
-            key = self._keyring.frame_key(ref.key_id, ref.key_version)
-        if key and encryption == EncryptionCode.AES_256_XTS:
-            body, verify = codecs.decrypt_xts(key.xts_key, stored, ref.flags), True
-        elif key:
-            cipher = key.convergent(ref.hash) if ref.flags & FLAG_SHARED else key.gcm
-            associated = codecs.context(
-                ref.plain_length, ref.codec, ref.flags, ref.key_version, ref.key_id, ref.hash
-            )
-            body = codecs.decrypt_gcm(cipher, stored, associated)
-        content = codecs.decompress(ref.compression, body, ref.plain_length)
-        if verify:
-            if key and not ref.flags & FLAG_SHARED:
-                nonce = bytes(stored[: codecs.nonce_bytes(encryption)])
-            if content_hash(key.hash_key if key else self._hash_key, content, nonce) != ref.hash:
-                raise CorruptionError("content hash differs: other bytes, or another key")
+        key = self._keyring.frame_key(ref.key_id, ref.key_version) if ref.encryption else None
+        content = codecs.decompress(ref.compression, decrypted(ref, stored, key), ref.plain_length)
+        if verify or ref.encryption == EncryptionCode.AES_256_XTS:
+            check_hash(ref, stored, content, key, self._hash_key)
         return content
+
+
+def decrypted(ref: FrameRef, stored: Buffer, key: FrameKey | None) -> Buffer:
+    """The body of a frame, compressed as its record says; ``key`` is that of the record, if it is encrypted.
+
+    Raises:
+        CorruptionError: its tag or padding is wrong.
+    """
+    if key is None:
+        return stored
+    if ref.encryption == EncryptionCode.AES_256_XTS:
+        return codecs.decrypt_xts(key.xts_key, stored, ref.flags)
+    cipher = key.convergent(ref.hash) if ref.flags & FLAG_SHARED else key.gcm
+    associated = codecs.context(ref.plain_length, ref.codec, ref.flags, ref.key_version, ref.key_id, ref.hash)
+    return codecs.decrypt_gcm(cipher, stored, associated)
+
+
+def check_hash(ref: FrameRef, stored: Buffer, content: Buffer, key: FrameKey | None, hash_key: bytes) -> None:
+    """Compares content with its hash; ``hash_key`` keys that of frames that are not encrypted.
+
+    Raises:
+        CorruptionError: it differs.
+    """
+    nonce = b""
+    if key and not ref.flags & FLAG_SHARED:
+        nonce = bytes(stored[: codecs.nonce_bytes(ref.encryption)])
+    if content_hash(key.hash_key if key else hash_key, content, nonce) != ref.hash:
+        raise CorruptionError("content hash differs: other bytes, or another key")
 
 
 def _follows(previous: FrameRef, ref: FrameRef) -> bool:
