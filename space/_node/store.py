@@ -479,7 +479,7 @@ class Store(Reading):
             return requests
         if self._room + FREE_BYTES_MIN < FREE_BYTES_LAST:
             return []
-        return list(itertools.takewhile(lambda request: isinstance(request.command, RELEASING), requests))
+        return list(itertools.takewhile(lambda request: _releases(request.command), requests))
 
     def sync(self) -> None:
         """Makes everything acknowledged so far durable."""
@@ -936,6 +936,16 @@ class Store(Reading):
         finally:
             with contextlib.suppress(SpaceError, OSError):
                 self._tables.close(seal=sealed)
+
+
+def _releases(command: Command) -> bool:
+    """Whether a command leads to space being given back: alone, or beside attributes that say so."""
+    if isinstance(command, cmd.Together):
+        whole = all(
+            isinstance(each, (*RELEASING, cmd.SetXattr, cmd.RemoveXattr)) for each in command.commands
+        )
+        return whole and any(isinstance(each, RELEASING) for each in command.commands)
+    return isinstance(command, RELEASING)
 
 
 def located(wal: Log, error: CorruptionError) -> CorruptionError:
