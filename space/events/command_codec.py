@@ -203,6 +203,15 @@ def _ranges(value: Any) -> list[tuple[int, int, int]]:
     return [(integer(position), integer(offset), integer(length)) for position, offset, length in value]
 
 
+def _rows(value: Any) -> list[tuple[int, int, bytes]]:
+    integer = _exactly(int)
+    return [(integer(key), integer(version), _exactly(bytes)(row)) for key, version, row in value]
+
+
+def _numbers(value: Any) -> list[int]:
+    return [_exactly(int)(each) for each in value]
+
+
 def _ids(value: Any) -> list[bytes]:
     return [_exactly(bytes)(each) for each in value]
 
@@ -237,10 +246,13 @@ _SPECIAL: Final[dict[tuple[type[Any], str], _Read]] = {
     (cmd.CreateCapsule, "kind"): Kind,
     (cmd.CreateCapsule, "key"): _key,
     (cmd.SetPolicy, "key"): _key,
+    (cmd.SetArrivalPolicy, "key"): _key,
     (cmd.ReclaimPayload, "ranges"): _ranges,
     (cmd.PurgeCapsules, "capsules"): _ids,
     (cmd.ForgetReplies, "clients"): _ids,
     (cmd.WriteExtent, "frames"): list,
+    (cmd.RewrapKeys, "rows"): _rows,
+    (cmd.DestroyKeys, "keys"): _numbers,
     (cmd.Together, "commands"): _decoded,
     (cmd.Copied, "commands"): _decoded,
     (cmd.Copied, "times"): _times,

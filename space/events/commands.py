@@ -358,6 +358,26 @@ class StartNfsServer:
 
 
 @attrs.frozen
+class RewrapKeys:
+    """Lets data keys have these rows (key, version, wrapped), which master key ``master`` (a fingerprint) wraps.
+
+    With ``last``, that is the master key from then on: refused (STALE) while a row is wrapped by another one.
+    """
+
+    master: int
+    rows: Sequence[tuple[int, int, bytes]]
+    last: bool = False
+
+
+@attrs.frozen
+class DestroyKeys:
+    """Destroys data keys that the capsule has or had; of those that are destroyed already nothing is said."""
+
+    capsule: bytes
+    keys: Sequence[int]
+
+
+@attrs.frozen
 class Together:
     """Several commands as one: decided in order, each on what those before it did; all of them or none.
 
@@ -524,6 +544,17 @@ class RecordRpo:
 
 
 @attrs.frozen
+class SetArrivalPolicy:
+    """Says how content that other zones ship is encoded here: a document of a few keys; none: as it comes.
+
+    It is the policy of the directory /zones, which is made if need be, and ``key`` that directory's data key.
+    """
+
+    policy: bytes
+    key: NewKey | None = None
+
+
+@attrs.frozen
 class PromoteZone:
     """Makes this store the home of what had its home in ``zone``, as far as it has come.
 
@@ -589,6 +620,8 @@ Command = (
     | RecordNfsClient
     | ForgetNfsClient
     | StartNfsServer
+    | RewrapKeys
+    | DestroyKeys
     | Together
     | DefineZone
     | AddZone
@@ -602,6 +635,7 @@ Command = (
     | RecordRefusal
     | RecordAction
     | RecordRpo
+    | SetArrivalPolicy
     | PromoteZone
     | LoseHome
 )

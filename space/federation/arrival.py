@@ -9,6 +9,8 @@ Stored bytes stay as they came; what is said about them is checked and, where it
 * A frame whose content this store has already is not stored again.
 
 Hashes of encrypted frames are keyed by their data key, which travels: they are good as they are.
+
+Where the store has an arrival policy, frames are encoded by that instead (:mod:`space.federation.recode`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from crc32c import crc32c
 
 from space._errors import CorruptionError, EventDecodeError
 from space.content import codecs
-from space.content.frames import FLAG_SHARED, FrameRef, pack_frames, unpack_frames
+from space.content.frames import FLAG_SHARED, Buffer, FrameRef, pack_frames, unpack_frames
 from space.content.keys import content_hash
 from space.events import commands as cmd
 from space.events.commands import StoredFrame
@@ -29,31 +31,43 @@ from space.events.commands import StoredFrame
 Find = Callable[[bytes], FrameRef | None]
 """The stored frame with a content hash, complete, or None: as :class:`space.content.pipeline.ContentWriter` has it."""
 
+Recode = Callable[[bytes, FrameRef, Buffer], StoredFrame | None]
+"""(capsule, frame, stored bytes) → the frame this store wants instead; None: what came."""
+
 _RECORDS: Final = 1
 
 
-def arrived(command: cmd.WriteExtent, hash_key: bytes, find: Find) -> cmd.WriteExtent:
+def arrived(
+    command: cmd.WriteExtent, hash_key: bytes, find: Find, recode: Recode | None = None
+) -> cmd.WriteExtent:
     """A write as it came in a shipment, with frames that are this store's.
 
     Args:
         command: the write.
         hash_key: 32 bytes; keys the content hashes of frames that are not encrypted here.
         find: finds frames again.
+        recode: encodes frames anew.
 
     Raises:
         CorruptionError: a frame is not what it says.
+        SpaceError: what ``recode`` raises.
     """
     known: dict[int, StoredFrame] = {}  # equal frames of one extent have one buffer, and go on having one
     frames = []
     for frame in command.frames:
         key = id(frame.stored)
         if frame.stored is None or key not in known or known[key].record[:20] != frame.record[:20]:
-            known[key] = _arrived(frame, hash_key, find)
+            ref = _checked(frame)
+            anew = None
+            if recode is not None and frame.stored is not None:
+                anew = recode(bytes(command.capsule), ref, frame.stored)
+            known[key] = anew or _arrived(frame, ref, hash_key, find)
         frames.append(known[key])
     return attrs.evolve(command, frames=frames)
 
 
-def _arrived(frame: StoredFrame, hash_key: bytes, find: Find) -> StoredFrame:
+def _checked(frame: StoredFrame) -> FrameRef:
+    """The record of a frame that has the bytes it says."""
     try:
         refs = unpack_frames(frame.record)
     except EventDecodeError as error:
@@ -62,12 +76,16 @@ def _arrived(frame: StoredFrame, hash_key: bytes, find: Find) -> StoredFrame:
         raise CorruptionError("a shipment with a frame of several records")
     ref = refs[0]
     if ref.is_zero and frame.stored is None:
-        return frame
+        return ref
     if frame.stored is None or ref.source_position or ref.is_zero:
         raise CorruptionError("a shipment with a frame that is stored elsewhere")
     if len(frame.stored) != ref.stored_length or crc32c(frame.stored) != ref.crc:
         raise CorruptionError("a shipment with a frame whose checksum is another")
-    if ref.encryption:
+    return ref
+
+
+def _arrived(frame: StoredFrame, ref: FrameRef, hash_key: bytes, find: Find) -> StoredFrame:
+    if frame.stored is None or ref.encryption:
         return frame
     content = codecs.decompress(ref.compression, frame.stored, ref.plain_length)
     ref = attrs.evolve(ref, hash=content_hash(hash_key, content))

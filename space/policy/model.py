@@ -203,12 +203,19 @@ def parse_policy(text: str | bytes, *, source: str = "policy") -> Policy:
     Raises:
         PolicyFileError: anything wrong, as ``SOURCE:LINE: what and where``.
     """
+    return _parse(text, source, _policy_of)
+
+
+_Parsed = TypeVar("_Parsed")
+
+
+def _parse(text: str | bytes, source: str, read: Callable[[Mapping[str, Any]], _Parsed]) -> _Parsed:
     decoded = _decode(text, source)
     nodes = _compose(decoded, source)
     lines: dict[tuple[str, ...], int] = {}
     try:
         document = {} if nodes is None else _plain(nodes, (), lines)
-        return _policy_of(_checked_mapping(document))
+        return read(_checked_mapping(document))
     except _InvalidKeyError as error:
         line = next(lines[error.path[:n]] for n in range(len(error.path), -1, -1) if error.path[:n] in lines)
         where = f"{'.'.join(error.path)}: " if error.path else ""
@@ -222,13 +229,91 @@ def load_policy(path: str | Path) -> Policy:
         NotFoundError: no such file.
         PolicyFileError: it cannot be read, or :func:`parse_policy` refuses it.
     """
+    return _load(path, _policy_of)
+
+
+def _load(path: str | Path, read: Callable[[Mapping[str, Any]], _Parsed]) -> _Parsed:
     try:
         with Path(path).open("rb") as file:
-            return parse_policy(file.read(POLICY_BYTES_MAX + 1), source=str(path))
+            return _parse(file.read(POLICY_BYTES_MAX + 1), str(path), read)
     except FileNotFoundError:
         raise NotFoundError(f"policy file {path} does not exist") from None
     except OSError as error:
         raise PolicyFileError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+@final
+@attrs.frozen(kw_only=True)
+class ArrivalPolicy:
+    """How a zone encodes what other zones ship to it; what is None stays as it comes.
+
+    Attributes:
+        compression, compression_level: as in :class:`Policy`.
+        encryption: cipher of the frames, under a data key of the zone's own; never ``none``: what came encrypted is
+            not to lie there readable.
+        dedupe: whether equal frames are stored once; None: as they come, and not at all where ``encryption`` is given.
+        transform: names of functions that content goes through, first applied first.
+    """
+
+    compression: Compression | None = None
+    compression_level: int | None = None
+    encryption: Encryption | None = None
+    dedupe: bool | None = None
+    transform: tuple[str, ...] = ()
+
+    def to_document(self) -> dict[str, Any]:
+        """What was given, in the spelling of a policy file."""
+        whole = self.frame_policy(Compression.NONE, Encryption.NONE, shared=False).to_document()
+        given = (self.compression, self.encryption, self.dedupe, self.transform or None)
+        found = {
+            key: whole[key] for key, value in zip(_ARRIVAL_KEYS, given, strict=True) if value is not None
+        }
+        return found | ({"transform": list(self.transform)} if self.transform else {})
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> ArrivalPolicy:
+        """The policy a document means.
+
+        Raises:
+            UsageError: a key that does not count on arrival, or a wrong value; the message names the key.
+        """
+        try:
+            return _arrival_of(_checked_mapping(document))
+        except _InvalidKeyError as error:
+            raise UsageError(": ".join(filter(None, ("policy", ".".join(error.path), str(error))))) from None
+
+    def frame_policy(self, compression: Compression, encryption: Encryption, *, shared: bool) -> Policy:
+        """What is done with a frame that came so compressed, so encrypted, and ``shared`` or not."""
+        cipher = self.encryption or encryption
+        dedupe = (shared and self.encryption is None) if self.dedupe is None else self.dedupe
+        return Policy(
+            compression=self.compression or compression,
+            compression_level=self.compression_level,
+            encryption=cipher,
+            dedupe=dedupe and cipher is not Encryption.AES_256_XTS,
+        )
+
+
+_ARRIVAL_KEYS: Final = ("compression", "encryption", "dedupe", "transform")
+
+
+def parse_arrival_policy(text: str | bytes, *, source: str = "policy") -> ArrivalPolicy:
+    """The arrival policy written in YAML in ``text``; an empty document lets everything be as it comes.
+
+    Raises:
+        PolicyFileError: anything wrong, as ``SOURCE:LINE: what and where``.
+    """
+    return _parse(text, source, _arrival_of)
+
+
+def load_arrival_policy(path: str | Path) -> ArrivalPolicy:
+    """The arrival policy in the file at ``path``.
+
+    Raises:
+        NotFoundError: no such file.
+        PolicyFileError: it cannot be read, or :func:`parse_arrival_policy` refuses it.
+    """
+    return _load(path, _arrival_of)
 
 
 # --- document → Policy ------------------------------------------------------------------------------
@@ -243,6 +328,21 @@ def _policy_of(document: Mapping[str, Any]) -> Policy:
         return Policy(**values)
     except _ContradictionError as error:
         raise _InvalidKeyError(error.reason, *error.path) from None
+
+
+def _arrival_of(document: Mapping[str, Any]) -> ArrivalPolicy:
+    for key in document:
+        if key in _READERS and key not in _ARRIVAL_KEYS:
+            counting = ", ".join(_ARRIVAL_KEYS)
+            raise _InvalidKeyError(f"means nothing on arrival, where only {counting} count", key)
+    _policy_of(document)  # what is wrong with any policy
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        values |= _READERS[key](value, key)
+    if values.get("encryption") is Encryption.NONE:
+        reason = "what comes encrypted stays encrypted; leave it out to let everything be as it comes"
+        raise _InvalidKeyError(reason, "encryption")
+    return ArrivalPolicy(**values)
 
 
 def _contradictions(policy: Policy) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -25,7 +25,7 @@ from space.events.registry import (
     U63_MAX,
     XATTR_BYTES_MAX,
 )
-from space.statemachine import homes, reservations, shipments
+from space.statemachine import homes, keys, reservations, shipments
 from space.statemachine.apply import (
     RECLAIMED_RANGE,
     Context,
@@ -224,6 +224,8 @@ def _key_taken(state: Overlay, key: cmd.NewKey | None) -> Rejected | None:
         return Rejected(Status.INVALID, f"not a key: {key.key}, version {key.version}")
     if key is not None and state.get(KEY, U32.pack(key.key) + U32.pack(key.version)) is not None:
         return Rejected(Status.STALE, f"key {key.key} exists already: draw another")
+    if key is not None and keys.outdated(state, key.wrapped):
+        return Rejected(Status.STALE, "the master key was changed meanwhile: try again")
     return None
 
 
@@ -780,6 +782,10 @@ def _lose_home(state: Overlay, command: cmd.LoseHome, payload: PayloadPlacer) ->
     return homes.lose(state, command, payload, _RULES)
 
 
+def _set_arrival_policy(state: Overlay, command: cmd.SetArrivalPolicy, payload: PayloadPlacer) -> Decision:
+    return homes.set_arrival_policy(state, command, payload, _RULES)
+
+
 def _only_in_a_shipment(state: Overlay, command: object, payload: PayloadPlacer) -> Decision:
     return Rejected(Status.INVALID, f"{type(command).__name__} comes in a shipment only")
 
@@ -814,6 +820,8 @@ _RULES: Final[Mapping[type[Any], Rule]] = {
     cmd.RecordNfsClient: _record_nfs_client,
     cmd.ForgetNfsClient: _forget_nfs_client,
     cmd.StartNfsServer: _start_nfs_server,
+    cmd.RewrapKeys: keys.rewrap,
+    cmd.DestroyKeys: keys.destroy,
     cmd.DefineZone: homes.define,
     cmd.AddZone: homes.add,
     cmd.ChangeZone: homes.change,
@@ -826,6 +834,7 @@ _RULES: Final[Mapping[type[Any], Rule]] = {
     cmd.RecordRefusal: homes.record_refusal,
     cmd.RecordAction: homes.record_action,
     cmd.RecordRpo: homes.record_rpo,
+    cmd.SetArrivalPolicy: _set_arrival_policy,
     cmd.PromoteZone: homes.promote,
     cmd.LoseHome: _lose_home,
 }

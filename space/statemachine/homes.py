@@ -282,6 +282,18 @@ def record_rpo(state: Overlay, command: cmd.RecordRpo, payload: PayloadPlacer) -
     return [kind(bytes(ROOT), *stream, command.position, command.lag_ns)]
 
 
+def set_arrival_policy(
+    state: Overlay, command: cmd.SetArrivalPolicy, payload: PayloadPlacer, rules: Rules
+) -> Decision:
+    """How content that other zones ship is encoded: the policy of /zones, and its data key."""
+    if zones.own_zone(state) is None:
+        return Rejected(Status.NOT_FOUND, "this store belongs to no zone yet: run space zone init")
+    tried = Overlay(state)
+    events = _made(tried, payload, rules, bytes(ZONES), bytes(ROOT), b"zones")
+    decided = rules[cmd.SetPolicy](tried, cmd.SetPolicy(bytes(ZONES), command.policy, command.key), payload)
+    return decided if isinstance(decided, Rejected) else [*events, *decided]
+
+
 # --- promotion ---------------------------------------------------------------------------------------
 
 
@@ -405,13 +417,19 @@ def _directories(state: Overlay, payload: PayloadPlacer, rules: Rules) -> list[e
     events: list[ev.Event] = []
     tried = Overlay(state)
     for capsule, parent, name in ((ZONES, ROOT, b"zones"), (BRANCHES, ZONES, b".branches")):
-        if tried.capsule(capsule) is None:
-            create = cmd.CreateCapsule(
-                bytes(capsule), ev.Kind.DIRECTORY, 0o755, parent=bytes(parent), name=name, policy=b""
-            )
-            made = rules[cmd.CreateCapsule](tried, create, payload)
-            assert not isinstance(made, Rejected)
-            for event in made:
-                apply(tried, Context(TRIED, 0, 0), bytes(ID_BYTES), event)
-            events += made
+        events += _made(tried, payload, rules, bytes(capsule), bytes(parent), name)
     return events
+
+
+def _made(
+    tried: Overlay, payload: PayloadPlacer, rules: Rules, capsule: bytes, parent: bytes, name: bytes
+) -> list[ev.Event]:
+    """Makes a directory that is not there yet."""
+    if tried.capsule(capsule) is not None:
+        return []
+    create = cmd.CreateCapsule(capsule, ev.Kind.DIRECTORY, 0o755, parent=parent, name=name, policy=b"")
+    made = rules[cmd.CreateCapsule](tried, create, payload)
+    assert not isinstance(made, Rejected)
+    for event in made:
+        apply(tried, Context(TRIED, 0, 0), bytes(ID_BYTES), event)
+    return list(made)

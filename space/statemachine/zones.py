@@ -23,8 +23,9 @@ import msgpack
 
 from space._errors import CorruptionError
 from space.events import types as ev
-from space.events.ids import ID_BYTES, NIL, ROOT
+from space.events.ids import ID_BYTES, NIL, ROOT, ZONES
 from space.statemachine.tables import (
+    CAPSULE,
     CURSOR,
     FEDERATED,
     HOME,
@@ -169,6 +170,12 @@ def home_of(state: Overlay, capsule: bytes, row: CapsuleRow) -> bytes | None:
         if zone.lost and 0 < _sent(state, number, capsule) <= zone.lost:
             return number
     return None
+
+
+def arrival_key(state: Reader) -> int:
+    """Number of the data key that content of other zones is encrypted with here; 0 if it stays as it comes."""
+    data = state.get(CAPSULE, bytes(ZONES))
+    return 0 if data is None else CapsuleRow.decode(data).key
 
 
 def _sent(state: Overlay, zone: bytes, capsule: bytes) -> int:
