@@ -40,8 +40,6 @@ from space._node import history, maintenance
 from space._node.store import (
     FORMAT_FILE,
     FREE_BYTES_MIN,
-    MASTER_KEY_ENVIRONMENT,
-    MASTER_KEY_FILE,
     WAL,
     Store,
     read_format,
@@ -266,7 +264,8 @@ class Member(Store):
         replica = self.group.replica
         self._ask(lambda: setattr(replica, "held", True))
         try:
-            yield
+            with self.stale():  # what a quorum knows more of would be waited for, and cannot be applied
+                yield
         finally:
             self._ask(lambda: setattr(replica, "held", False))
             self.node.call_soon(self.group.schedule)

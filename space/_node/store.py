@@ -50,10 +50,11 @@ from space._errors import (
 from space._node import history, maintenance, transfer
 from space._node.federation_moments import zone_moment
 from space._node.heat import Heat
+from space._node.keys_file import MASTER_KEY_ENVIRONMENT, MasterFile
 from space._node.reading import Deleted, Reading, split_path
 from space.content.cache import FrameCache
 from space.content.frames import FrameRef, pack_frames, unpack_frames
-from space.content.keys import Keyring, generate_master_key, load_master_key
+from space.content.keys import Keyring, generate_master_key
 from space.content.pipeline import ContentReader, ContentWriter
 from space.events import commands as cmd
 from space.events.codec import Entry
@@ -66,6 +67,7 @@ from space.projections import dedup
 from space.projections.contract import View, registered_views
 from space.projections.feed import Progress
 from space.statemachine import homes, replies
+from space.statemachine.keys import MASTER
 from space.statemachine.sequencer import Prepared, prepare
 from space.statemachine.store import Applied, ReadTransaction, WriteTransaction, peek_seal
 from space.statemachine.store import Store as LmdbStore
@@ -79,6 +81,7 @@ from space.wal.segment_reader import parse_segment_header
 if TYPE_CHECKING:
     from space._node.federation import Federation
     from space._node.federation_nearest import Nearest
+    from space._node.federation_nodes import Nodes
     from space.federation.resolve import Replica
 
 logger = logging.getLogger("space")
@@ -90,8 +93,6 @@ FORMAT_NEW: Final = "format.json.new"
 
 LOCK_FILE: Final = "lock"
 WAL: Final = "wal"
-MASTER_KEY_FILE: Final = "master.key"
-MASTER_KEY_ENVIRONMENT: Final = "SPACE_MASTER_KEY_FILE"
 
 SEGMENT_BYTES: Final = 64 << 20
 CACHE_BYTES: Final = 64 << 20
@@ -191,6 +192,8 @@ class Store(Reading):
         """Told what each batch did once it is in the log, on whatever thread that is; must neither wait nor raise."""
         self.federation: Federation | None = None
         """What ships to other zones and takes what they ship, while this process does."""
+        self.nodes: Nodes | None = None
+        """The other nodes this store is replicated on, where it is one of a cluster's."""
         self._lock_file = _lock_directory(self.path, create)
         try:
             with clear_errors(self.path):
@@ -458,6 +461,10 @@ class Store(Reading):
             finally:
                 self._local.alone = nested
 
+    def stale(self) -> AbstractContextManager[object]:
+        """In this thread, reads show what is here; only on a node of a cluster can that be less than what there is."""
+        return contextlib.nullcontext()
+
     def still(self) -> AbstractContextManager[object]:
         """While it is held, the tables stand at :attr:`last` and nobody changes them."""
         return self._lock
@@ -579,22 +586,36 @@ class Store(Reading):
         Raises:
             UsageError: not the number of a key, or not a key.
         """
-        if not self._has_master_key:
+        if not self._keyring.masters and not self.master:
             self._make_master_key()
         return self._keyring.wrap(key, version, data_key)
 
+    @property
+    def master(self) -> int:
+        """Fingerprint of the master key that wraps data keys; 0 if it was never changed."""
+        with self._tables.read() as txn:
+            return Overlay(txn).counter(MASTER)
+
+    def load_master_keys(self) -> None:
+        """Reads the master key file anew.
+
+        Raises:
+            SpaceError: it cannot be used.
+        """
+        self._keyring.use(self.master_file.load())
+
     def _open_keyring(self) -> None:
-        master = master_key(self.path)
-        self._has_master_key = master is not None
-        self._keyring = Keyring(self._wrapped_key, store_key=self._store_key, master_key=master)
+        self.master_file = MasterFile.of(self.path)
+        self._keyring = Keyring(
+            self._wrapped_key,
+            store_key=self._store_key,
+            master_keys=self.master_file.load(),
+            current=lambda: self.master,
+        )
 
     def _make_master_key(self) -> None:
-        path = self.path / MASTER_KEY_FILE
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(generate_master_key(self._random_bytes).hex().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        key, path = generate_master_key(self._random_bytes), self.master_file.path
+        self.master_file.create(key)
         # The last-resort handler of logging shows it on stderr unless the program configured something else.
         logger.warning(
             "space: made a master key in %s: keep a copy elsewhere, or move it and set %s; "
@@ -602,9 +623,7 @@ class Store(Reading):
             path,
             MASTER_KEY_ENVIRONMENT,
         )
-        self._open_keyring()
-        self._writer = self._new_writer()
-        self._content = self._new_reader()
+        self._keyring.use((key,))
 
     def create(
         self,
@@ -1132,15 +1151,6 @@ def read_store_id(disk: Disk, wal: Path) -> bytes | None:
             if header is not None:
                 return header.store_id
     return None
-
-
-def master_key(path: Path) -> bytes | None:
-    """The master key: from the file the environment names, else from the data directory; None if there is none."""
-    configured = os.environ.get(MASTER_KEY_ENVIRONMENT)
-    if configured:
-        return load_master_key(configured)
-    local = path / MASTER_KEY_FILE
-    return load_master_key(local) if local.exists() else None
 
 
 @contextlib.contextmanager
