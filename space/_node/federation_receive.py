@@ -3,7 +3,8 @@
 Everything a shipment holds is decided like anybody's commands (:class:`space.events.commands.ReceiveShipment`), so a
 zone can do no more here than commands on its own replicas can.  What is done before: the bytes are checked, they have
 to be from whom the connection is and for this zone, data keys that were sealed for this zone on the way are opened
-and wrapped by this store's master key, and frames are checked and made this store's (:mod:`space.federation.arrival`).
+and wrapped by this store's master key, and frames are checked and made this store's (:mod:`space.federation.arrival`),
+encoded as its arrival policy says (:mod:`space._node.federation_arrival`).
 """
 
 from __future__ import annotations
@@ -11,19 +12,20 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
 from space._errors import ConflictError, RefusedError, SpaceError, UsageError
 from space._node.caller import Document
-from space._node.federation_keys import ZoneAuthority, claimed, proves
+from space._node.federation_arrival import ShipmentKeys, recoder
+from space._node.federation_keys import ZoneAuthority, ZoneKeys, claimed, proves
 from space._node.federation_promote import ASKED_MAX, arrivals
 from space.events import commands as cmd
 from space.events.commands import Command, Durability, Request
 from space.events.ids import ID_BYTES
-from space.federation.arrival import arrived
+from space.federation.arrival import Recode, arrived
 from space.federation.exchange import VERSION, Peer
 from space.federation.sealing import is_for_home, open_key
 from space.federation.server import Received
@@ -112,8 +114,9 @@ class ZoneReceiver:
     def _take(self, peer: Peer, body: bytes) -> Document:
         shipment = decode_shipment(body)
         self._check(peer, shipment)
+        adoption = _Adoption(self._store, self._zones.keys, peer.id)
         requests = [
-            Request(self._adopted(command, peer.id), f"zone:{peer.name}") for command in shipment.received()
+            Request(adoption.adopted(command), f"zone:{peer.name}") for command in shipment.received()
         ]
         for outcome in self._store.execute_all(requests, durability=Durability.BUFFERED):
             if isinstance(outcome, SpaceError):
@@ -135,34 +138,6 @@ class ZoneReceiver:
             raise RefusedError(f"zone {peer.name} ships what is zone {uuid.UUID(bytes=shipment.home)}'s")
         if own is None or shipment.zone != own.id:
             raise ConflictError(f"a shipment for zone {uuid.UUID(bytes=shipment.zone)} came here")
-
-    # --- keys ------------------------------------------------------------------------------------
-
-    def _adopted(self, command: Any, home: bytes) -> Any:
-        """A command with keys wrapped for this store, and frames that are this store's.
-
-        Keys that are sealed for their home stay as they are.
-
-        Raises:
-            SpaceError: a key does not open, or a frame is none.
-        """
-        if isinstance(command, cmd.WriteExtent):
-            return arrived(command, self._store._hash_key, self._store._find_frame)
-        if isinstance(command, cmd.ReceiveShipment | cmd.Copied | cmd.Together):
-            inside: list[Command] = [self._adopted(each, home) for each in command.commands]
-            return attrs.evolve(command, commands=inside)
-        key = getattr(command, "key", None)
-        if isinstance(key, cmd.NewKey) and key.wrapped and not is_for_home(key.wrapped):
-            return attrs.evolve(command, key=self._opened(key, home))
-        return command
-
-    def _opened(self, key: cmd.NewKey, home: bytes) -> cmd.NewKey:
-        keys = self._zones.keys()
-        number = (key.key, key.version)
-        data_key = open_key(
-            key.wrapped, number, home=home, zone=keys.identity.id, private=keys.sealing.private_bytes_raw()
-        )
-        return attrs.evolve(key, wrapped=self._store.wrap_key(*number, data_key))
 
     def reached(self, peer: Peer, capsules: Sequence[str]) -> Document:
         try:
@@ -189,3 +164,48 @@ class ZoneReceiver:
 
     def take_authority(self, peer: Peer, pem: bytes, signature: bytes) -> Document:
         return self._zones.take_authority(self._sender(peer), pem, signature)
+
+
+class _Adoption:
+    """What is made of the commands of one shipment before they are decided."""
+
+    def __init__(self, store: Store, keys: Callable[[], ZoneKeys], home: bytes) -> None:
+        self._store = store
+        self._zone_keys = keys
+        self._home = home
+        self._data_keys = ShipmentKeys(store)
+        self._recode: Recode | None = recoder(store, self._data_keys)
+
+    def adopted(self, command: Any) -> Any:
+        """A command with keys wrapped for this store, and frames that are this store's.
+
+        Keys that are sealed for their home stay as they are.
+
+        Raises:
+            SpaceError: a key does not open, or a frame is none.
+        """
+        if isinstance(command, cmd.WriteExtent):
+            return arrived(command, self._store._hash_key, self._store._find_frame, self._recode)
+        if isinstance(command, cmd.ReceiveShipment | cmd.Copied | cmd.Together):
+            inside: list[Command] = [self.adopted(each) for each in command.commands]
+            return attrs.evolve(command, commands=inside)
+        key = getattr(command, "key", None)
+        if isinstance(key, cmd.NewKey):
+            return attrs.evolve(command, key=self._key(key))
+        return command
+
+    def _key(self, key: cmd.NewKey) -> cmd.NewKey:
+        if not key.wrapped or is_for_home(key.wrapped):
+            self._data_keys.came(key.key, key.version, None)
+            return key
+        keys = self._zone_keys()
+        number = (key.key, key.version)
+        data_key = open_key(
+            key.wrapped,
+            number,
+            home=self._home,
+            zone=keys.identity.id,
+            private=keys.sealing.private_bytes_raw(),
+        )
+        self._data_keys.came(*number, data_key)
+        return attrs.evolve(key, wrapped=self._store.wrap_key(*number, data_key))

@@ -40,6 +40,10 @@ SEALS_KEPT: Final = 1024
 """Sealed keys remembered: a clone tree names one again and again."""
 
 
+_KEY_AT: Final = 16  # key id inside a frame record (docs/formats/frames.md)
+_NO_KEY: Final = bytes(4)
+
+
 class Content(Protocol):
     """Stored bytes of the home."""
 
@@ -69,12 +73,19 @@ class Piece:
     def command(self, content: Content) -> cmd.WriteExtent:
         """The command, with the stored bytes.
 
-        Bytes that were reclaimed come as zeros: at home no moment shows them any more, nor does any later position.
+        Frames under a key that is not the capsule's were encrypted anew when they came from another zone, and the
+        receiver knows that key as little as that zone: they are encoded as the capsule's are.  Bytes that were
+        reclaimed come as zeros: at home no moment shows them any more, nor does any later position.
         """
         extent = self.extent
-        whole = not extent.skip and plain_length(extent.frames) == extent.length
+        whole = not extent.skip and plain_length(extent.frames) == extent.length and self._knows_keys()
         frames = self._whole(content) if whole else content.recut(extent, self.policy, self.key)
         return cmd.WriteExtent(self.capsule, extent.offset, extent.length, frames or ())
+
+    def _knows_keys(self) -> bool:
+        frames, known = self.extent.frames, (_NO_KEY, self.key.to_bytes(4, "little"))
+        keys = (frames[at : at + len(_NO_KEY)] for at in range(_KEY_AT, len(frames), FRAME_RECORD_BYTES))
+        return all(key in known for key in keys)
 
     def _whole(self, content: Content) -> list[StoredFrame] | None:
         found: list[StoredFrame] = []
