@@ -25,7 +25,7 @@ import ipaddress
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -46,7 +46,8 @@ from space.projections.nfs.exports import ChangingExports, Export, Network, Rule
 from space.projections.nfs.server import Server as NfsServer
 from space.projections.nvme.server import Listener
 from space.projections.nvme.server import Server as NvmeServer
-from space.projections.nvme.target import Namespace, Subsystem, Target
+from space.projections.nvme.target import CONTROLLER_IDS, AnaState, Namespace, Subsystem, Target
+from space.projections.vfs import FileSystem
 
 log: Final = logging.getLogger("space.csi")
 
@@ -95,6 +96,137 @@ class _Device:
     size: int
 
 
+class Devices:
+    """Block volumes as NVMe subsystems, each with one namespace and open to the hosts that its nodes are.
+
+    In the loop that serves them.  What hosts know a volume by follows from its data alone, and so is the same through
+    every node of a cluster; a node that is one of several has numbers for controllers of its own.
+    """
+
+    def __init__(
+        self, store: Store, writer: BlockWriter, serial: str, *, controller_ids: range = CONTROLLER_IDS
+    ) -> None:
+        """None yet."""
+        self.target = Target(serial=serial)
+        self._store = store
+        self._writer = writer
+        self._controller_ids = controller_ids
+        self._state = AnaState.OPTIMIZED
+        self._devices: dict[str, _Device] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        """The ids of the volumes that are offered."""
+        return iter(list(self._devices))
+
+    def put(self, volume: Volume, data: CapsuleId) -> None:
+        """Offers a volume to the nodes it is published on, and to no others."""
+        hosts = frozenset(map(host_nqn, volume.published))
+        found = self._devices.get(volume.id)
+        if found is not None:
+            if found.subsystem.hosts != hosts:
+                self.target.set_hosts(found.subsystem.nqn, hosts)
+            return
+        device = LocalBlockDevice(self._store, data, writer=self._writer)
+        identity = namespace_identity(data)
+        serial = identity.uuid[-SERIAL_BYTES:].hex()
+        subsystem = Subsystem(_nqn(data), serial, hosts=hosts, controller_ids=self._controller_ids)
+        namespace = Namespace(
+            1, device, identity.uuid, identity.nguid, identity.eui64, reservations=device.reservations
+        )
+        subsystem.add(namespace)
+        subsystem.set_ana(namespace.ana_group, self._state)
+        self.target.add(subsystem)
+        self._devices[volume.id] = _Device(subsystem, namespace, device, device.info().size)
+
+    def take(self, volume: str) -> None:
+        """Offers it to nobody; connections to it are ended."""
+        found = self._devices.pop(volume, None)
+        if found is not None:
+            self.target.remove(found.subsystem.nqn)
+            found.device.close()
+
+    def set_state(self, state: AnaState) -> None:
+        """How all of them are reached through this node."""
+        if state is not self._state:
+            self._state = state
+            for each in self._devices.values():
+                each.subsystem.set_ana(each.namespace.ana_group, state)
+
+    def look(self) -> None:
+        """Tells hosts of other sizes, and of what happened to reservations."""
+        for each in list(self._devices.values()):
+            with contextlib.suppress(SpaceError):  # a volume that is deleted meanwhile
+                size = each.device.info().size
+                if size != each.size:
+                    each.size = size
+                    each.subsystem.changed(each.namespace.nsid)
+                each.subsystem.tell_reservations(each.namespace)
+
+    def close(self) -> None:
+        """Lets go of all of them; their connections have ended."""
+        for each in self._devices.values():
+            each.device.close()
+        self._devices.clear()
+
+
+class Trees:
+    """Trees as NFS exports, each at its volume's id and open to its nodes' addresses.  In the loop that serves."""
+
+    def __init__(
+        self,
+        store: Store,
+        files: Callable[[CapsuleId], FileSystem],
+        rules: Sequence[Rule],
+        *,
+        own: bool = True,
+    ) -> None:
+        """None yet.
+
+        ``files`` shows a tree with its volume's capacity, ``rules`` are those of the whole server, and ``own`` is
+        whether a node that has the store is this machine.
+        """
+        self.exports = ChangingExports(key=nfs_view.handle_key(store), time_ns=time.time_ns())
+        self._store = store
+        self._files = files
+        self._rules = tuple(rules)
+        self._own = own
+        self._exported: dict[str, Export] = {}
+        self._offered: set[str] = set()
+
+    def __iter__(self) -> Iterator[str]:
+        """The ids of the volumes that are offered."""
+        return iter(list(self._offered))
+
+    def put(self, volume: Volume, data: CapsuleId) -> None:
+        """Offers a volume to the nodes it is published on, and to no others."""
+        export = self._exported.get(volume.id)
+        if export is None:
+            # kept as long as there is the volume: what clients have open is of this object
+            export = self._exported[volume.id] = Export(
+                export_number(self._store.id, data),
+                (volume.id.encode(),),
+                self._files(data),
+                squash=Squash.NONE,
+            )
+        rules = rules_of(volume, self._rules, own_addresses() if self._own else [])
+        if export.rules != rules:
+            export.allow(rules)
+        self.exports.add(export, time.time_ns())
+        self._offered.add(volume.id)
+
+    def take(self, volume: str) -> None:
+        """Offers it to nobody."""
+        export = self._exported.get(volume)
+        if export is not None:
+            self.exports.remove(export, time.time_ns())
+        self._offered.discard(volume)
+
+    def forget(self, volume: str) -> None:
+        """As :meth:`take`, of a volume that is deleted."""
+        self.take(volume)
+        self._exported.pop(volume, None)
+
+
 class Servers:
     """What is served of the volumes of one store."""
 
@@ -104,12 +236,9 @@ class Servers:
         self._files = files
         self._where = where
         self._told: dict[str, str] = {}
-        self._exports: ChangingExports | None = None
-        self._exported: dict[str, Export] = {}
         self._nfs: NfsServer | None = None
-        self._target: Target | None = None
-        self._writer: BlockWriter | None = None
-        self._devices: dict[str, _Device] = {}
+        self._trees: Trees | None = None
+        self._devices: Devices | None = None
 
     # --- from any thread -------------------------------------------------------------------------
 
@@ -148,9 +277,7 @@ class Servers:
         told = self._told.get(volume.transport)
         if told is None:
             raise UnavailableError(f"{volume.transport} is not served yet", hint="try again")
-        if volume.transport == NFS:
-            return Reach(NFS, told, share=f"/{volume.id}")
-        return Reach(NVME, told, nqn=_nqn(data), uuid=str(namespace_identity(data).uuid))
+        return reach_of(volume, data, told)
 
     def withdraw(self, volume: str) -> None:
         """Lets nobody reach a volume; one that is not offered is no error."""
@@ -161,7 +288,8 @@ class Servers:
 
         def forget() -> None:
             self._take(volume)
-            self._exported.pop(volume, None)
+            if self._trees is not None:
+                self._trees.forget(volume)
 
         self._files.in_loop(forget)
 
@@ -187,33 +315,29 @@ class Servers:
     async def _open_nfs(self, stack: contextlib.AsyncExitStack) -> None:
         store = self._store
         recovery = await asyncio.to_thread(StoreRecovery, store, nfs_view.server_name(store))
-        self._exports = ChangingExports(key=nfs_view.handle_key(store), time_ns=time.time_ns())
-        self._nfs = nfs_view.server_over(store, self._exports, recovery, nfs_view.Options().config())
+        self._trees = Trees(store, self._files.export, self._where.rules)
+        self._nfs = nfs_view.server_over(store, self._trees.exports, recovery, nfs_view.Options().config())
         stack.push_async_callback(self._nfs.close)
         watch = Watch(self._nfs.service.state, now=self._nfs.now)
         store.watchers.append(watch)
         stack.callback(store.watchers.remove, watch)
 
     def _open_nvme(self, stack: contextlib.AsyncExitStack) -> None:
-        self._writer = BlockWriter(self._store)
-        stack.push_async_callback(self._writer.close)
-        self._target = Target(serial=subsystem_name(self._store.id)[:SERIAL_BYTES].hex())
-        stack.callback(self._close_devices)
-
-    def _close_devices(self) -> None:
-        for each in self._devices.values():
-            each.device.close()
-        self._devices.clear()
+        writer = BlockWriter(self._store)
+        stack.push_async_callback(writer.close)
+        serial = subsystem_name(self._store.id)[:SERIAL_BYTES].hex()
+        self._devices = Devices(self._store, writer, serial)
+        stack.callback(self._devices.close)
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         if self._nfs is not None and self._where.nfs is not None:
             self._told[NFS] = self._where.told(await nfs_view.listening(self._nfs, self._where.nfs))
-        if self._target is not None and self._where.nvme is not None:
-            server = NvmeServer(self._target)
+        if self._devices is not None and self._where.nvme is not None:
+            server = NvmeServer(self._devices.target)
             stack.push_async_callback(server.close)
-            self._told[NVME] = self._where.told(await _listening(server, self._where.nvme))
-            watching = asyncio.create_task(self._watch())
-            stack.push_async_callback(_ended, watching)
+            self._told[NVME] = self._where.told(await listening(server, self._where.nvme))
+            watching = asyncio.create_task(self._watch(self._devices))
+            stack.push_async_callback(ended, watching)
 
     def _put_or_say(self, volume: Volume, data: CapsuleId) -> None:
         try:
@@ -229,65 +353,26 @@ class Servers:
             RefusedError: a policy in it forbids that it is seen from the network.
         """
         self.allow(volume.transport, data)
-        if volume.transport == NFS:
-            self._put_export(volume, data)
-        else:
-            self._put_device(volume, data)
-
-    def _put_export(self, volume: Volume, data: CapsuleId) -> None:
-        assert self._exports is not None
-        export = self._exported.get(volume.id)
-        if export is None:
-            # kept as long as there is the volume: what clients have open is of this object
-            export = self._exported[volume.id] = Export(
-                export_number(self._store.id, data),
-                (volume.id.encode(),),
-                self._files.export(data),
-                squash=Squash.NONE,
-            )
-        export.allow(rules_of(volume, self._where.rules, own_addresses()))
-        self._exports.add(export, time.time_ns())
-
-    def _put_device(self, volume: Volume, data: CapsuleId) -> None:
-        assert self._target is not None
-        hosts = frozenset(map(host_nqn, volume.published))
-        found = self._devices.get(volume.id)
-        if found is not None:
-            self._target.set_hosts(found.subsystem.nqn, hosts)
-            return
-        device = LocalBlockDevice(self._store, data, writer=self._writer)
-        identity = namespace_identity(data)
-        subsystem = Subsystem(_nqn(data), identity.uuid[-SERIAL_BYTES:].hex(), hosts=hosts)
-        namespace = Namespace(
-            1, device, identity.uuid, identity.nguid, identity.eui64, reservations=device.reservations
-        )
-        subsystem.add(namespace)
-        self._target.add(subsystem)
-        self._devices[volume.id] = _Device(subsystem, namespace, device, device.info().size)
+        offered = self._trees if volume.transport == NFS else self._devices
+        assert offered is not None
+        offered.put(volume, data)
 
     def _take(self, volume: str) -> None:
-        export = self._exported.get(volume)
-        if export is not None and self._exports is not None:
-            self._exports.remove(export, time.time_ns())
-        found = self._devices.pop(volume, None)
-        if found is not None and self._target is not None:
-            self._target.remove(found.subsystem.nqn)
-            found.device.close()
+        for each in (self._trees, self._devices):
+            if each is not None:
+                each.take(volume)
 
-    async def _watch(self) -> None:
-        """Tells hosts of other sizes, and of what happened to reservations."""
+    async def _watch(self, devices: Devices) -> None:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            for each in list(self._devices.values()):
-                with contextlib.suppress(SpaceError):  # a volume that is deleted meanwhile
-                    self._look(each)
+            devices.look()
 
-    def _look(self, each: _Device) -> None:
-        size = each.device.info().size
-        if size != each.size:
-            each.size = size
-            each.subsystem.changed(each.namespace.nsid)
-        each.subsystem.tell_reservations(each.namespace)
+
+def reach_of(volume: Volume, data: CapsuleId, server: str) -> Reach:
+    """How a volume is reached at a server."""
+    if volume.transport == NFS:
+        return Reach(NFS, server, share=f"/{volume.id}")
+    return Reach(NVME, server, nqn=_nqn(data), uuid=str(namespace_identity(data).uuid))
 
 
 def own_addresses(proc: Path = Path("/proc/net")) -> list[str]:
@@ -342,9 +427,14 @@ def _nqn(data: CapsuleId) -> str:
     return f"nqn.2014-08.org.nvmexpress:uuid:{data.derive(b'csi nvme subsystem')}"
 
 
-async def _listening(server: NvmeServer, listen: Address) -> Address:
+async def listening(server: NvmeServer, listen: Address, *, first_port: int = 1) -> Address:
+    """Has an NVMe server listen, and says at which host and port.
+
+    Raises:
+        UnavailableError: the address is in use, or not this machine's.
+    """
     try:
-        (port,) = await server.start([Listener(*listen)])
+        (port,) = await server.start([Listener(*listen)], first_port=first_port)
     except OSError as error:
         raise UnavailableError(
             f"cannot listen at {joined(*listen)}: {error.strerror or error}",
@@ -353,6 +443,7 @@ async def _listening(server: NvmeServer, listen: Address) -> Address:
     return listen[0], port.service
 
 
-async def _ended(task: asyncio.Task[None]) -> None:
+async def ended(task: asyncio.Task[None]) -> None:
+    """Ends a task, and returns when it has."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

@@ -11,6 +11,10 @@ Everything is in the log, in this shape::
 What is known about one of them is in the extended attribute ``csi.about`` of its directory, which no workload ever
 sees: only ``data`` is shown.  To make one is one command, so there is never half of one.
 
+Several nodes of a cluster may be asked at once, and one of them twice.  So a volume has a *turn*, an attribute whose
+name says how often it was changed: whoever changes what is known about it takes the turn on, in the same command, from
+the one it has looked at.  Of two that looked at the same one is refused, and looks again.
+
 What a mount holds back of acknowledged writes is settled before every clone, in the mount's own thread (``cut``), and
 nothing is written between that and the clone: a snapshot has every write acknowledged before it and none after, over
 all volumes it is of.
@@ -18,10 +22,11 @@ all volumes it is of.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import attrs
 import msgpack
@@ -72,6 +77,9 @@ DATA: Final = b"data"
 ABOUT: Final = b"csi.about"
 ON_NODE: Final = b"csi.on."
 HAS_VOLUME: Final = b"csi.has."
+TURN: Final = b"csi.turn."
+SERVES: Final = b"csi.serves."
+"""Of the directory of all nodes, with the number of a member of the cluster: where that one serves volumes."""
 
 ROOT_MODE: Final = 0o777
 """Of a new tree: workloads run as any user; a claim with fsGroup narrows it."""
@@ -79,13 +87,42 @@ ROOT_MODE: Final = 0o777
 ATTEMPTS: Final = 4
 """How often a name is looked up again when somebody else took or freed it meanwhile."""
 
+TURNS: Final = 32
+"""How often a change is begun anew because others change the same volume: each time one of them got on."""
+
+CALL_COMMANDS: Final = 8
+"""Attempts of one call that have numbers of their own: it takes a second one where somebody else interferes."""
+
+CALLS_MAX: Final = 1 << 59
+
 PAGE: Final = 256
 """Volumes looked at in one go."""
 
 POLICY_NODES: Final = 512
 ACTOR: Final = "csi"
 
+_T = TypeVar("_T")
+
 log: Final = logging.getLogger("space.csi")
+
+
+class OvertakenError(Exception):
+    """Somebody else has changed a volume since it was looked at."""
+
+
+@attrs.frozen
+class _Known:
+    """A volume, its directory, and in which turn it was so."""
+
+    volume: Volume
+    directory: CapsuleId
+    turn: int
+
+    def next_turn(self) -> list[cmd.Command]:
+        """Commands that are refused unless the volume is as it was looked at."""
+        named = [TURN + str(number).encode() for number in (self.turn, self.turn + 1)]
+        before = [cmd.RemoveXattr(self.directory, named[0])] if self.turn else []
+        return [*before, cmd.SetXattr(self.directory, named[1], b"", create=True)]
 
 
 class Cut(Protocol):
@@ -131,9 +168,15 @@ class VolumeTree:
         cut: Cut = lambda work: work(),
         accounts: Accounts | None = None,
         network: Network | None = None,
+        look_again: Callable[[], None] = lambda: None,
     ) -> None:
-        """Makes the tree's directories where they are missing."""
+        """Makes the tree's directories where they are missing.
+
+        ``look_again`` returns once what is read next has everything that others were told by now.
+        """
         self._store = store
+        self._look_again = look_again
+        self._local = threading.local()
         self._cut = cut
         self._accounts = accounts
         self._network = network
@@ -172,10 +215,13 @@ class VolumeTree:
 
     def volume(self, volume: str) -> Volume:
         """A volume."""
-        return self._volume_at(volume, self._directory(VOLUMES, volume))
+        return self._known(volume).volume
 
-    def _volume_at(self, volume: str, directory: CapsuleId) -> Volume:
-        published = {}
+    def _known(self, volume: str) -> _Known:
+        return self._known_at(volume, self._directory(VOLUMES, volume))
+
+    def _known_at(self, volume: str, directory: CapsuleId) -> _Known:
+        published, turn = {}, 0
         about: Document | None = None
         for name, value in self._store.xattrs(directory).items():
             if name == ABOUT:
@@ -183,16 +229,18 @@ class VolumeTree:
             elif name.startswith(ON_NODE):
                 node, readonly, mode = msgpack.unpackb(value)
                 published[node] = Published(readonly, mode)
+            elif name.startswith(TURN):
+                turn = int(name.removeprefix(TURN))
         if about is None:
             raise CorruptionError(
                 f"volume {volume} has lost what is known about it", hint="run: space verify"
             )
         created = self._store.stat(directory).btime
-        return Volume(volume, created_ns=created, published=published, **about)
+        return _Known(Volume(volume, created_ns=created, published=published, **about), directory, turn)
 
     def volumes(self, after: str, limit: int) -> list[Volume]:
         """Volumes in order of their ids."""
-        return [self._volume_at(*each) for each in self._listed(VOLUMES, after, limit)]
+        return [self._known_at(*each).volume for each in self._listed(VOLUMES, after, limit)]
 
     def _listed(self, kind: str, after: str, limit: int) -> Iterator[tuple[str, CapsuleId]]:
         for entry in self._store.entries(self._homes[kind], after=after.encode(), limit=limit):
@@ -211,8 +259,10 @@ class VolumeTree:
         try:
             self._directory(kind, found)
         except NotFoundError:
-            # Removing is two commands of one batch; only a disk that was too full between them leaves this.
-            self._all([cmd.Unlink(self._homes[NAMES], key)])
+            # Removing was two commands once, and a disk that was too full between them left this.  The attribute is
+            # refused if the name is another one by now.
+            with contextlib.suppress(NotFoundError):
+                self._beside([cmd.SetXattr(link, ABOUT, b""), cmd.Unlink(self._homes[NAMES], key)])
             return None
         return found
 
@@ -233,6 +283,7 @@ class VolumeTree:
             except ConflictError as error:
                 if error.status is not Status.EXISTS:
                     raise
+                self._look_again()
         raise UsageError(f"the name {name!r:.100} is taken and freed all the time", status=Status.STALE)
 
     def _record(self, kind: str, id_: CapsuleId, text: str, name: str, about: Document) -> list[cmd.Command]:
@@ -249,16 +300,63 @@ class VolumeTree:
     # --- commands --------------------------------------------------------------------------------
 
     def _one(self, commands: Sequence[cmd.Command]) -> Receipt:
-        """Carries commands out as one; durable when it returns."""
-        return self._all([cmd.Together(commands)])[0]
+        """Carries out as one command what a call is for; durable when it returns."""
+        request = self._request(cmd.Together(commands))
+        return _accepted(self._store.execute_all([request], durability=Durability.DURABLE))[0]
 
-    def _all(self, commands: Sequence[cmd.Command]) -> list[Receipt]:
-        requests = [Request(each, ACTOR) for each in commands]
-        return _accepted(self._store.execute_all(requests, durability=Durability.DURABLE))
+    def _beside(self, commands: Sequence[cmd.Command]) -> Receipt:
+        """As :meth:`_one`, of what harms nobody if it is carried out late or again."""
+        request = Request(cmd.Together(commands), ACTOR)
+        return _accepted(self._store.execute_all([request], durability=Durability.DURABLE))[0]
+
+    @contextlib.contextmanager
+    def signed(self, client: bytes, call: int) -> Iterator[None]:
+        """In this thread, the one command that a call is for belongs to a client's call of that number.
+
+        Another attempt at the same call, through whatever node and however late, does not carry it out again.
+        """
+        if not 0 <= call < CALLS_MAX:
+            raise UsageError(f"not the number of a call: {call}")
+        first = call * CALL_COMMANDS
+        self._local.signatures = iter([(client, first + each) for each in range(CALL_COMMANDS)])
+        try:
+            yield
+        finally:
+            del self._local.signatures
+
+    def _request(self, command: cmd.Command) -> Request:
+        signature = next(getattr(self._local, "signatures", iter(())), (b"", 0))
+        return Request(command, ACTOR, *signature)
+
+    def _changed(self, known: _Known, commands: Sequence[cmd.Command]) -> None:
+        """Changes a volume that was looked at.
+
+        Raises:
+            OvertakenError: somebody else has changed it since.
+        """
+        try:
+            self._one([*known.next_turn(), *commands])
+        except SpaceError as error:
+            if error.status in {Status.EXISTS, Status.NO_ATTRIBUTE}:
+                raise OvertakenError from None
+            raise
+
+    def _in_turn(self, work: Callable[[], _T]) -> _T:
+        """What ``work`` gives, which looks at a volume and changes it; begun anew when it is overtaken.
+
+        Raises:
+            ConflictError: others change it all the time; status STALE.
+        """
+        for _ in range(TURNS):
+            try:
+                return work()
+            except OvertakenError:
+                self._look_again()
+        raise ConflictError("others change the volume all the time", status=Status.STALE)
 
     def _at_once(self, commands: Sequence[cmd.Command]) -> Receipt:
         """Carries commands out as one, with every write acknowledged before and none after."""
-        request = Request(cmd.Together(commands), ACTOR)
+        request = self._request(cmd.Together(commands))
         (receipt,) = _accepted(
             self._cut(lambda: self._store.execute_all([request], durability=Durability.BUFFERED))
         )
@@ -296,7 +394,7 @@ class VolumeTree:
         while page := list(self._listed(VOLUMES, after, PAGE)):
             for id_, directory in page:
                 try:
-                    found = self._volume_at(id_, directory)
+                    found = self._known_at(id_, directory).volume
                     if found.published and found.transport in NETWORK:
                         yield found, self._store.lookup(directory, DATA)
                 except SpaceError as error:
@@ -382,36 +480,41 @@ class VolumeTree:
 
     def delete(self, volume: str) -> None:
         """Removes a volume; one that is not there is no error."""
+        with self._publishing:
+            self._in_turn(lambda: self._delete(volume))
+
+    def _delete(self, volume: str) -> None:
         try:
-            found = self.volume(volume)
+            known = self._known(volume)
         except NotFoundError:
             return
-        with self._publishing:
-            if found.published:
-                raise RefusedError(
-                    f"volume {volume} is published on {', '.join(sorted(found.published))}",
-                    status=Status.NOT_PERMITTED,
-                )
-            self._remove([(VOLUMES, volume, found.name)])
-            if self._network is not None and found.transport in NETWORK:
-                self._network.forget(volume)
+        found = known.volume
+        if found.published:
+            raise RefusedError(
+                f"volume {volume} is published on {', '.join(sorted(found.published))}",
+                status=Status.NOT_PERMITTED,
+            )
+        with contextlib.suppress(NotFoundError):
+            self._changed(known, self._removal(VOLUMES, volume, found.name))
+        if self._network is not None and found.transport in NETWORK:
+            self._network.forget(volume)
 
-    def _remove(self, records: Sequence[tuple[str, str, str]]) -> None:
-        """Takes records and their names away: one batch, and of commands that a full disk takes too."""
-        commands = []
-        for kind, id_, name in records:
-            commands.append(cmd.Unlink(self._homes[kind], id_.encode(), directory=True, recursive=True))
-            if self._by_name(kind, name) == id_:
-                commands.append(cmd.Unlink(self._homes[NAMES], _name_key(kind, name)))
-        outcomes = self._store.execute_all([Request(each, ACTOR) for each in commands])
-        for outcome in outcomes:
-            if isinstance(outcome, SpaceError) and not isinstance(outcome, NotFoundError):
-                raise outcome  # what is gone already, somebody else removed meanwhile
+    def _removal(self, kind: str, id_: str, name: str) -> list[cmd.Command]:
+        """Commands that take a record and its name away, which a full disk takes too; refused if it is gone already."""
+        found: list[cmd.Command] = [
+            cmd.Unlink(self._homes[kind], id_.encode(), directory=True, recursive=True)
+        ]
+        if self._by_name(kind, name) == id_:
+            found.append(cmd.Unlink(self._homes[NAMES], _name_key(kind, name)))
+        return found
 
     def expand(self, volume: str, capacity: int, limit: int) -> Volume:
         """Makes a volume at least so large."""
-        directory = self._directory(VOLUMES, volume)
-        found = self._volume_at(volume, directory)
+        return self._in_turn(lambda: self._expand(volume, capacity, limit))
+
+    def _expand(self, volume: str, capacity: int, limit: int) -> Volume:
+        known = self._known(volume)
+        found, directory = known.volume, known.directory
         if limit and found.capacity > limit:
             raise UsageError(
                 f"volume {volume} has {found.capacity} bytes already, more than {limit}",
@@ -423,8 +526,8 @@ class VolumeTree:
         commands: list[cmd.Command] = [cmd.SetXattr(directory, ABOUT, msgpack.packb(about))]
         if found.block:
             commands.append(cmd.Resize(self._store.lookup(directory, DATA), capacity))
-        self._one(commands)
-        return self._volume_at(volume, directory)
+        self._changed(known, commands)
+        return attrs.evolve(found, capacity=capacity)
 
     def modify(self, volume: str, mutable: Mapping[str, str]) -> None:
         """Lets a volume, and everything in it, follow another policy from now on.
@@ -432,13 +535,16 @@ class VolumeTree:
         Raises:
             RefusedError: it would forbid what the volume is published for.
         """
-        directory = self._directory(VOLUMES, volume)
+        self._in_turn(lambda: self._modify(volume, mutable))
+
+    def _modify(self, volume: str, mutable: Mapping[str, str]) -> None:
+        looked_at = self._known(volume)
+        known, directory = looked_at.volume, looked_at.directory
         about = self._about(directory)
         about["mutable"] = {**about["mutable"], **mutable}
         policy = _policy({**about["parameters"], **about["mutable"]})
         if policy is None:
             return
-        known = self.volume(volume)
         if policy.sovereignty is Sovereignty.LOCAL and known.published and known.transport in NETWORK:
             raise RefusedError(
                 f"volume {volume} is served over the network, and sovereignty: local keeps it on its node",
@@ -459,7 +565,7 @@ class VolumeTree:
                 self._tolerant(pending)
                 pending = []
         self._tolerant(pending)
-        self._one([cmd.SetXattr(directory, ABOUT, msgpack.packb(about))])
+        self._changed(looked_at, [cmd.SetXattr(directory, ABOUT, msgpack.packb(about))])
 
     def _tolerant(self, commands: Sequence[cmd.Command]) -> None:
         """Carries out commands about files that a workload may remove meanwhile."""
@@ -479,6 +585,26 @@ class VolumeTree:
             used, files = self._accounts.usage(volume)
         return {"used": used, "capacity": found.capacity, "files": files}
 
+    # --- the members of a cluster that serve ------------------------------------------------------
+
+    def serve_at(self, member: int, transport: str, listen: str, told: str) -> None:
+        """Notes that a member of the cluster serves a transport: where it listens, and where nodes reach that."""
+        home = self._homes[NODES]
+        name = SERVES + f"{member}.{transport}".encode()
+        value = msgpack.packb([listen, told])
+        if self._store.xattrs(home).get(name) != value:
+            self._beside([cmd.SetXattr(home, name, value)])
+
+    def served_at(self, transport: str) -> dict[int, tuple[str, str]]:
+        """By member, where it serves a transport: as in :meth:`serve_at`."""
+        found = {}
+        for name, value in self._store.xattrs(self._homes[NODES]).items():
+            member, _, kind = name.removeprefix(SERVES).decode(errors="replace").partition(".")
+            if name.startswith(SERVES) and kind == transport:
+                listen, told = msgpack.unpackb(value)
+                found[int(member)] = (listen, told)
+        return found
+
     # --- where volumes are published -------------------------------------------------------------
 
     def register(self, node: str, zone: str, limit: int) -> None:
@@ -492,13 +618,14 @@ class VolumeTree:
                 Kind.DIRECTORY, id=made, parent=self._homes[NODES], name=_key(node), mode=0o700
             )
             try:
-                self._one([create, cmd.SetXattr(made, ABOUT, about)])
+                self._beside([create, cmd.SetXattr(made, ABOUT, about)])
             except ConflictError:
+                self._look_again()
                 directory = self._node(node)
             else:
                 return
         if self._store.xattr(directory, ABOUT) != about:
-            self._one([cmd.SetXattr(directory, ABOUT, about)])
+            self._beside([cmd.SetXattr(directory, ABOUT, about)])
 
     def _node(self, node: str) -> CapsuleId:
         try:
@@ -512,29 +639,32 @@ class VolumeTree:
         A node that has no store tells nobody of itself: it is known from now on.
         """
         with self._publishing:
-            directory = self._directory(VOLUMES, volume)
-            known = self._volume_at(volume, directory)
-            remote = node_address(node) is not None
-            if remote and known.transport not in NETWORK:
-                raise RefusedError(
-                    f"volume {volume} is seen through {known.transport}, where the store is, and {node} has none",
-                    hint=f"a StorageClass with {TRANSPORT}: {TRANSPORTS[known.block][1]} reaches every node",
-                    status=Status.NOT_PERMITTED,
-                )
-            self._check_transport(known.transport)
-            if self._network is not None and known.transport in NETWORK:
-                self._network.allow(known.transport, self._store.lookup(directory, DATA))
-            if remote and self._node_or_none(node) is None:
-                self.register(node, "", 0)
-            self._note_published(directory, known, node, published)
-            if self._network is None or known.transport not in NETWORK:
-                return None
-            return self._network.offer(
-                self._volume_at(volume, directory), self._store.lookup(directory, DATA)
-            )
+            return self._in_turn(lambda: self._publish(volume, node, published))
 
-    def _note_published(self, directory: CapsuleId, known: Volume, node: str, published: Published) -> None:
-        volume, found, at = known.id, known.published, self._node(node)
+    def _publish(self, volume: str, node: str, published: Published) -> Reach | None:
+        looked_at = self._known(volume)
+        known, directory = looked_at.volume, looked_at.directory
+        remote = node_address(node) is not None
+        if remote and known.transport not in NETWORK:
+            raise RefusedError(
+                f"volume {volume} is seen through {known.transport}, where the store is, and {node} has none",
+                hint=f"a StorageClass with {TRANSPORT}: {TRANSPORTS[known.block][1]} reaches every node",
+                status=Status.NOT_PERMITTED,
+            )
+        self._check_transport(known.transport)
+        if self._network is not None and known.transport in NETWORK:
+            self._network.allow(known.transport, self._store.lookup(directory, DATA))
+        if remote and self._node_or_none(node) is None:
+            self.register(node, "", 0)
+        self._note_published(looked_at, node, published)
+        if self._network is None or known.transport not in NETWORK:
+            return None
+        return self._network.offer(
+            self._known_at(volume, directory).volume, self._store.lookup(directory, DATA)
+        )
+
+    def _note_published(self, known: _Known, node: str, published: Published) -> None:
+        volume, found, at = known.volume.id, known.volume.published, self._node(node)
         if node in found:
             if found[node] != published:
                 raise ConflictError(f"volume {volume} is published on {node} in another way")
@@ -550,36 +680,40 @@ class VolumeTree:
         if limit and has >= limit:
             raise UsageError(f"node {node} has {has} volumes, as many as it may", status=Status.NO_SPACE)
         value = msgpack.packb([node, published.readonly, published.mode])
-        self._one(
+        self._changed(
+            known,
             [
-                cmd.SetXattr(directory, ON_NODE + _key(node), value),
+                cmd.SetXattr(known.directory, ON_NODE + _key(node), value),
                 cmd.SetXattr(at, HAS_VOLUME + volume.encode(), b""),
-            ]
+            ],
         )
 
     def unpublish(self, volume: str, node: str) -> None:
         """Notes that it is not any more, wherever it was if no node is named; neither has to be there still."""
         with self._publishing:
-            try:
-                directory = self._directory(VOLUMES, volume)
-            except NotFoundError:
-                return
-            found = self._volume_at(volume, directory).published
-            commands: list[cmd.Command] = []
-            for each in [node] if node else sorted(found):
-                if each in found:
-                    commands.append(cmd.RemoveXattr(directory, ON_NODE + _key(each)))
-                at = self._node_or_none(each)
-                name = HAS_VOLUME + volume.encode()
-                if at is not None and name in self._store.xattrs(at):
-                    commands.append(cmd.RemoveXattr(at, name))
-            if commands:
-                self._one(commands)
-            self._shut_out(volume, directory)
+            self._in_turn(lambda: self._unpublish(volume, node))
+
+    def _unpublish(self, volume: str, node: str) -> None:
+        try:
+            known = self._known(volume)
+        except NotFoundError:
+            return
+        found = known.volume.published
+        commands: list[cmd.Command] = []
+        for each in [node] if node else sorted(found):
+            if each in found:
+                commands.append(cmd.RemoveXattr(known.directory, ON_NODE + _key(each)))
+            at = self._node_or_none(each)
+            name = HAS_VOLUME + volume.encode()
+            if at is not None and name in self._store.xattrs(at):
+                commands.append(cmd.RemoveXattr(at, name))
+        if commands:
+            self._changed(known, commands)
+        self._shut_out(volume, known.directory)
 
     def _shut_out(self, volume: str, directory: CapsuleId) -> None:
         """Lets no node reach a volume any more that it is not published on."""
-        left = self._volume_at(volume, directory)
+        left = self._known_at(volume, directory).volume
         if self._network is None or left.transport not in NETWORK:
             return
         if left.published:
@@ -646,11 +780,9 @@ class VolumeTree:
 
     def delete_snapshot(self, snapshot: str) -> None:
         """Removes a snapshot; one that is not there is no error."""
-        try:
+        with contextlib.suppress(NotFoundError):  # or somebody else removes it meanwhile
             found = self.find_snapshot(snapshot)
-        except NotFoundError:
-            return
-        self._remove([(SNAPSHOTS, snapshot, found.name)])
+            self._one(self._removal(SNAPSHOTS, snapshot, found.name))
 
     # --- groups ----------------------------------------------------------------------------------
 
@@ -702,12 +834,18 @@ class VolumeTree:
 
     def delete_group(self, group: str) -> None:
         """Removes a group with its snapshots; one that is not there is no error."""
-        try:
-            found = self.group(group)
-        except NotFoundError:
-            return
-        members = [(SNAPSHOTS, each["id"], each["name"]) for each in found["snapshots"]]
-        self._remove([*members, (GROUPS, group, found["name"])])
+        for _ in range(TURNS):
+            try:
+                found = self.group(group)
+            except NotFoundError:
+                return
+            commands = self._removal(GROUPS, group, found["name"])
+            for each in found["snapshots"]:
+                commands += self._removal(SNAPSHOTS, each["id"], each["name"])
+            with contextlib.suppress(NotFoundError):  # one of them is removed meanwhile
+                self._one(commands)
+            self._look_again()
+        raise ConflictError(f"others remove snapshots of group {group}", status=Status.STALE)
 
     # --- ranges ----------------------------------------------------------------------------------
 
