@@ -219,6 +219,44 @@ def rollover(
     session.show(result, f"zone {result['zone']} has a new authority, and a certificate of it")
 
 
+@zone_app.command("arrival")
+def arrival(
+    context: typer.Context,
+    policy_file: Annotated[
+        str | None,
+        typer.Option("--policy-file", metavar="FILE", help="compression, encryption, dedupe and transform."),
+    ] = None,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Let everything stay as it comes from now on.")
+    ] = False,
+) -> None:
+    """Show or set how content that other zones ship is encoded here."""
+    session: Session = context.obj
+    if clear and policy_file is not None:
+        raise UsageError("--policy-file and --clear: which of the two?")
+    from space.policy.model import load_arrival_policy
+
+    policy = None if policy_file is None else load_arrival_policy(policy_file).to_document()
+    with session.service() as service:
+        if policy is None and not clear:
+            result = service.zone_arrival()
+        else:
+            result = service.zone_arrival_set(policy=policy or {})
+    session.show(result, _arrival_line(result))
+
+
+def _arrival_line(result: Document) -> str:
+    if result["policy"] is None:
+        return "what other zones ship stays as it comes"
+    words = [f"{key}: {_policy_value(value)}" for key, value in result["policy"].items()]
+    words += [] if result["key"] is None else [f"key {result['key']}"]
+    return clean(f"what other zones ship is encoded here by {', '.join(words)}")
+
+
+def _policy_value(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def verify_sovereignty(session: Session) -> None:
     """Judges every shipment the log tells of (``space verify --sovereignty``).
 
@@ -354,9 +392,13 @@ def _status_lines(found: Document) -> list[str]:
     for zone in found["zones"]:
         lines.append(f"  {_status_line(zone)}")
         lines += [f"    {zone['remark']}"] if zone["remark"] else []
+        if found["arrival"]["policy"] is not None and (sealed := zone["received"]["sealed_keys"]):
+            lines.append(f"    what came under {sealed} keys is sealed for its home and stays as it came")
         lines += [_stream_line(each) for each in zone["streams"] if each["waiting_bytes"] or each["copying"]]
         for each in zone.get("capsules", ()):
             lines.append(f"    {each['capsule']} priority {each['lane']}: lacks position {each['position']}")
+    if found["arrival"]["policy"] is not None:
+        lines.append(f"  {_arrival_line(found['arrival'])}")
     return [clean(line) for line in lines]
 
 

@@ -83,6 +83,18 @@ class FederationCalls:
 
         return branches(self.store)
 
+    def zone_arrival(self) -> Document:
+        """How content that other zones ship is encoded here."""
+        from space._node.federation_arrival import describe
+
+        return describe(self.store)
+
+    def zone_arrival_set(self, *, policy: Document) -> Document:
+        """Encodes what other zones ship from now on by a policy of few keys; without any it stays as it comes."""
+        from space._node.federation_arrival import parse, set_policy
+
+        return set_policy(self.store, parse(policy))
+
     def verify_sovereignty(self) -> Document:
         """Whether the log says that every shipment was allowed."""
         from space._node.federation_audit import audit

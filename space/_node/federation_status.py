@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from space._node.caller import Document
+from space._node.federation_arrival import describe, sealed_keys
 from space._node.federation_keys import ZONE
 from space.events.codec import batch_rows
 from space.statemachine import zones as rows
@@ -119,6 +120,7 @@ def status(store: Store, *, capsules: bool = False) -> Document:
         "running": running is not None,
         "listen": None if running is None else running.url,
         "position": store.position,
+        "arrival": describe(store),
         "zones": [
             _zone(
                 store, zone, live.get(zone.id), notes.get(_text(zone), {}), backlog, now_ns, capsules=capsules
@@ -184,11 +186,13 @@ def _received(store: Store, zone: Zone, note: Document) -> Document:
     """What came of a zone here."""
     with store._read() as txn:
         streams = rows.cursors(txn, zone.id)
+        sealed = sealed_keys(txn, zone.id)
     position = max((cursor.position for _, _, cursor in streams), default=0)
     return {
         "position": position,
         "heard_position": note.get("heard_position"),
         "heard_ns": note.get("heard_ns"),
+        "sealed_keys": sealed,
         "streams": [
             {"shard": shard, "lane": lane, "position": cursor.position, "step": cursor.step}
             for shard, lane, cursor in streams
