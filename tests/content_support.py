@@ -118,7 +118,7 @@ class Log:
         return Keyring(
             lambda key_id, version: self.rows.get((key_id, version)),
             store_key=STORE_KEY,
-            master_key=master_key,
+            master_keys=() if master_key is None else (master_key,),
             random_bytes=self.random_bytes,
         )
 

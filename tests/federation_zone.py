@@ -153,7 +153,7 @@ class MemoryZone:
         self.keyring = Keyring(
             self._wrapped,
             store_key=store_key,
-            master_key=generate_master_key(self.random.randbytes),
+            master_keys=(generate_master_key(self.random.randbytes),),
             random_bytes=self.random.randbytes,
         )
         self._cache = FrameCache(1 << 20)

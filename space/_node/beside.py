@@ -19,6 +19,7 @@ from typing import Final
 from space._errors import CorruptionError, NotFoundError, UsageError
 from space._node import history
 from space._node.federation_moments import zone_moment
+from space._node.keys_file import MasterFile
 from space._node.reading import Reading
 from space._node.store import (
     CACHE_BYTES,
@@ -28,7 +29,6 @@ from space._node.store import (
     clear_errors,
     located,
     lost,
-    master_key,
     read_format,
     read_store_id,
     refuse_reclaimed,
@@ -144,7 +144,7 @@ class PastBeside(Reading):
 
     def _new_reader(self) -> ContentReader:
         keyring = Keyring(
-            self._wrapped_key, store_key=store_key(self._store_id), master_key=master_key(self.path)
+            self._wrapped_key, store_key=store_key(self._store_id), master_keys=MasterFile.of(self.path).load()
         )
         cache = FrameCache(CACHE_BYTES)
         return ContentReader(

@@ -515,7 +515,7 @@ def _keyring(store: Store, shelf: StoreShelf, layout: Layout, own: Zone) -> Keyr
     ring = Keyring(
         lambda key, version: rows.get((key, version)),
         store_key=bytes(KEY_BYTES),
-        master_key=generate_master_key(),
+        master_keys=(generate_master_key(),),
     )
     for key in held.keys:
         number = (key.key, key.version)

@@ -2,15 +2,16 @@
 
 ::
 
-    master key (a file of the operator, never stored)
-      └─ wraps  data key (key id, version): 60-byte row in the state
+    master keys (a file of the operator, never stored; more than one while it is changed)
+      └─ wrap   data key (key id, version): row of 60 or 68 bytes in the state
            ├─ frame keys   AES-256-GCM, XTS-AES-256; one per content hash for shared frames
            └─ hash key     content hashes of its frames
     store key (in the store, made with it)
       └─ hash key per tenant: content hashes of frames that are not encrypted
 
 A wrapped row is ``nonce (12) | AES-256-GCM(data key) (32) | tag (16)`` with ``key id u32 | version u16``
-(little-endian) as associated data, so a row moved to another number does not open.  Every other key is
+(little-endian) as associated data, so a row moved to another number does not open.  Once a store's master key
+has been changed, ``fingerprint u64`` of the master key that wraps follows it.  Every other key is
 derived with the BLAKE3 key derivation mode under its own context string.
 
 Everything a frame reveals without its data key, its hash included, is keyed by that data key: when the row
@@ -24,7 +25,7 @@ import stat
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, final
@@ -43,6 +44,10 @@ KEY_BYTES: Final = 32
 NONCE_BYTES: Final = 12
 TAG_BYTES: Final = 16
 WRAPPED_BYTES: Final = NONCE_BYTES + KEY_BYTES + TAG_BYTES
+FINGERPRINT: Final = struct.Struct("<Q")
+TAGGED_BYTES: Final = WRAPPED_BYTES + FINGERPRINT.size
+"""A row that names the master key it is wrapped by: all rows are such from the first change of the master key on."""
+
 SEALED_BYTES: Final = 1 + 32 + KEY_BYTES + TAG_BYTES
 """A row as another zone sent it, sealed for itself (docs/formats/shipment.md): kept, and not to be opened here."""
 
@@ -52,7 +57,10 @@ DESTROYED: Final = b""
 KEY_ID_MAX: Final = 0xFFFF_FFFF
 KEY_VERSION_MAX: Final = 0xFFFF
 _ROW_CONTEXT: Final = struct.Struct("<IH")
-_MASTER_FILE_BYTES_MAX: Final = 2 * KEY_BYTES + 2  # hexadecimal and a line end
+MASTER_KEYS_MAX: Final = 16
+"""Keys in one file: one is used, one may be on its way, the others belong to stores that share the file."""
+
+_MASTER_FILE_BYTES_MAX: Final = MASTER_KEYS_MAX * (2 * KEY_BYTES + 2)  # hexadecimal and a line end
 
 
 def generate_master_key(random_bytes: RandomBytes = os.urandom) -> bytes:
@@ -60,8 +68,16 @@ def generate_master_key(random_bytes: RandomBytes = os.urandom) -> bytes:
     return random_bytes(KEY_BYTES)
 
 
-def load_master_key(path: str | Path) -> bytes:
-    """The master key in the file at ``path``: 32 raw bytes, or 64 hexadecimal digits and a line end.
+def master_fingerprint(master_key: bytes) -> int:
+    """What a master key is called: 63 bits derived from it, never 0, which say nothing of it."""
+    derived = blake3(master_key, derive_key_context="space master key fingerprint v1").digest(
+        FINGERPRINT.size
+    )
+    return int(FINGERPRINT.unpack(derived)[0]) >> 1 or 1
+
+
+def load_master_keys(path: str | Path) -> tuple[bytes, ...]:
+    """The master keys in the file at ``path``: 32 raw bytes, or lines of 64 hexadecimal digits, oldest first.
 
     Raises:
         NotFoundError: no such file.
@@ -84,24 +100,31 @@ def load_master_key(path: str | Path) -> bytes:
             hint=f"chmod 600 {path}",
             status=Status.NOT_PERMITTED,
         )
-    return parse_master_key(content, source=f"master key file {path}")
+    return parse_master_keys(content, source=f"master key file {path}")
 
 
-def parse_master_key(content: bytes, *, source: str = "master key") -> bytes:
-    """The master key ``content`` spells: 32 raw bytes, or 64 hexadecimal digits.
+def parse_master_keys(content: bytes, *, source: str = "master key") -> tuple[bytes, ...]:
+    """The master keys ``content`` spells: 32 raw bytes, or lines of 64 hexadecimal digits.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: it is neither, or there are too many.
     """
     if len(content) == KEY_BYTES:
-        return content
+        return (content,)
+    keys = tuple(_hexadecimal(line) for line in content.splitlines())
+    if not 0 < len(keys) <= MASTER_KEYS_MAX or any(len(key) != KEY_BYTES for key in keys):
+        raise UsageError(
+            f"{source}: not a master key",
+            hint=f"32 raw bytes, or 1 to {MASTER_KEYS_MAX} lines of 64 hexadecimal digits",
+        )
+    return tuple(dict.fromkeys(keys))
+
+
+def _hexadecimal(line: bytes) -> bytes:
     try:
-        key = bytes.fromhex(content.decode("ascii"))
+        return bytes.fromhex(line.decode("ascii"))
     except ValueError:
-        key = b""
-    if len(key) != KEY_BYTES:
-        raise UsageError(f"{source}: not a master key", hint="32 raw bytes or 64 hexadecimal digits")
-    return key
+        return b""
 
 
 def content_hash(key: bytes, data: Buffer, nonce: bytes = b"") -> bytes:
@@ -139,12 +162,13 @@ class FrameKey:
 
 @final
 class Keyring:
-    """The master key, and the data keys it opens; thread-safe.
+    """Master keys, and the data keys they open; thread-safe.
 
     Args:
         rows: the wrapped row of (key id, version); None: there is none; :data:`DESTROYED`: destroyed.
         store_key: 32 bytes kept by the store; hashes of content that is not encrypted are keyed by it.
-        master_key: 32 bytes; None: encrypted content can be neither read nor written.
+        master_keys: 32 bytes each, oldest first; none: encrypted content can be neither read nor written.
+        current: fingerprint of the master key that wraps by now; 0: the first one does, which was never changed.
         random_bytes: source of data keys and nonces.
         keys_max: how many opened data keys are remembered.
     """
@@ -154,16 +178,18 @@ class Keyring:
         rows: Callable[[int, int], bytes | None],
         *,
         store_key: bytes,
-        master_key: bytes | None = None,
+        master_keys: Sequence[bytes] = (),
+        current: Callable[[], int] = lambda: 0,
         random_bytes: RandomBytes = os.urandom,
         keys_max: int = 1024,
     ) -> None:
-        for what, key in (("store key", store_key), ("master key", master_key)):
-            if key is not None and len(key) != KEY_BYTES:
+        for what, key in (("store key", store_key), *(("master key", each) for each in master_keys)):
+            if len(key) != KEY_BYTES:
                 raise UsageError(f"a {what} has {KEY_BYTES} bytes, not {len(key)}")
         self._rows = rows
         self._store_key = store_key
-        self._master_key = master_key
+        self._master_keys = {master_fingerprint(key): key for key in master_keys}
+        self._current = current
         self._random_bytes = random_bytes
         self._keys_max = keys_max
         self._opened: OrderedDict[tuple[int, int], FrameKey] = OrderedDict()
@@ -173,21 +199,34 @@ class Keyring:
         """32 random bytes, to be wrapped and recorded."""
         return self._random_bytes(KEY_BYTES)
 
-    def wrap(self, key_id: int, version: int, data_key: bytes) -> bytes:
-        """The row that holds ``data_key`` as (key_id, version), 60 bytes.
+    @property
+    def masters(self) -> tuple[int, ...]:
+        """Fingerprints of the master keys there are, oldest first."""
+        return tuple(self._master_keys)
+
+    def use(self, master_keys: Sequence[bytes]) -> None:
+        """Has these master keys from now on, oldest first."""
+        self._master_keys = {master_fingerprint(key): key for key in master_keys}
+
+    def wrap(self, key_id: int, version: int, data_key: bytes, *, master: int | None = None) -> bytes:
+        """The row that holds ``data_key`` as (key_id, version), by the current master key, or by ``master``.
 
         Raises:
             UsageError: a number out of range (ids start at 1), or not a 32-byte key.
-            RefusedError: there is no master key.
+            RefusedError: the master key is not there.
         """
         if not 1 <= key_id <= KEY_ID_MAX or not 0 <= version <= KEY_VERSION_MAX:
             raise UsageError(f"{_name(key_id, version)}: ids are 1 to 2^32-1, versions 0 to 2^16-1")
         if len(data_key) != KEY_BYTES:
             raise UsageError(f"a data key has {KEY_BYTES} bytes, not {len(data_key)}")
+        current = self._current() if master is None else master
+        keys = self._master_keys
+        key = keys.get(current) if current else next(iter(keys.values()), None)
+        if key is None:
+            raise _locked(key_id, version, current)
         nonce = self._random_bytes(NONCE_BYTES)
-        return nonce + self._master(key_id, version).encrypt(
-            nonce, data_key, _ROW_CONTEXT.pack(key_id, version)
-        )
+        row = nonce + _aes_gcm(key).encrypt(nonce, data_key, _ROW_CONTEXT.pack(key_id, version))
+        return row + FINGERPRINT.pack(current) if current else row
 
     def unwrap(self, key_id: int, version: int, row: bytes) -> bytes:
         """The data key in ``row``.
@@ -195,8 +234,6 @@ class Keyring:
         Raises:
             RefusedError: destroyed, no master key, or the row does not open with it.
         """
-        from cryptography.exceptions import InvalidTag
-
         name = _name(key_id, version)
         if row == DESTROYED:
             raise RefusedError(
@@ -207,14 +244,43 @@ class Keyring:
                 f"{name} is sealed for the zone it comes from: content under it is kept here, and can be read there",
                 status=Status.NOT_PERMITTED,
             )
-        master, context = self._master(key_id, version), _ROW_CONTEXT.pack(key_id, version)
-        try:
-            return master.decrypt(row[:NONCE_BYTES], row[NONCE_BYTES:], context)
-        except (InvalidTag, ValueError):  # ValueError: too short for a nonce
+        opened = self._opened_by(key_id, version, row)
+        if opened is None:
             raise RefusedError(
                 f"{name} does not open: it was wrapped by another master key, or its row is damaged",
                 status=Status.NOT_PERMITTED,
-            ) from None
+            )
+        return opened[1]
+
+    def wrapped_by(self, key_id: int, version: int, row: bytes) -> int:
+        """Fingerprint of the master key that opens ``row``; 0 if none here does."""
+        try:
+            opened = self._opened_by(key_id, version, row)
+        except RefusedError:
+            return 0
+        return 0 if opened is None else opened[0]
+
+    def _opened_by(self, key_id: int, version: int, row: bytes) -> tuple[int, bytes] | None:
+        """The master key that opens a row, and the data key in it.
+
+        Raises:
+            RefusedError: there is no master key that could.
+        """
+        from cryptography.exceptions import InvalidTag
+
+        keys, tag = self._master_keys, row_master(row)
+        candidates = [(each, key) for each, key in keys.items() if not tag or each == tag]
+        if not candidates:
+            raise _locked(key_id, version, tag)
+        for each, key in candidates:
+            try:
+                body = row[NONCE_BYTES:WRAPPED_BYTES] if tag else row[NONCE_BYTES:]
+                return each, _aes_gcm(key).decrypt(
+                    row[:NONCE_BYTES], body, _ROW_CONTEXT.pack(key_id, version)
+                )
+            except (InvalidTag, ValueError):  # ValueError: too short for a nonce
+                continue
+        return None
 
     def frame_key(self, key_id: int, version: int) -> FrameKey:
         """What opens the frames of (key_id, version).
@@ -243,18 +309,38 @@ class Keyring:
         with self._lock:
             self._opened.pop((key_id, version), None)
 
+    def forget_all(self) -> None:
+        """Drop every opened key from memory."""
+        with self._lock:
+            self._opened.clear()
+
     def hash_key(self, tenant: str = "") -> bytes:
         """32 bytes that key the content hashes of a tenant's plain frames: tenants share nothing."""
         return _derive(self._store_key + tenant.encode(), "space tenant hash key v1")
 
-    def _master(self, key_id: int, version: int) -> AESGCM:
-        if self._master_key is None:
-            raise RefusedError(
-                f"{_name(key_id, version)} is locked: no master key was given",
-                hint="give the master key the store was created with",
-                status=Status.NOT_PERMITTED,
-            )
-        return _aes_gcm(self._master_key)
+
+def row_master(row: bytes) -> int:
+    """Fingerprint of the master key a row says it is wrapped by; 0 if it does not say."""
+    return int(FINGERPRINT.unpack_from(row, WRAPPED_BYTES)[0]) if len(row) == TAGGED_BYTES else 0
+
+
+def master_name(fingerprint: int) -> str:
+    """A fingerprint as users see it."""
+    return f"{fingerprint:016x}"
+
+
+def _locked(key_id: int, version: int, master: int) -> RefusedError:
+    if master:
+        return RefusedError(
+            f"{_name(key_id, version)} is locked: master key {master_name(master)} is missing here",
+            hint="add it to the master key file, as a line",
+            status=Status.NOT_PERMITTED,
+        )
+    return RefusedError(
+        f"{_name(key_id, version)} is locked: no master key was given",
+        hint="give the master key the store was created with",
+        status=Status.NOT_PERMITTED,
+    )
 
 
 def _aes_gcm(key: bytes) -> AESGCM:

@@ -92,6 +92,13 @@ CURSOR: Final = struct.Struct("<IIQ")
 SHIPPED: Final = struct.Struct("<16sQ")
 """A capsule and as of which position of the log it was sent, as ShipmentSent holds them."""
 
+WRAPPED_BYTES: Final = 60
+TAGGED_BYTES: Final = 68
+"""A wrapped data key, without and with the fingerprint of its master key behind it (docs/formats/frames.md)."""
+
+REWRAPPED: Final = struct.Struct(f"<II{TAGGED_BYTES}s")
+"""A data key and the row that holds it from now on, as KeysRewrapped holds them."""
+
 NFS_SERVER_CHARACTERS_MAX: Final = 255
 NFS_OWNER_BYTES_MAX: Final = 1024
 """Longest name an NFS client gives itself (RFC 8881 §3.3.10: NFS4_OPAQUE_LIMIT)."""
@@ -459,6 +466,35 @@ class NfsServerStarted:
     epoch: int = u32()
 
 
+@event(33)
+class KeysRewrapped:
+    """Data keys are wrapped by another master key: (key u32, version u32, 68 bytes as wrapped) little-endian, repeated.
+
+    ``master`` is the fingerprint of that master key.  About the root directory, as all about the master key.
+    """
+
+    capsule: bytes = identifier()
+    master: int = u63()
+    rows: bytes = blob(FRAMES_BYTES_MAX)
+
+
+@event(34)
+class MasterKeyChanged:
+    """Every data key that can be opened here is wrapped by master key ``master``; what ``before`` wraps is refused."""
+
+    capsule: bytes = identifier()
+    master: int = u63()
+    before: int = u63()
+
+
+@event(35)
+class KeyDestroyed:
+    """A data key the capsule has or had is gone: nothing that was stored under it can be read any more."""
+
+    capsule: bytes = identifier()
+    key: int = u32()
+
+
 @event(50)
 class ZoneDefined:
     """The store belongs to a zone from now on; ``zone`` is its id, ``kind`` a :class:`ZoneKind`.
@@ -682,6 +718,9 @@ Event = (
     | NfsClientRecorded
     | NfsClientForgotten
     | NfsServerStarted
+    | KeysRewrapped
+    | MasterKeyChanged
+    | KeyDestroyed
     | ZoneDefined
     | ZoneAdded
     | ZoneChanged

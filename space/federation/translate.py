@@ -193,6 +193,9 @@ _BOOKKEEPING: Final = (
     ev.NamespaceAssigned,
     ev.RegistrantsChanged,
     ev.ReservationChanged,
+    ev.KeysRewrapped,
+    ev.MasterKeyChanged,
+    ev.KeyDestroyed,
 )
 
 

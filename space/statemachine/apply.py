@@ -19,7 +19,7 @@ from space._errors import CorruptionError
 from space.events import types as ev
 from space.events.codec import chain_link
 from space.events.ids import ID_BYTES, NIL, CapsuleId
-from space.statemachine import replies, reservations, zones
+from space.statemachine import keys, replies, reservations, zones
 from space.statemachine.tables import (
     COUNTER,
     ENTRY,
@@ -548,6 +548,9 @@ HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.NfsClientRecorded: _nfs_client_recorded,
     ev.NfsClientForgotten: _nfs_client_forgotten,
     ev.NfsServerStarted: _nfs_server_started,
+    ev.KeysRewrapped: keys.rewrapped,
+    ev.MasterKeyChanged: keys.master_changed,
+    ev.KeyDestroyed: keys.destroyed,
     ev.ZoneDefined: zones.defined,
     ev.ZoneAdded: zones.defined,
     ev.ZoneChanged: zones.changed,

@@ -44,6 +44,8 @@ SAMPLES: list[cmd.Command] = [
     cmd.ReclaimPayload([(1, 2, 3), (4, 5, 6)]),
     cmd.PurgeCapsules([A, B]),
     cmd.ForgetReplies([A, B]),
+    cmd.RewrapKeys(7, [(5, 1, b"row"), (6, 2, b"")], True),
+    cmd.DestroyKeys(A, [5, 6]),
     cmd.AssignNamespace("nqn.2014-08.org.example:store", A),
     cmd.RegisterReservation(A, B, 2, 2**64 - 1, 1, ignore=True),
     cmd.AcquireReservation(A, B, 1, 3, 1, 2),

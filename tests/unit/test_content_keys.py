@@ -13,8 +13,8 @@ from space.content.keys import (
     Keyring,
     content_hash,
     generate_master_key,
-    load_master_key,
-    parse_master_key,
+    load_master_keys,
+    parse_master_keys,
 )
 from tests.content_support import MASTER_KEY, STORE_KEY, Log, counted_bytes
 
@@ -24,7 +24,7 @@ def keyring(rows: dict[tuple[int, int], bytes], master_key: bytes | None = MASTE
     return Keyring(
         lambda key_id, version: rows.get((key_id, version)),
         store_key=STORE_KEY,
-        master_key=master_key,
+        master_keys=() if master_key is None else (master_key,),
         random_bytes=counted_bytes(),
     )
 
@@ -124,7 +124,7 @@ def test_opened_keys_are_bounded() -> None:
         asked.append(key_id)
         return rows.get((key_id, version))
 
-    ring = Keyring(row, store_key=STORE_KEY, master_key=MASTER_KEY, keys_max=2)
+    ring = Keyring(row, store_key=STORE_KEY, master_keys=(MASTER_KEY,), keys_max=2)
     for key_id in (1, 2, 3):
         rows[key_id, 0] = ring.wrap(key_id, 0, ring.new_data_key())
     for key_id in (1, 2, 1, 3, 1, 2):
@@ -197,7 +197,7 @@ def test_master_key_file_is_raw_or_hexadecimal(tmp_path: Path, content: bytes) -
     path = tmp_path / "master.key"
     path.touch(mode=0o600)
     path.write_bytes(content)
-    assert load_master_key(path) == MASTER_KEY
+    assert load_master_keys(path) == (MASTER_KEY,)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o777, 0o610])
@@ -207,7 +207,7 @@ def test_master_key_open_to_others_is_refused(tmp_path: Path, mode: int) -> None
     path.write_bytes(MASTER_KEY)
     path.chmod(mode)
     with pytest.raises(RefusedError, match="chmod 600"):
-        load_master_key(path)
+        load_master_keys(path)
 
 
 @pytest.mark.parametrize(
@@ -216,15 +216,15 @@ def test_master_key_open_to_others_is_refused(tmp_path: Path, mode: int) -> None
 def test_what_is_no_master_key_is_refused(content: bytes) -> None:
     """Anything but 32 bytes or 64 digits is a usage error."""
     with pytest.raises(UsageError, match="not a master key"):
-        parse_master_key(content)
+        parse_master_keys(content)
 
 
 def test_missing_or_unreadable_key_file_is_said(tmp_path: Path) -> None:
     """No file, or a directory in its place, gives a clear error."""
     with pytest.raises(NotFoundError, match="does not exist"):
-        load_master_key(tmp_path / "none")
+        load_master_keys(tmp_path / "none")
     with pytest.raises(RefusedError):
-        load_master_key(tmp_path)
+        load_master_keys(tmp_path)
 
 
 def test_generated_master_key_is_random() -> None:
