@@ -37,6 +37,7 @@ from space._errors import (
     UsageError,
 )
 from space._node import history, maintenance
+from space._node.keys_file import MASTER_KEY_ENVIRONMENT, MASTER_KEY_FILE
 from space._node.store import (
     FORMAT_FILE,
     FREE_BYTES_MIN,
