@@ -70,6 +70,14 @@ Grace = Annotated[
     int | None,
     typer.Option("--grace", metavar="SECONDS", help="nfs: how long clients may reclaim after a restart."),
 ]
+Refer = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--refer",
+        metavar="ZONE=HOST[:PORT][:/PATH]",
+        help="nfs: send clients of /zones/ZONE to that zone's server.",
+    ),
+]
 Background = Annotated[bool, typer.Option("--background", help="Return as soon as it is ready.")]
 
 
@@ -90,6 +98,7 @@ def project(
     client: Clients = None,
     lease: Lease = None,
     grace: Grace = None,
+    refer: Refer = None,
     read_only: ReadOnly = False,
     background: Background = False,
     at: At = None,
@@ -105,7 +114,7 @@ def project(
     if view not in VIEWS:
         raise UsageError(f"no view {view!r}", hint=f"there is: {', '.join(VIEWS)}")
     nvme_only = {"--host": host, "--host-key": host_key, "--controller-key": controller_key}
-    nfs_only = {"--squash": squash, "--client": client, "--lease": lease, "--grace": grace}
+    nfs_only = {"--squash": squash, "--client": client, "--lease": lease, "--grace": grace, "--refer": refer}
     sources = [*(id or ()), *(path or ())]
     if view == "nvme":
         _refuse(view, {"--target": target, "--background": background, **nfs_only})
@@ -114,9 +123,8 @@ def project(
         return
     if view == "nfs":
         _refuse(view, {"--target": target, "--background": background, **nvme_only})
-        _serve_nfs(
-            context, sources, listen, at, read_only, _Offer(squash or "root", client or (), lease, grace)
-        )
+        offer = _Offer(squash or "root", client or (), lease, grace, refer or ())
+        _serve_nfs(context, sources, listen, at, read_only, offer)
         return
     _refuse(view, {"--listen": listen, **nvme_only, **nfs_only})
     if view == "csi":
@@ -375,6 +383,7 @@ class _Offer(NamedTuple):
     clients: Sequence[str]
     lease: int | None
     grace: int | None
+    refer: Sequence[str]
 
 
 def _serve_nfs(
@@ -396,7 +405,12 @@ def _serve_nfs(
     from space._node import nfs_view, nvme_view
 
     options = nfs_view.parse_options(
-        read_only=read_only, squash=offer.squash, clients=offer.clients, lease=offer.lease, grace=offer.grace
+        read_only=read_only,
+        squash=offer.squash,
+        clients=offer.clients,
+        lease=offer.lease,
+        grace=offer.grace,
+        refer=offer.refer,
     )
     address = nvme_view.parse_listen(listen or nfs_view.LISTEN_DEFAULT)
     with contextlib.ExitStack() as stack:
@@ -423,6 +437,7 @@ def _serve_nfs_in_node(
         clients=list(offer.clients),
         lease=offer.lease,
         grace=offer.grace,
+        refer=list(offer.refer),
     )
     emit(to_json(ready))
     sys.stdout.flush()

@@ -114,7 +114,7 @@ STATUS: Final = {
     10012: "LOCKED", 10013: "GRACE", 10015: "SHARE_DENIED", 10016: "WRONGSEC", 10017: "CLID_INUSE",
     10020: "NOFILEHANDLE", 10021: "MINOR_VERS_MISMATCH", 10022: "STALE_CLIENTID", 10023: "STALE_STATEID",
     10024: "OLD_STATEID", 10025: "BAD_STATEID", 10026: "BAD_SEQID", 10027: "NOT_SAME", 10028: "LOCK_RANGE",
-    10029: "SYMLINK", 10030: "RESTOREFH", 10032: "ATTRNOTSUPP", 10033: "NO_GRACE", 10034: "RECLAIM_BAD",
+    10019: "MOVED", 10029: "SYMLINK", 10030: "RESTOREFH", 10032: "ATTRNOTSUPP", 10033: "NO_GRACE", 10034: "RECLAIM_BAD",
     10035: "RECLAIM_CONFLICT", 10036: "BADXDR", 10037: "LOCKS_HELD", 10038: "OPENMODE", 10039: "BADOWNER",
     10040: "BADCHAR", 10041: "BADNAME", 10042: "BAD_RANGE", 10044: "OP_ILLEGAL", 10045: "DEADLOCK",
     10046: "FILE_OPEN", 10047: "ADMIN_REVOKED", 10048: "CB_PATH_DOWN", 10052: "BADSESSION", 10053: "BADSLOT",
@@ -155,6 +155,15 @@ def _acl(take: Unpacker) -> list[tuple[int, int, int, bytes]]:
     return take.array(lambda: (take.u32(), take.u32(), take.u32(), take.opaque()))
 
 
+def _pathname(take: Unpacker) -> list[bytes]:
+    return take.array(take.opaque)
+
+
+def _locations(take: Unpacker) -> tuple[list[bytes], list[tuple[list[bytes], list[bytes]]]]:
+    """fs_locations4: the root here, and elsewhere servers and the root there."""
+    return _pathname(take), take.array(lambda: (take.array(take.opaque), _pathname(take)))
+
+
 def _open_arguments(take: Unpacker) -> list[list[int]]:
     return [take.bitmap() for _ in range(5)]  # RFC 9754, section 4
 
@@ -165,7 +174,7 @@ ATTRIBUTES: Final[Mapping[str, tuple[int, Callable[[Unpacker], Any]]]] = {
     "symlink_support": (6, Unpacker.boolean), "named_attr": (7, Unpacker.boolean), "fsid": (8, _two),
     "unique_handles": (9, Unpacker.boolean), "lease": (10, Unpacker.u32), "rdattr_error": (11, Unpacker.u32),
     "acl": (12, _acl), "aclsupport": (13, Unpacker.u32), "btime": (50, _time), "charset": (76, Unpacker.u32),
-    "open_arguments": (86, _open_arguments),
+    "open_arguments": (86, _open_arguments), "fs_locations": (24, _locations),
     "cansettime": (15, Unpacker.boolean), "case_insensitive": (16, Unpacker.boolean),
     "case_preserving": (17, Unpacker.boolean), "chown_restricted": (18, Unpacker.boolean),
     "handle": (19, Unpacker.opaque), "fileid": (20, Unpacker.u64), "files_avail": (21, Unpacker.u64),

@@ -214,7 +214,7 @@ class NfsViews(NodeViews[NfsOptions]):
             stack.callback(self._resign)
             self._claim = Claim(epoch, "")
             config = attrs.evolve(options.offer.config(), delegations=False)
-            server = server_of(store, found, TenureRecovery(tenure), config)
+            server = server_of(store, found, TenureRecovery(tenure), config, options.offer.referrals)
             stack.push_async_callback(server.close)
             watch = Watch(server.service.state, now=server.now)
             store.watchers.append(watch)

@@ -25,11 +25,13 @@ from space._node.caller import Document
 from space._node.local_vfs import LocalFileSystem
 from space._node.loops import run_loop
 from space._node.nfs_recovery import StoreRecovery
+from space._node.nfs_referrals import add_referrals
 from space._node.nfs_watch import Watch
 from space._node.store import Store
 from space.events.ids import CapsuleId
 from space.projections.nfs.exports import Export, Exports, Rule, Squash, export_number, parse_rule
 from space.projections.nfs.nfs4 import PORT
+from space.projections.nfs.referrals import Location, parse_referral
 from space.projections.nfs.server import Clock, Listener, Server, Tasks, make_shell
 from space.projections.nfs.service import Config, Recovery, Service
 
@@ -43,13 +45,17 @@ MINOR_VERSION: Final = 2
 
 @attrs.frozen
 class Options:
-    """How exports are offered; lengths of time in seconds, ``grace_seconds`` None for one lease."""
+    """How exports are offered; lengths of time in seconds, ``grace_seconds`` None for one lease.
+
+    ``referrals``: zones, and where they serve themselves.
+    """
 
     read_only: bool = False
     squash: Squash = Squash.ROOT
     rules: tuple[Rule, ...] = ()
     lease_seconds: int = LEASE_SECONDS
     grace_seconds: int | None = None
+    referrals: tuple[tuple[str, Location], ...] = ()
 
     def config(self) -> Config:
         """The same, for the service."""
@@ -58,7 +64,13 @@ class Options:
 
 
 def parse_options(
-    *, read_only: bool, squash: str, clients: Sequence[str], lease: int | None, grace: int | None
+    *,
+    read_only: bool,
+    squash: str,
+    clients: Sequence[str],
+    lease: int | None,
+    grace: int | None,
+    refer: Sequence[str] = (),
 ) -> Options:
     """The options of a command line.
 
@@ -74,7 +86,10 @@ def parse_options(
         )
     if grace is not None and not 0 <= grace <= GRACE_SECONDS_MAX:
         raise UsageError(f"a grace period of {grace} s", hint=f"from 0 to {GRACE_SECONDS_MAX} seconds")
-    return Options(read_only, Squash(squash), tuple(parse_rule(each) for each in clients), lease, grace)
+    rules = tuple(parse_rule(each) for each in clients)
+    return Options(
+        read_only, Squash(squash), rules, lease, grace, tuple(parse_referral(each) for each in refer)
+    )
 
 
 def serve(
@@ -110,12 +125,14 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, over.set)
+    if options.referrals and not isinstance(reading, Store):
+        raise UsageError("a past moment is shown whole: it refers to nobody", hint="leave out --refer")
     found = _exports(reading, sources, options, listen[0])
     if isinstance(reading, Store):
         recovery: Recovery = await asyncio.to_thread(StoreRecovery, reading, server_name(reading))
     else:
         recovery = Recovery(secrets.randbits(32))
-    server = server_of(reading, found, recovery, options.config())
+    server = server_of(reading, found, recovery, options.config(), options.referrals)
     service = server.service
     async with contextlib.AsyncExitStack() as stack:
         for each in found:
@@ -136,10 +153,20 @@ def server_name(reading: Store | PastBeside) -> str:
 
 
 def server_of(
-    reading: Store | PastBeside, exports: Sequence[Export], recovery: Recovery, config: Config
+    reading: Store | PastBeside,
+    exports: Sequence[Export],
+    recovery: Recovery,
+    config: Config,
+    referrals: Sequence[tuple[str, Location]] = (),
 ) -> Server:
-    """A server on the running loop; it does not listen yet."""
+    """A server on the running loop; it does not listen yet.
+
+    Raises:
+        NotFoundError, UsageError: it is to refer to a zone that is not known, or not below an export.
+    """
     offered = Exports(exports, key=handle_key(reading), time_ns=time.time_ns())
+    if isinstance(reading, Store):
+        add_referrals(reading, exports, offered, referrals)
     return server_over(reading, offered, recovery, config)
 
 

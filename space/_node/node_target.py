@@ -212,13 +212,19 @@ class NodeService:
         clients: list[str] | None = None,
         lease: int | None = None,
         grace: int | None = None,
+        refer: list[str] | None = None,
     ) -> Document:
         """Exports trees and capsules (paths or ids) to NFS clients in the node's own process."""
         from space._node.nfs_view import parse_options
         from space._node.nvme_view import parse_listen
 
         offer = parse_options(
-            read_only=read_only, squash=squash, clients=clients or [], lease=lease, grace=grace
+            read_only=read_only,
+            squash=squash,
+            clients=clients or [],
+            lease=lease,
+            grace=grace,
+            refer=refer or [],
         )
         return self._target.nfs.serve(NfsOptions(tuple(sources), parse_listen(listen), offer))
 

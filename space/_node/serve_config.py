@@ -59,6 +59,7 @@ class View:
             clients=keys.get("clients", ()),
             lease=keys.get("lease"),
             grace=keys.get("grace"),
+            refer=keys.get("refer", ()),
         )
         return NfsOptions(tuple(keys["sources"]), parse_listen(keys["listen"]), offer)
 
@@ -79,7 +80,7 @@ KEYS: Final[dict[str, type]] = {
 _ANY_VIEW: Final[dict[str, type]] = {"view": str, "sources": list, "listen": str, "read-only": bool}
 VIEW_KEYS: Final[dict[str, dict[str, type]]] = {
     "nvme": {**_ANY_VIEW, "hosts": list, "host-keys": list, "controller-key": str},
-    "nfs": {**_ANY_VIEW, "squash": str, "clients": list, "lease": int, "grace": int},
+    "nfs": {**_ANY_VIEW, "squash": str, "clients": list, "lease": int, "grace": int, "refer": list},
 }
 _NAMES: Final = {
     str: "a text",

@@ -117,8 +117,7 @@ def test_arguments_that_end_are_the_error_of_their_operation() -> None:
 
 
 def test_an_operation_without_a_number_has_a_result() -> None:
-    """Where the request ends before an operation's number the result is OP_ILLEGAL's, so that the status of the
-    last result is that of the COMPOUND (RFC 8881 §15.2, §16.2.3)."""
+    """Where the request ends before its number it is OP_ILLEGAL's, with the COMPOUND's status (RFC 8881 §15.2)."""
     made, session = world(ACCESS=lambda ctx, args, out: NfsStatus.OK)
     for missing in (b"", b"\0\0\0"):
         found = made.call(sequence(session, 2), op(Op.ACCESS), missing)

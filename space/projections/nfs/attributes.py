@@ -18,7 +18,7 @@ import attrs
 
 from space.events.fast import fast_frozen
 from space.events.types import Kind
-from space.projections.nfs import acl, handles
+from space.projections.nfs import acl, handles, referrals
 from space.projections.nfs.compound import Compound, NfsError
 from space.projections.nfs.nfs4 import Attr, Claim, CreateMode, FileType, NfsStatus, Share, Want
 from space.projections.nfs.xdr import Reader, Writer, XdrError
@@ -124,6 +124,20 @@ def _space(what: Callable[[Space], int]) -> Field:
     return lambda asked: _u64(what(asked.node.export.files.space()))
 
 
+def _locations(asked: _Asked) -> bytes:
+    return referrals.encode_locations(asked.node.export.referral, _root_of(asked))
+
+
+def _locations_info(asked: _Asked) -> bytes:
+    valid_seconds = asked.ctx.service.config.lease_seconds
+    return referrals.encode_locations_info(asked.node.export.referral, _root_of(asked), valid_seconds)
+
+
+def _root_of(asked: _Asked) -> tuple[bytes, ...]:
+    export = asked.node.export
+    return export.path if export.referral is None else export.referral.place
+
+
 OPEN_ARGUMENTS: Final = (
     1 << Share.READ | 1 << Share.WRITE | 1 << Share.BOTH,
     1 << Share.NONE | 1 << Share.READ | 1 << Share.WRITE | 1 << Share.BOTH,
@@ -157,6 +171,7 @@ _FIELDS: Final[dict[Attr, Field]] = {
     Attr.FILES_AVAIL: _space(lambda space: space.files_free),
     Attr.FILES_FREE: _space(lambda space: space.files_free),
     Attr.FILES_TOTAL: _space(lambda space: space.files),
+    Attr.FS_LOCATIONS: _locations,
     Attr.HOMOGENEOUS: _always(_TRUE),
     Attr.MAXFILESIZE: _always(_u64(SIZE_MAX)),
     Attr.MAXLINK: _always(_u32(LINKS_MAX)),
@@ -179,6 +194,7 @@ _FIELDS: Final[dict[Attr, Field]] = {
     Attr.TIME_METADATA: lambda asked: _moment(asked.found.ctime),
     Attr.TIME_MODIFY: lambda asked: _moment(asked.found.mtime),
     Attr.MOUNTED_ON_FILEID: _mounted_on,
+    Attr.FS_LOCATIONS_INFO: _locations_info,
     Attr.SUPPATTR_EXCLCREAT: lambda asked: _bitmap(settable(asked.ctx.minor)),
     Attr.FS_CHARSET_CAP: _always(_u32(_UTF8_ONLY)),
     Attr.CLONE_BLKSIZE: _always(_u32(CLONE_BLOCK_BYTES)),
@@ -240,6 +256,29 @@ def encode(ctx: Compound, node: Node, found: Attributes, bitmap: int, out: Write
     values = b"".join([field(asked) for field in plan.fields])
     out.raw(plan.head)
     out.opaque(values)
+
+
+_SAY_WHERE: Final = mask(Attr.FS_LOCATIONS, Attr.FS_LOCATIONS_INFO)
+_OF_ABSENT: Final = _SAY_WHERE | mask(Attr.FSID, Attr.MOUNTED_ON_FILEID)
+
+
+def encode_absent(ctx: Compound, node: Node, found: Attributes, bitmap: int, out: Writer) -> None:
+    """Writes the fattr4 of a file system that is elsewhere, ``found`` being its directory here (RFC 8881 §11.4).
+
+    Who asks where it is gets that and little else; an entry of a listing says RDATTR_ERROR to who did not.
+
+    Raises:
+        NfsError: MOVED: neither was asked for.
+    """
+    wanted = bitmap & _OF_ABSENT
+    asked = _Asked(found, node, ctx)
+    values = {number: _FIELDS[number](asked) for number in sorted(_FIELDS) if wanted >> number & 1}
+    if bitmap >> Attr.RDATTR_ERROR & 1:
+        values[Attr.RDATTR_ERROR] = _u32(NfsStatus.OK if bitmap & _SAY_WHERE else NfsStatus.MOVED)
+    elif not bitmap & _SAY_WHERE:
+        raise NfsError(NfsStatus.MOVED)
+    out.bitmap(mask(*values))
+    out.opaque(b"".join(value for _, value in sorted(values.items())))
 
 
 def encode_error(ctx: Compound, status: int, out: Writer) -> None:

@@ -98,10 +98,12 @@ class Compound:
         """The current filehandle's node.
 
         Raises:
-            NfsError: there is none.
+            NfsError: NOFILEHANDLE: there is none; MOVED: another server has it.
         """
         if self.current is None:
             raise NfsError(NfsStatus.NOFILEHANDLE)
+        if self.current.export.referral is not None:
+            raise NfsError(NfsStatus.MOVED)
         return self.current
 
 

@@ -24,6 +24,7 @@ from space.events.commands import Buffer
 from space.events.fast import fast_frozen
 from space.events.ids import ID_BYTES, CapsuleId
 from space.events.types import Kind
+from space.projections.nfs.referrals import Referral
 from space.projections.vfs import (
     AttributeChange,
     Attributes,
@@ -87,6 +88,7 @@ class Export:
         number: 64 bits that are its own for ever, on every node: they are in its handles, and its fsid.
         path: names in the pseudo file system that lead to it; none for an export that is the root itself.
         rules: who may use it, the first that fits; none: everybody who can connect.
+        referral: where it is instead of here; then ``files`` are those of the export its directory is in.
         key: makes its handles (:mod:`space.projections.nfs.handles`); ``handles`` are those given out lately.
     """
 
@@ -96,6 +98,7 @@ class Export:
     read_only: bool = False
     squash: Squash = Squash.ROOT
     rules: tuple[Rule, ...] = ()
+    referral: Referral | None = None
     key: bytes = attrs.field(default=b"", init=False, repr=False)
     handles: dict[bytes, bytes] = attrs.field(factory=dict, init=False, repr=False)
     _seen: dict[str, Rule | None] = attrs.field(factory=dict, init=False)
@@ -164,6 +167,7 @@ class Exports:
         self.key = key
         self.nodes: dict[bytes, Node] = {}
         self._places: dict[CapsuleId, Export] = {}
+        self._referrals: dict[Node, Export] = {}
         if len(exports) == 1 and not exports[0].path:
             self.root = exports[0].root
             self._numbers = {exports[0].number: exports[0]}
@@ -185,10 +189,24 @@ class Exports:
         return self._numbers.get(number)
 
     def entered(self, node: Node) -> Node:
-        """The node itself, or the root of the export that hangs there."""
+        """The node itself, or the root of the export that hangs there, or what stands for one that is elsewhere."""
+        if self._referrals:
+            absent = self._referrals.get(node)
+            if absent is not None and absent.referral is not None and absent.referral.elsewhere():
+                return Node(absent, node.id)
         if self._places and node.export.number == PSEUDO_NUMBER and node.id in self._places:
             return self._places[node.id].root
         return node
+
+    def refer(self, node: Node, number: int, referral: Referral) -> None:
+        """Sends clients that come to a directory of an export elsewhere; ``number`` is as for :class:`Export`.
+
+        Filehandles of what is below it are good as before; no others are given out.
+        """
+        here = node.export
+        self._referrals[node] = Export(
+            number, (), here.files, here.read_only, here.squash, here.rules, referral=referral
+        )
 
     def above(self, export: Export) -> Node | None:
         """The directory of the pseudo file system that an export's root lies in; None above the server's root."""
@@ -388,6 +406,7 @@ class ChangingExports(Exports):
         self.nodes = {}
         self._names = _UnlistedNames(time_ns)
         self._places = {}
+        self._referrals = {}
         pseudo = Export(PSEUDO_NUMBER, (), self._names, read_only=True)
         pseudo.key = key
         self.root = pseudo.root

@@ -381,12 +381,20 @@ _ACCESS_OTHER: Final = ((0x01, READ), (0x04, WRITE), (0x08, WRITE), (0x20, EXECU
 
 
 def _getattr(ctx: Compound, args: Reader, out: Writer) -> int | Awaitable[int]:
+    if ctx.current is not None and ctx.current.export.referral is not None:
+        return _getattr_of_absent(ctx, ctx.current, args.bitmap(), out)
     node, bitmap = ctx.node(), args.bitmap()
     attributes.check_readable(bitmap)
     held = ctx.service.state.delegated_for_writing(node, ctx.client)
     if held is not None and bitmap & attributes.HOLDER_KNOWS:
         return _getattr_of_holder(ctx, held, bitmap, out)
     attributes.encode(ctx, node, look(node), bitmap, out)
+    return _OK
+
+
+def _getattr_of_absent(ctx: Compound, node: Node, bitmap: int, out: Writer) -> int:
+    """GETATTR of a file system that another server has: there is no error but that of its result to tell."""
+    attributes.encode_absent(ctx, node, look(node), bitmap & ~(1 << Attr.RDATTR_ERROR), out)
     return _OK
 
 
@@ -601,6 +609,9 @@ class _Page:
             except (NfsError, SpaceError) as error:
                 status = error.status if isinstance(error, NfsError) else status_of(error)
                 attributes.encode_error(ctx, status, self._out)
+                return
+            if inner.export.referral is not None:
+                attributes.encode_absent(ctx, inner, found, bitmap, self._out)
                 return
         asks = bitmap & attributes.HOLDER_KNOWS and bitmap >> Attr.RDATTR_ERROR & 1
         if asks and ctx.service.state.delegated_for_writing(inner, ctx.client):
