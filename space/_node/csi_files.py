@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Final, TypeVar
 
 import attrs
@@ -54,6 +55,7 @@ class _Tree:
         used: bytes at the last reckoning.
         unsure: bytes written since: at most so many more are used.
         changed: files that changed since, each with what it took at the reckoning.
+        under_way: by file, bytes that are being written and may be there already or not.
     """
 
     owner: CapsuleId
@@ -61,6 +63,18 @@ class _Tree:
     used: int
     unsure: int = 0
     changed: dict[CapsuleId, int] = attrs.field(factory=dict)
+    under_way: dict[CapsuleId, int] = attrs.field(factory=dict)
+
+    @contextlib.contextmanager
+    def writing(self, node: CapsuleId, length: int) -> Iterator[None]:
+        """While so much of a file is being written."""
+        self.under_way[node] = self.under_way.get(node, 0) + length
+        try:
+            yield
+        finally:
+            self.under_way[node] -= length
+            if not self.under_way[node]:
+                del self.under_way[node]
 
 
 class VolumeFiles(LocalFileSystem):
@@ -71,6 +85,9 @@ class VolumeFiles(LocalFileSystem):
     ) -> None:
         """Serves the volumes in the directory ``home``; or the ``tree`` of one of them, ``beside`` them all."""
         super().__init__(store, home if tree is None else tree, beside=beside)
+        self._account(store, home, beside)
+
+    def _account(self, store: Store, home: CapsuleId, beside: VolumeFiles | None) -> None:
         self._live = store
         self._home = home
         self._trees: dict[CapsuleId, _Tree] = {} if beside is None else beside._trees
@@ -180,22 +197,26 @@ class VolumeFiles(LocalFileSystem):
     def _capacity(self, owner: CapsuleId) -> int:
         return int(msgpack.unpackb(self._live.xattr(owner, ABOUT))["capacity"])
 
-    def _check_room(self, node: CapsuleId, offset: int, length: int) -> None:
-        """Refuses to let a file have ``length`` bytes at an offset where its volume has no room for them.
+    def _room(self, node: CapsuleId, offset: int, length: int) -> AbstractContextManager[None]:
+        """For as long as a file gets ``length`` bytes at an offset, which its volume has to have room for.
 
         Raises:
             StorageError: it has not; status NO_SPACE.
         """
         tree = self._tree(node)
         if tree is None:
-            return
+            return contextlib.nullcontext()
+        self._check_room(tree, node, offset, length)
+        return tree.writing(node, length)
+
+    def _check_room(self, tree: _Tree, node: CapsuleId, offset: int, length: int) -> None:
         self._will_change(node, tree)
         if tree.used + tree.unsure + length <= tree.capacity:
             tree.unsure += length
             return
         self._reckon(tree)
         tree.capacity = self._capacity(tree.owner)  # it may have been expanded
-        if tree.used + length - self._held(node, offset, length) > tree.capacity:
+        if tree.used + tree.unsure + length - self._held(node, offset, length) > tree.capacity:
             raise StorageError(
                 f"the volume has {tree.capacity} bytes, and {tree.used} are used", status=Status.NO_SPACE
             )
@@ -221,11 +242,11 @@ class VolumeFiles(LocalFileSystem):
     def _reckon(self, tree: _Tree) -> None:
         """What a tree takes now, exactly; what is open stays in view: it may have no name any more."""
         self._settle_all()
-        before, tree.changed, tree.unsure = tree.changed, {}, 0
+        before, tree.changed, tree.unsure = tree.changed, {}, sum(tree.under_way.values())
         for node, taken in before.items():
             now = self._taken(node)
             tree.used += now - taken
-            if now and node in self._live.pinned:
+            if node in tree.under_way or (now and node in self._live.pinned):
                 tree.changed[node] = now
 
     def _taken(self, node: CapsuleId) -> int:
@@ -256,12 +277,12 @@ class VolumeFiles(LocalFileSystem):
     # --- what changes them -----------------------------------------------------------------------
 
     async def write(self, node: CapsuleId, offset: int, data: Buffer, caller: Caller) -> None:
-        self._check_room(node, offset, len(data))
-        await super().write(node, offset, data, caller)
+        with self._room(node, offset, len(data)):
+            await super().write(node, offset, data, caller)
 
     async def allocate(self, node: CapsuleId, offset: int, length: int, caller: Caller) -> None:
-        self._check_room(node, offset, length)
-        await super().allocate(node, offset, length, caller)
+        with self._room(node, offset, length):
+            await super().allocate(node, offset, length, caller)
 
     async def deallocate(self, node: CapsuleId, offset: int, length: int, caller: Caller) -> None:
         self._changes(node)
@@ -270,8 +291,8 @@ class VolumeFiles(LocalFileSystem):
     async def copy(
         self, source: CapsuleId, source_offset: int, node: CapsuleId, offset: int, length: int, caller: Caller
     ) -> None:
-        self._check_room(node, offset, length)
-        await super().copy(source, source_offset, node, offset, length, caller)
+        with self._room(node, offset, length):
+            await super().copy(source, source_offset, node, offset, length, caller)
 
     async def set_attributes(self, node: CapsuleId, change: AttributeChange, caller: Caller) -> Attributes:
         if change.size is not None:
