@@ -101,6 +101,7 @@ def _options(config: str | None, given: Document) -> ServeOptions:
         mounts=tuple(_mount(text) for text in found.get("mount", ())),
         nvme=tuple(view.nvme() for view in views if view.kind == "nvme"),
         nfs=tuple(view.nfs() for view in views if view.kind == "nfs"),
+        csi=tuple(view.csi() for view in views if view.kind == "csi"),
     )
 
 

@@ -43,6 +43,9 @@ MESSAGES: Final = "application/x-space-messages"
 
 ONCE: Final = frozenset(
     {"create", "resize", "mkdir", "rm", "mv", "snapshot", "drop_snapshot", "clone", "undelete", "set_policy"}
+) | frozenset(
+    {"csi_create", "csi_delete", "csi_expand", "csi_modify", "csi_publish", "csi_unpublish"}
+    | {"csi_snapshot", "csi_delete_snapshot", "csi_snapshot_group", "csi_delete_group"}
 )
 UNREPEATABLE: Final = frozenset({"import_tree", "export_tree", "mount", "serve_nvme"})
 

@@ -60,12 +60,14 @@ class Listening:
 
     Attributes:
         rules: which clients may use NFS at all, the first that fits; none: everybody.
+        lease_seconds: of NFS clients.
     """
 
     nfs: Address | None = None
     nvme: Address | None = None
     advertise: str = ""
     rules: tuple[Rule, ...] = ()
+    lease_seconds: int = nfs_view.LEASE_SECONDS
 
     def __attrs_post_init__(self) -> None:
         for option, found in (("--nfs", self.nfs), ("--nvme", self.nvme)):
@@ -117,6 +119,10 @@ class Devices:
     def __iter__(self) -> Iterator[str]:
         """The ids of the volumes that are offered."""
         return iter(list(self._devices))
+
+    def __contains__(self, volume: str) -> bool:
+        """Whether it is offered."""
+        return volume in self._devices
 
     def put(self, volume: Volume, data: CapsuleId) -> None:
         """Offers a volume to the nodes it is published on, and to no others."""
@@ -196,6 +202,10 @@ class Trees:
     def __iter__(self) -> Iterator[str]:
         """The ids of the volumes that are offered."""
         return iter(list(self._offered))
+
+    def __contains__(self, volume: str) -> bool:
+        """Whether it is offered."""
+        return volume in self._offered
 
     def put(self, volume: Volume, data: CapsuleId) -> None:
         """Offers a volume to the nodes it is published on, and to no others."""

@@ -18,6 +18,7 @@ from space._errors import CorruptionError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from space._node.cluster import NodeConfig
+    from space._node.csi_servers import Listening
     from space._node.nfs_node import NfsOptions
     from space._node.nvme_node import NvmeOptions
 
@@ -41,6 +42,7 @@ class ServeOptions:
         mounts: ``(target, path)`` to mount when it is ready.
         nvme: what to serve to NVMe hosts as soon as it can be; at most one, as a node has one subsystem.
         nfs: what to serve to NFS clients when it is this node's turn; at most one, as a cluster is one server.
+        csi: where to serve volumes of the CSI driver; at most one.
         federation: HOST:PORT for other zones; it ships to them too.
     """
 
@@ -55,6 +57,7 @@ class ServeOptions:
     mounts: tuple[tuple[str, str], ...] = ()
     nvme: tuple[NvmeOptions, ...] = ()
     nfs: tuple[NfsOptions, ...] = ()
+    csi: tuple[Listening, ...] = ()
     federation: str | None = None
 
 

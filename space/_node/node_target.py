@@ -33,6 +33,7 @@ from space.events.ids import CapsuleId
 
 if TYPE_CHECKING:
     from space._node.cluster import ClusterNode
+    from space._node.csi_cluster import CsiNode
     from space._node.member import Member
 
 LEADER_SECONDS: Final = 30.0
@@ -40,6 +41,8 @@ CALL_SECONDS: Final = 3600.0
 """A collection on the leader reads its whole log."""
 
 PROGRESS_SECONDS: Final = 0.5
+CSI: Final = "csi"
+"""How calls about volumes begin, and what nodes ask each other about them."""
 
 
 class NodeService:
@@ -231,7 +234,8 @@ class NodeService:
     def unmount(self, *, target: str) -> Document:
         """Ends a view of the node (a mount, or what is served at an address) and waits until it is gone."""
         node = self._target
-        return node.nvme.end(target) or node.nfs.end(target) or node.mounts.end(target)
+        ended = node.nvme.end(target) or node.nfs.end(target) or node.end_csi(target)
+        return ended or node.mounts.end(target)
 
 
 class _Nodes:
@@ -268,6 +272,8 @@ class NodeTarget:
         self.mounts = mounts
         self.nvme = NvmeViews(node.home, node, self.reading_for)
         self.nfs = NfsViews(node.home, node, self.reading_for)
+        self._csi: CsiNode | None = None
+        self._csi_lock = threading.Lock()
         self.calls = 0
         node.node.on_call = self._for_a_peer
 
@@ -276,10 +282,14 @@ class NodeTarget:
         return self.node.home
 
     def find(self, method: str) -> Callable[..., Any] | None:
+        if method.startswith(CSI):
+            return self.csi.find(method)
         return NODE_METHODS.get(method) or methods().get(method)
 
     def call(self, method: str, arguments: Document, caller: Caller, terms: Terms) -> Any:
         self.calls += 1
+        if method.startswith(CSI):
+            return self.csi.call(method, arguments, terms)
         if (own := NODE_METHODS.get(method)) is not None:
             return own(NodeService(self, caller), **arguments)
         store = self._store_for(method, arguments, terms)
@@ -288,6 +298,44 @@ class NodeTarget:
             return self.stream(store, terms, work(Service(store, caller, terms), **arguments))
         with _looking(store, terms):
             return work(Service(store, caller, terms), **arguments)
+
+    # --- volumes -------------------------------------------------------------------------------------
+
+    @property
+    def csi(self) -> CsiNode:
+        """Volumes for the CSI driver, from the first use on: they need packages of their own.
+
+        Raises:
+            UnavailableError: those are not installed.
+        """
+        with self._csi_lock:
+            if self._csi is None:
+                try:
+                    from space._node.csi_cluster import CsiNode
+                except ModuleNotFoundError as error:
+                    raise UnavailableError(
+                        f"volumes of the CSI driver need the Python package {error.name}",
+                        hint="pip install 'space-store[csi]'",
+                    ) from None
+
+                self._csi = CsiNode(self.node.home, self.node)
+            return self._csi
+
+    def end_csi(self, target: str) -> Document | None:
+        """Ends volumes being served at an address."""
+        return None if self._csi is None else self._csi.end(target)
+
+    def retire(self, seconds: float) -> None:
+        """No view takes more, and what is under way may end so long."""
+        for each in (self.nvme, self.nfs, self._csi):
+            if each is not None:
+                each.retire(seconds)
+
+    def close(self) -> None:
+        """Waits until all views have ended; the node has stopped."""
+        for each in (self.nvme, self.nfs, self._csi):
+            if each is not None:
+                each.close()
 
     def stream(self, store: Member, terms: Terms, items: Iterator[Any]) -> Iterator[Any]:
         """Items of one look at a store, taken by one thread."""
@@ -370,6 +418,8 @@ class NodeTarget:
             return self.nvme.portals()
         if method == NFS_METHOD:
             return self.nfs.claim()
+        if method.startswith(CSI):
+            return None if self._csi is None else self._csi.answer(method)
         if method not in ("gc", "gc dry"):
             raise UsageError(f"no such operation for a leader: {method!r:.40}", hint="is this node older?")
         return self._collect(shard, method)

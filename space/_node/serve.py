@@ -132,6 +132,8 @@ class Running:
                 node.nvme.keep_serving(view)
             for offered in options.nfs:
                 node.nfs.keep_serving(offered)
+            for volumes in options.csi:
+                node.csi.keep_serving(volumes)
             if options.federation is not None:
                 with self.node.store.relaxed(math.inf):  # it may start before there is a leader
                     begin_federation(self.node.store, options.federation)
@@ -169,13 +171,11 @@ class Running:
         if self._http is not None:
             self._http.retire(RETIRE_SECONDS)
         if self._target is not None:
-            self._target.nvme.retire(RETIRE_SECONDS)
-            self._target.nfs.retire(RETIRE_SECONDS)
+            self._target.retire(RETIRE_SECONDS)
         self._mounts.close()
         self.node.stop()
         if self._target is not None:
-            self._target.nvme.close()
-            self._target.nfs.close()
+            self._target.close()
         if self._http is not None:
             self._http.close()
         if self._listener is not None:
@@ -201,8 +201,8 @@ class RunningAlone:
                 raise UnavailableError(f"{flag} needs the consensus engine", hint=ENGINE_HINT)
         if options.mounts:
             raise UnavailableError("--mount of a node needs the consensus engine", hint="space project mount")
-        if options.nvme or options.nfs:
-            kind = "nvme" if options.nvme else "nfs"
+        kinds = {"nvme": options.nvme, "nfs": options.nfs, "csi": options.csi}
+        if kind := next((kind for kind, views in kinds.items() if views), None):
             raise UnavailableError(
                 "views of a node need the consensus engine", hint=f"space project --view {kind}"
             )

@@ -11,6 +11,7 @@ from space._errors import NotFoundError, UsageError
 from space._node.caller import Document
 
 if TYPE_CHECKING:
+    from space._node.csi_servers import Listening
     from space._node.nfs_node import NfsOptions
     from space._node.nvme_node import NvmeOptions
 
@@ -22,7 +23,7 @@ MOUNTS_MAX: Final = 64
 
 @attrs.frozen
 class View:
-    """An NVMe or NFS view that a node serves, with its keys, as ``space project`` has its options."""
+    """An NVMe, NFS or CSI view that a node serves, with its keys, as ``space project`` has its options."""
 
     kind: str
     keys: Document
@@ -63,6 +64,29 @@ class View:
         )
         return NfsOptions(tuple(keys["sources"]), parse_listen(keys["listen"]), offer)
 
+    def csi(self) -> Listening:
+        """As the node takes it.
+
+        Raises:
+            UsageError: an address, a network, or a length of time is wrong; or there is nothing to serve.
+        """
+        from space._node.csi_servers import Listening
+        from space._node.nfs_view import parse_options
+        from space._node.nvme_view import parse_listen
+
+        keys = self.keys
+        nfs, nvme = (parse_listen(keys[each]) if each in keys else None for each in ("nfs", "nvme"))
+        if nfs is None and nvme is None:
+            raise UsageError("a csi view serves nfs, nvme, or both", hint="nfs: HOST:PORT, nvme: HOST:PORT")
+        offer = parse_options(
+            read_only=False,
+            squash="none",
+            clients=keys.get("clients", ()),
+            lease=keys.get("lease"),
+            grace=None,
+        )
+        return Listening(nfs, nvme, keys.get("advertise", ""), offer.rules, offer.lease_seconds)
+
 
 KEYS: Final[dict[str, type]] = {
     "listen": str,
@@ -81,6 +105,7 @@ _ANY_VIEW: Final[dict[str, type]] = {"view": str, "sources": list, "listen": str
 VIEW_KEYS: Final[dict[str, dict[str, type]]] = {
     "nvme": {**_ANY_VIEW, "hosts": list, "host-keys": list, "controller-key": str},
     "nfs": {**_ANY_VIEW, "squash": str, "clients": list, "lease": int, "grace": int, "refer": list},
+    "csi": {"view": str, "nfs": str, "nvme": str, "advertise": str, "clients": list, "lease": int},
 }
 _NAMES: Final = {
     str: "a text",
@@ -159,7 +184,7 @@ def _view(node: Any, source: str) -> View:
         )
     found = _mapping(node, VIEW_KEYS[kind], source)
     for key in ("sources", "listen"):
-        if not found.get(key):
+        if key in VIEW_KEYS[kind] and not found.get(key):
             raise UsageError(f"{where}: an {kind} view needs {key}")
     return View(kind, found)
 
