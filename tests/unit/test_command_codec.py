@@ -80,6 +80,7 @@ SAMPLES: list[cmd.Command] = [
     cmd.RecordRefusal(A, "view", "nfs", "sovereignty: local"),
     cmd.RecordAction(A, "Federate", "paris", "federation.targets: paris"),
     cmd.RecordRpo(B, 0, 1, 2, 10**9, kept=False),
+    cmd.SetArrivalPolicy(b"policy", cmd.NewKey(1, 1, b"k")),
     cmd.PromoteZone(B, [(0, 1, 7, 2)], [A], again=True),
     cmd.LoseHome(
         B, 1, 9, [(0, 1, 7)], [cmd.Clone(A, B, A, b"c"), cmd.Resize(B, 1)], [A], [(B, (1, 2, 3, 4))], 8
