@@ -26,6 +26,7 @@ from space._errors import (
 from space._node.caller import Document
 from space.cli_cluster import cluster_app, serve
 from space.cli_csi import csi
+from space.cli_key import key_app
 from space.cli_policy import apply, plan, resolve, shards_app
 from space.cli_project import project_app
 from space.cli_session import (
@@ -76,6 +77,7 @@ app.add_typer(cluster_app, name="cluster")
 app.add_typer(zone_app, name="zone")
 app.add_typer(federation_app, name="federation")
 app.add_typer(shards_app, name="shards")
+app.add_typer(key_app, name="key")
 app.command()(resolve)
 policy_app.command("plan")(plan)
 policy_app.command("apply")(apply)

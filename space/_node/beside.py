@@ -36,11 +36,11 @@ from space._node.store import (
     usable_key,
 )
 from space.content.cache import FrameCache
-from space.content.keys import Keyring
+from space.content.keys import DESTROYED, Keyring
 from space.content.pipeline import ContentReader
 from space.events.codec import decode_batch
 from space.events.ids import AtPosition, Moment, parse_moment
-from space.events.types import PayloadReclaimed
+from space.events.types import REWRAPPED, KeyDestroyed, KeysRewrapped, PayloadReclaimed
 from space.projections.contract import registered_views
 from space.statemachine.apply import RECLAIMED_RANGE
 from space.statemachine.store import Store as LmdbStore
@@ -143,40 +143,56 @@ class PastBeside(Reading):
         return AtPosition(row.position, row.event)
 
     def _new_reader(self) -> ContentReader:
-        keyring = Keyring(
+        self._keyring = Keyring(
             self._wrapped_key, store_key=store_key(self._store_id), master_keys=MasterFile.of(self.path).load()
         )
         cache = FrameCache(CACHE_BYTES)
         return ContentReader(
-            fetch=self.wal.read_payload, keyring=keyring, cache=cache, hash_key=keyring.hash_key()
+            fetch=self.wal.read_payload, keyring=self._keyring, cache=cache, hash_key=self._keyring.hash_key()
         )
 
     def _wrapped_key(self, key: int, version: int) -> bytes | None:
+        """A row as it is by now: of the moment's, the master key may be gone, and the key may be destroyed."""
+        row = self._key_row(key, version)
+        if row and not self._keyring.wrapped_by(key, version, row):
+            self._keyring.use(MasterFile.of(self.path).load())
+            self._learn_later()
+            row = self._key_row(key, version)
+        return usable_key(row, key)
+
+    def _key_row(self, key: int, version: int) -> bytes | None:
         with self._read() as txn:
-            return usable_key(txn.get(KEY, U32.pack(key) + U32.pack(version)), key)
+            return txn.get(KEY, U32.pack(key) + U32.pack(version))
 
     def _located(self, error: CorruptionError) -> CorruptionError:
         """Raises RefusedError for bytes that are gone because gc gave them back, at any time."""
         if not error.segment and error.position >= 1:
-            self._learn_reclaimed()
+            self._learn_later()
             with self._read() as txn:
                 refuse_reclaimed(txn, error)
         return located(self.wal, error)
 
-    def _learn_reclaimed(self) -> None:
-        """Notes in the tables what the log by now says was reclaimed after the moment."""
+    def _learn_later(self) -> None:
+        """Notes in the tables what the log by now says was reclaimed after the moment, and of keys."""
         with self._learning, contextlib.closing(self._open_log()) as log:
             for record in log.records(self._seen + 1):
                 for entry in decode_batch(record.metadata):
                     for _, event in entry.events:
-                        if isinstance(event, PayloadReclaimed):
+                        if isinstance(event, PayloadReclaimed | KeysRewrapped | KeyDestroyed):
                             self._note(event)
                 self._seen = record.index
 
-    def _note(self, event: PayloadReclaimed) -> None:
+    def _note(self, event: PayloadReclaimed | KeysRewrapped | KeyDestroyed) -> None:
         with self._tables.write() as txn:
-            for position, offset, length in RECLAIMED_RANGE.iter_unpack(event.ranges):
-                txn.put(RECLAIMED, U64.pack(position) + U32.pack(offset), U32.pack(length))
+            if isinstance(event, PayloadReclaimed):
+                for position, offset, length in RECLAIMED_RANGE.iter_unpack(event.ranges):
+                    txn.put(RECLAIMED, U64.pack(position) + U32.pack(offset), U32.pack(length))
+            elif isinstance(event, KeysRewrapped):
+                for key, version, wrapped in REWRAPPED.iter_unpack(event.rows):
+                    txn.put(KEY, U32.pack(key) + U32.pack(version), wrapped)
+            else:
+                for number, _ in list(txn.scan(KEY, U32.pack(event.key))):
+                    txn.put(KEY, number, DESTROYED)
 
     def close(self) -> None:
         """Removes the tables and closes the log; closing twice does nothing."""

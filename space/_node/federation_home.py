@@ -17,6 +17,7 @@ from crc32c import crc32c
 from space._errors import CorruptionError, RefusedError
 from space._node import history
 from space.content.frames import Buffer, FrameRef, pack_frames
+from space.content.keys import DESTROYED
 from space.events.codec import decode_batch
 from space.events.commands import StoredFrame
 from space.federation.scope import Extent
@@ -155,7 +156,11 @@ class Sealer:
                 if txn.get(ZONE_KEY, U32.pack(number)) == self.zone.id:
                     return wrapped  # it goes back to the only zone that can open it
             raise RefusedError(f"key {number} is sealed for another zone, and cannot be given on")
-        data_key = self.store._keyring.unwrap(number, version, wrapped)
+        # What is shipped may be a state of long ago: the key may have been wrapped anew since, or destroyed.
+        present = self.store._wrapped_key(number, version)
+        if present == DESTROYED:
+            return DESTROYED
+        data_key = self.store._keyring.unwrap(number, version, wrapped if present is None else present)
         own = self.keys.identity
         return seal_key(
             data_key,

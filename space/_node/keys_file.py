@@ -85,7 +85,7 @@ class MasterFile:
                 new.unlink(missing_ok=True)
             raise RefusedError(
                 f"master key file {self.path} cannot be changed: {error.strerror or error}",
-                hint="add a line with 64 random hexadecimal digits to it, on every node, and run space key rotate again",
+                hint="add a line of 64 random hexadecimal digits to it, on every node, and run space key rotate again",
                 status=Status.NOT_PERMITTED,
             ) from None
         self.clear()

@@ -16,6 +16,7 @@ from blake3 import blake3
 from space._errors import CorruptionError, UsageError
 from space._node import history
 from space.content.frames import FRAME_RECORD_BYTES, stored_ranges, unpack_frames
+from space.content.keys import master_name
 from space.events import commands as cmd
 from space.events import types as ev
 from space.events.codec import NO_LINK, chain_link, decode_batch, encode_event
@@ -154,6 +155,8 @@ def _shown(event: ev.Event, field: str, value: Any) -> Any:
     if field == "kind":
         kinds = ev.ZoneKind if isinstance(event, _ZONE_KINDS) else Kind
         return kinds(value).name.lower() if value in list(kinds) else value
+    if field in {"master", "before"}:
+        return master_name(value)
     if not isinstance(value, bytes):
         return value
     if field == "frames":
@@ -169,7 +172,17 @@ def _shown(event: ev.Event, field: str, value: Any) -> Any:
         return f"blake3:{blake3(value).hexdigest(16)}"
     if field == "resume":
         return value.hex()
-    if field in {"wrapped", "manifest", "members", "ranges", "purged", "registered", "removed", "told"}:
+    if field in {
+        "wrapped",
+        "rows",
+        "manifest",
+        "members",
+        "ranges",
+        "purged",
+        "registered",
+        "removed",
+        "told",
+    }:
         return f"{len(value)} bytes"
     if len(value) == ID_BYTES and field in {
         "store",

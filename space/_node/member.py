@@ -50,7 +50,8 @@ from space.content.frames import unpack_frames
 from space.events.codec import decode_batch
 from space.events.commands import Buffer, Durability, Receipt, Request
 from space.events.registry import BY_CLASS, LINK_BYTES
-from space.events.types import ExtentWritten, PayloadReclaimed
+from space.events.types import ExtentWritten, KeyDestroyed, PayloadReclaimed
+from space.policy.model import Policy
 from space.projections.feed import Progress, fold
 from space.replication.group import Group
 from space.replication.node import Node, empty_state
@@ -78,6 +79,9 @@ _RECLAIM_MARK: Final = bytes((BY_CLASS[PayloadReclaimed].number, 1, 0xC4, LINK_B
 
 Only a batch with these bytes is decoded to look for one; fewer of them are in every second batch by chance.
 """
+
+_DESTROY_MARK: Final = bytes((BY_CLASS[KeyDestroyed].number, 1, 0xC4, LINK_BYTES))
+"""How an event that destroys a key begins in a batch: what was opened with any key is forgotten then."""
 
 REBUILD_POSITIONS: Final = 100_000
 """How far a checkpoint must be ahead of the tables to replace them instead of folding what is between."""
@@ -375,6 +379,8 @@ class Member(Store):
 
     def _apply_logged(self, items: Sequence[Any]) -> None:
         self._applied = fold(self._tables, self.views, items, start=self._applied)
+            if any(_DESTROY_MARK in item.metadata for item in items):
+                self.forget_keys()
         for item in items if self.watchers else ():
             for watcher in self.watchers:
                 watcher(decode_batch(item.metadata))
@@ -415,6 +421,7 @@ class Member(Store):
         (self.path / history.LIVE).rename(aside)
         fresh.rename(self.path / history.LIVE)
         self._tables = history.open_live(self.path, self.wal, self.views, last=target.position)
+        self.forget_keys()  # some may be destroyed in what is folded
         self._applied = self._tables.applied
         with contextlib.suppress(SpaceError, OSError):
             old.close(seal=False)

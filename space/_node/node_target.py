@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Any, Final
 from space._errors import NotFoundError, NotLeaderError, UnavailableError, UsageError
 from space._node.caller import Caller, Document, Terms
 from space._node.enrolment import INVITATION
+from space._node.keys_calls import NodeKeyCalls
+from space._node.keys_nodes import METHOD as KEYS_METHOD
+from space._node.keys_nodes import answer
 from space._node.mounts import Mounts
 from space._node.nfs_node import METHOD as NFS_METHOD
 from space._node.nfs_node import NfsOptions, NfsViews
@@ -45,7 +48,7 @@ CSI: Final = "csi"
 """How calls about volumes begin, and what nodes ask each other about them."""
 
 
-class NodeService:
+class NodeService(NodeKeyCalls):
     """What can be asked of a node beyond the operations of a store; arguments and results are plain data."""
 
     def __init__(self, target: NodeTarget, caller: Caller) -> None:
@@ -260,7 +263,10 @@ def _sum(reports: list[Document], names: tuple[str, ...]) -> Document:
 
 
 NODE_METHODS: Final[Mapping[str, Callable[..., Any]]] = {
-    name: method for name, method in vars(NodeService).items() if callable(method) and name[0] != "_"
+    name: method
+    for made in (NodeKeyCalls, NodeService)
+    for name, method in vars(made).items()
+    if callable(method) and name[0] != "_"
 }
 
 
@@ -420,6 +426,8 @@ class NodeTarget:
             return self.nfs.claim()
         if method.startswith(CSI):
             return None if self._csi is None else self._csi.answer(method)
+        if method.startswith(KEYS_METHOD):
+            return answer(self.node.stores, shard, method)
         if method not in ("gc", "gc dry"):
             raise UsageError(f"no such operation for a leader: {method!r:.40}", hint="is this node older?")
         return self._collect(shard, method)

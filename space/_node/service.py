@@ -23,6 +23,7 @@ from space._errors import ConflictError, NotFoundError, SpaceError, Status, Stor
 from space._node import maintenance, transfer
 from space._node.caller import CHUNK_BYTES, Caller, Document, Terms
 from space._node.federation_calls import FederationCalls
+from space._node.keys_calls import KeyCalls
 from space._node.policy_calls import PolicyCalls
 from space._node.reading import split_path
 from space.events.codec import decode_batch
@@ -51,7 +52,7 @@ class _Done:
         return {"id": str(self.capsule), "position": self.position}
 
 
-class Service(FederationCalls, PolicyCalls):
+class Service(FederationCalls, PolicyCalls, KeyCalls):
     """The operations on one store, for one caller."""
 
     def __init__(self, store: Store, caller: Caller, terms: Terms = Terms()) -> None:  # noqa: B008 - frozen

@@ -50,6 +50,7 @@ from space._errors import (
 from space._node import history, maintenance, transfer
 from space._node.federation_moments import zone_moment
 from space._node.heat import Heat
+from space._node.keys import finish_at_start
 from space._node.keys_file import MASTER_KEY_ENVIRONMENT, MasterFile
 from space._node.reading import Deleted, Reading, split_path
 from space.content.cache import FrameCache
@@ -183,6 +184,8 @@ class Store(Reading):
         self._room_asked = 0
         self._checkpointing: threading.Thread | None = None
         self._rebuilding = threading.Lock()
+        self.changing_keys = threading.Lock()
+        """Held by whoever changes the master key or destroys data keys."""
         self.pinned: Counter[bytes] = Counter()
         """Capsules held open by a view: gc leaves them alone even when deleted."""
         self.views = list(registered_views() if views is None else views)
@@ -233,6 +236,7 @@ class Store(Reading):
         self._applied = tables.applied
         self._checkpointed = self._newest_checkpoint_events()
         self._initialise()
+        finish_at_start(self)
         self._maybe_checkpoint()
 
     def _initialise(self) -> None:
@@ -603,6 +607,11 @@ class Store(Reading):
             SpaceError: it cannot be used.
         """
         self._keyring.use(self.master_file.load())
+
+    def forget_keys(self) -> None:
+        """Drops data keys and what they opened from memory, so that destroyed ones are gone from it."""
+        self._keyring.forget_all()
+        self._cache.clear()
 
     def _open_keyring(self) -> None:
         self.master_file = MasterFile.of(self.path)

@@ -30,7 +30,7 @@ REWRAPPED_MAX: Final = 8192
 assert REWRAPPED_MAX * ev.REWRAPPED.size <= FRAMES_BYTES_MAX
 
 DESTROYED_MAX: Final = 4096
-"""Keys of one capsule: it gets another one only when its policy changes what encrypts it, or with a home that is lost."""
+"""Keys of one capsule: it rarely gets a second one."""
 
 _TAG: Final = struct.Struct("<Q")
 
