@@ -51,7 +51,6 @@ from space.events.codec import decode_batch
 from space.events.commands import Buffer, Durability, Receipt, Request
 from space.events.registry import BY_CLASS, LINK_BYTES
 from space.events.types import ExtentWritten, KeyDestroyed, PayloadReclaimed
-from space.policy.model import Policy
 from space.projections.feed import Progress, fold
 from space.replication.group import Group
 from space.replication.node import Node, empty_state
@@ -361,6 +360,8 @@ class Member(Store):
                     end += 1
                 self._apply_decided(items[at:end]) if decided else self._apply_logged(items[at:end])
                 at = end
+            if any(_DESTROY_MARK in item.metadata for item in items):
+                self.forget_keys()
         finally:
             self.wanted = False
         self._maybe_checkpoint()
@@ -379,8 +380,6 @@ class Member(Store):
 
     def _apply_logged(self, items: Sequence[Any]) -> None:
         self._applied = fold(self._tables, self.views, items, start=self._applied)
-            if any(_DESTROY_MARK in item.metadata for item in items):
-                self.forget_keys()
         for item in items if self.watchers else ():
             for watcher in self.watchers:
                 watcher(decode_batch(item.metadata))
@@ -403,6 +402,7 @@ class Member(Store):
             (int(path.name) for path in history.checkpoints(self.path) if int(path.name) <= position), 0
         )
         target = history.Target(position)
+        self.forget_keys()  # some may be destroyed in what is folded
         if newest - self._applied.position >= REBUILD_POSITIONS or (newest and not self._applied.position):
             self._replace_tables(target)
         else:
@@ -421,7 +421,6 @@ class Member(Store):
         (self.path / history.LIVE).rename(aside)
         fresh.rename(self.path / history.LIVE)
         self._tables = history.open_live(self.path, self.wal, self.views, last=target.position)
-        self.forget_keys()  # some may be destroyed in what is folded
         self._applied = self._tables.applied
         with contextlib.suppress(SpaceError, OSError):
             old.close(seal=False)
