@@ -48,7 +48,10 @@ def init(
     name: Name,
     kind: Kind = None,
     url: Annotated[
-        str | None, typer.Option("--url", metavar="URL", help="Where other zones reach this one.")
+        str | None,
+        typer.Option(
+            "--url", metavar="URL[,URL]…", help="Where other zones reach this one; of a cluster, its nodes."
+        ),
     ] = None,
 ) -> None:
     """Make this store a zone, with keys of its own; where it is one, set its address."""
@@ -71,7 +74,12 @@ def authority(context: typer.Context) -> None:
 def add(
     context: typer.Context,
     name: Name,
-    url: Annotated[str, typer.Option("--url", metavar="URL", help="Where it answers: https://HOST:PORT.")],
+    url: Annotated[
+        str,
+        typer.Option(
+            "--url", metavar="URL[,URL]…", help="Where it answers: https://HOST:PORT, or those of its nodes."
+        ),
+    ],
     ca: Annotated[str, typer.Option("--ca", metavar="FILE|-", help="What `space zone ca` printed there.")],
     kind: Kind = None,
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask it who it is.")] = False,
@@ -209,6 +217,7 @@ def rollover(
     with session.service() as service:
         if not authority:
             result = service.zone_renew()
+            _note_nodes(result)
             session.show(
                 result, f"zone {result['zone']} has a new certificate until {result['expires'][:10]}"
             )
@@ -216,6 +225,7 @@ def rollover(
         result = service.zone_roll_over(force=force)
     if result["without"]:
         note(f"these zones refuse this one until they get `space zone ca`: {', '.join(result['without'])}")
+    _note_nodes(result)
     session.show(result, f"zone {result['zone']} has a new authority, and a certificate of it")
 
 
@@ -255,6 +265,11 @@ def _arrival_line(result: Document) -> str:
 
 def _policy_value(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _note_nodes(result: Document) -> None:
+    if nodes := result["nodes_without"]:
+        note(f"these nodes did not answer, and keep what they had: {', '.join(map(str, nodes))}")
 
 
 def verify_sovereignty(session: Session) -> None:
@@ -384,6 +399,9 @@ def status(
 
 def _status_lines(found: Document) -> list[str]:
     state = f"at {found['listen']}" if found["running"] else "not running: space federation serve"
+    if found["node"] is not None:
+        ships = "no node ships" if found["sender"] is None else f"node {found['sender']} ships"
+        state = f"node {found['node']} {state}; {ships}"
     lines = [f"zone {found['zone'] or '-'}: position {found['position']}, {state}"]
     if found["zones"]:
         lines.append(

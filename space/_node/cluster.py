@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -35,6 +36,7 @@ from space._errors import (
     UsageError,
 )
 from space._node.caller import Document
+from space._node.federation_nodes import METHODS, ClusterNodes, answer
 from space._node.loops import run_loop
 from space._node.member import HEAL_FILE, Member, MemberMachine
 from space._node.store import FORMAT_FILE, WAL, Store, clear_errors, read_format
@@ -281,6 +283,7 @@ class ClusterNode:
             with clear_errors(home):
                 for number in range(config.shards):
                     self.stores.append(self._open(number, on_progress))
+            self.store.nodes = ClusterNodes(self)
             self._start()
         except BaseException:
             self._close_stores()
@@ -298,7 +301,8 @@ class ClusterNode:
         store = shard_store(self.config.cluster, number)
 
         def open_() -> Member:
-            return Member(home, node=self.config.node, store=store, on_progress=on_progress)
+            ships = number == tree_shard(self.config.shards)
+            return Member(home, node=self.config.node, store=store, ships=ships, on_progress=on_progress)
 
         try:
             if not self.config.peers or not (home / HEAL_FILE).exists():
@@ -372,6 +376,7 @@ class ClusterNode:
             group = Group(node, number, replica, random_bytes=os.urandom, refuse=store.refuse)
             store.attach(node, group)
             node.add(group, store)
+        node.answers |= {each: partial(answer, self.store, each) for each in METHODS}
         for peer, address in self.config.peers.items():
             if peer != self.config.node:
                 node.transport.set_peer(peer, *parse_address(address))

@@ -4,6 +4,9 @@ One thread with one loop does both: a server for zones that ship here, and for e
 :class:`space.federation.shipper.Shipper`.  Zones that are added, changed or removed meanwhile are taken up as soon
 as the log says so, whoever said it.  Deciding, reading the log and everything else that may wait is done on other
 threads.
+
+On a node of a cluster the server is always there, and shippers are while it is this node that ships
+(:mod:`space._node.federation_nodes`).
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ import attrs
 
 from space._errors import SpaceError, UnavailableError, UsageError
 from space._node.caller import Document
-from space._node.federation_keys import ZoneAuthority, trust
+from space._node.federation_keys import ZoneAuthority, ZoneKeys, trust
+from space._node.federation_nodes import OFFICE, chosen, merged
 from space._node.federation_receive import ZoneReceiver
 from space._node.federation_send import ZoneSource
 from space._node.federation_shelf import StoreShelf
@@ -43,7 +47,10 @@ LINGER_SECONDS: Final = 0.1
 """How long the loop goes on at its end: asyncio closes sockets of TLS handshakes that were given up a little later."""
 
 WATCH_SECONDS: Final = 1.0
-"""How often promises (rpo) are looked at."""
+"""How often promises (rpo) are looked at, and the other nodes of a cluster asked what they do."""
+
+TURN_SECONDS: Final = 0.1
+"""How often a node looks whether it is to ship: shorter than an election, after which another one is."""
 
 _ABOUT_ZONES: Final = (ZoneDefined, ZoneAdded, ZoneChanged, ZoneRemoved)
 
@@ -96,6 +103,12 @@ class Federation:
         self._closing: set[asyncio.Task[None]] = set()
         self._receiver = ZoneReceiver(store, self._zones)
         self._notes: dict[str, Document] = load_notes(store.path)
+        own = self._zones.own()
+        self._authorities = b"" if own is None else own.authorities
+        self._stale_keys = False
+        self._offices: dict[int, Any] = {}
+        self.sender = 0
+        """The node of the cluster that ships, as far as is known here; 0: none, or there is no cluster."""
         self.backlog = Backlog(store.wal)
         self._tls = self._keys.server_context()
         self._begun: Future[int] = Future()
@@ -118,9 +131,16 @@ class Federation:
         host = self._address[0]
         return f"https://{f'[{host}]' if ':' in host else host}:{self.port}"
 
+    @property
+    def ships(self) -> bool:
+        """Whether it is this process that ships."""
+        nodes = self._store.nodes
+        return nodes is None or self.sender == nodes.number
+
     def reload(self) -> None:
         """Takes the keys as they are now, for connections made from now on."""
-        self._soon(self._take_keys)
+        self._stale_keys = True
+        self._soon(self._look)
 
     def close(self) -> None:
         """Hangs up, and returns when nothing of it runs any more."""
@@ -156,7 +176,12 @@ class Federation:
         )
         port = 0 if self._address is None else await server.start(*self._address)
         self._changed.set()
-        tasks = [asyncio.create_task(self._follow_zones()), asyncio.create_task(self._watch_links())]
+        work = [self._follow_zones(), self._watch_links()]
+        if self._store.nodes is not None:
+            work += [self._take_turns(), self._ask_nodes()]
+        tasks = [asyncio.create_task(each) for each in work]
+        for task in tasks:
+            task.add_done_callback(_complain)
         try:
             self._begun.set_result(port)
             await self._stop.wait()
@@ -193,16 +218,11 @@ class Federation:
         for link in self._links.values():
             link.shipper.wake()
 
-    def _take_keys(self) -> None:
-        try:
-            self._keys = self._zones.keys()
-            self._keys.reload(self._tls)
-        except SpaceError as error:
-            log.warning("the keys of this zone cannot be loaded, so the ones before stay in use: %s", error)
-            return
+    def _take_keys(self, keys: ZoneKeys) -> None:
+        keys.reload(self._tls)
+        self._keys = keys
         for zone in list(self._links):
             self._end(zone)
-        self._look()
 
     def _look(self) -> None:
         """Has the zones looked at."""
@@ -212,13 +232,35 @@ class Federation:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            self._refresh(await asyncio.to_thread(self._others))
+            try:
+                await self._look_at_zones()
+            except SpaceError as error:
+                log.warning("this zone goes on as it was: %s", error)
+                await asyncio.sleep(WATCH_SECONDS)
+                self._look()
 
-    def _others(self) -> list[Zone]:
+    async def _look_at_zones(self) -> None:
+        """Does as the log says, and as the keys are.
+
+        Raises:
+            SpaceError: they cannot be read; on a node of a cluster, perhaps not now.
+        """
+        own, others = await asyncio.to_thread(self._known)
+        authorities = b"" if own is None else own.authorities
+        if self._stale_keys or (self._store.nodes is not None and authorities != self._authorities):
+            keys = await asyncio.to_thread(self._zones.keys)
+            if self._stale_keys or keys.authority != self._keys.authority:
+                self._take_keys(keys)
+            self._stale_keys, self._authorities = False, authorities
+        for zone in others:
+            trust(self._tls, ZoneAuthority.parse(zone.authorities))
+        await self._refresh(others if self.ships else [])
+
+    def _known(self) -> tuple[Zone | None, list[Zone]]:
         with self._store.still():  # a batch that is being written is in the tables then
-            return self._zones.others()
+            return self._zones.own(), self._zones.others()
 
-    def _refresh(self, zones: Sequence[Zone]) -> None:
+    async def _refresh(self, zones: Sequence[Zone]) -> None:
         """Begins to ship to zones that are new, and ends with those that have gone."""
         others = {zone.id: zone for zone in zones}
         for number, link in list(self._links.items()):
@@ -226,15 +268,12 @@ class Federation:
                 self._end(number)
         for number, zone in others.items():
             if number not in self._links:
-                self._begin(zone)
+                note = self._notes.get(str(uuid.UUID(bytes=zone.id)), {})
+                source = await asyncio.to_thread(ZoneSource, self._store, self._zones, zone, note)
+                self._begin(zone, source)
 
-    def _begin(self, zone: Zone) -> None:
-        authority = ZoneAuthority.parse(zone.authorities)
-        trust(self._tls, authority)
-        source = ZoneSource(
-            self._store, self._zones, zone, self._notes.get(str(uuid.UUID(bytes=zone.id)), {})
-        )
-        tls = self._keys.client_context(authority)
+    def _begin(self, zone: Zone, source: ZoneSource) -> None:
+        tls = self._keys.client_context(ZoneAuthority.parse(zone.authorities))
         target = Target(zone.name, zone.url, tls, source, Throttle(self._bandwidth))
         shipper = Shipper(target, chance=self._chance)
         task = asyncio.create_task(shipper.run(), name=f"ship to {zone.name}")
@@ -248,6 +287,39 @@ class Federation:
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
+    # --- the other nodes of a cluster ----------------------------------------------------------------
+
+    async def _take_turns(self) -> None:
+        """Ships while it is this node's turn."""
+        nodes = self._store.nodes
+        assert nodes is not None
+        while True:
+            federating = {nodes.number} | {node for node, each in self._offices.items() if each is not None}
+            sender = chosen(nodes.leader, federating, self.sender)
+            if sender != self.sender:
+                log.info("node %d ships to other zones now", sender)
+                self.sender = sender
+                self._look()
+            await asyncio.sleep(TURN_SECONDS)
+
+    async def _ask_nodes(self) -> None:
+        """Keeps an eye on what the other nodes do and know, for when it is this one's turn."""
+        while True:
+            await asyncio.to_thread(self._look_at_nodes)
+            await asyncio.sleep(WATCH_SECONDS)
+
+    def _look_at_nodes(self) -> None:
+        nodes = self._store.nodes
+        assert nodes is not None
+        said, failed = nodes.ask(OFFICE, seconds=WATCH_SECONDS)
+        # A leader that is slow to answer has not ended: if it had, another one would lead.
+        slow = {node: each for node, each in self._offices.items() if node in failed and node == nodes.leader}
+        self._offices = said | slow
+
+    def office(self) -> Document:
+        """What the other nodes of a cluster are told: whether this one ships, and what it knows of other zones."""
+        return {"ships": self.ships, "notes": self._notes}
+
     async def _watch_links(self) -> None:
         """Looks every second whether promises are kept, and keeps what is known of the zones."""
         while True:
@@ -255,16 +327,17 @@ class Federation:
             await asyncio.to_thread(self._look_at_links)
 
     def _look_at_links(self) -> None:
-        notes = {}
+        notes = merged(self._notes, self._offices) if self._store.nodes is not None else {}
         for link in list(self._links.values()):
             try:
                 link.source.look_at_promises()
             except SpaceError as error:
                 log.warning("the promises to zone %s cannot be looked at: %s", link.zone.name, error)
-            notes[str(uuid.UUID(bytes=link.zone.id))] = {
-                **link.source.note(),
-                **self._receiver.heard_of(link.zone.id),
-            }
+            notes.setdefault(str(uuid.UUID(bytes=link.zone.id)), {}).update(link.source.note())
+        for zone, heard in self._receiver.heard_all().items():
+            mine = notes.setdefault(str(uuid.UUID(bytes=zone)), {})
+            if heard["heard_ns"] > (mine.get("heard_ns") or 0):
+                mine.update(heard)
         if notes != self._notes:
             self._notes = notes
             save_notes(self._store.path, notes)
@@ -283,6 +356,7 @@ class Federation:
             status = link.shipper.status
             found[number] = {
                 "connected": status.connected,
+                "at": status.at,
                 "error": status.error,
                 "error_ns": status.error_ns,
                 "rtt_seconds": status.rtt_seconds,

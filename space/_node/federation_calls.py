@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Final
 
-from space._errors import UnavailableError
+from space._errors import SpaceError, UnavailableError
 from space._node.caller import Document
 
 if TYPE_CHECKING:
     from space._node.federation import Federation
     from space._node.federation_zones import Zones
     from space._node.store import Store
+
+AGAIN_SECONDS: Final = 1.0
+"""How soon a node tries again to federate."""
+
+log: Final = logging.getLogger("space.federation")
 
 
 def begin_federation(store: Store, listen: str | None, *, bandwidth: int = 0) -> Federation:
@@ -22,13 +29,62 @@ def begin_federation(store: Store, listen: str | None, *, bandwidth: int = 0) ->
         NotFoundError: the store is in no zone.
         UnavailableError: the address cannot be listened on, or aiohttp is not installed.
     """
+    _check_installed()
+    from space._node.federation import Federation
+
+    return Federation(store, listen, bandwidth=bandwidth)
+
+
+def _check_installed() -> None:
     if importlib.util.find_spec("aiohttp") is None:
         raise UnavailableError(
             "federation needs the Python package aiohttp", hint="pip install 'space-store[federation]'"
         )
-    from space._node.federation import Federation
 
-    return Federation(store, listen, bandwidth=bandwidth)
+
+class KeptFederation:
+    """Federation of a node, as soon as that is possible: the zone comes with the log, its keys from other nodes."""
+
+    def __init__(self, store: Store, listen: str) -> None:
+        """Begins to try.
+
+        Raises:
+            UnavailableError: aiohttp is not installed.
+            UsageError: not an address.
+        """
+        _check_installed()
+        from space._node.federation import parse_listen
+
+        parse_listen(listen)
+        self._store = store
+        self._listen = listen
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="space-federate", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        said = ""
+        while not self._over.is_set():
+            try:
+                running = begin_federation(self._store, self._listen)
+            except SpaceError as error:
+                if str(error) != said:
+                    log.warning("nothing is shipped, and other zones are not answered yet: %s", error)
+                    said = str(error)
+                self._over.wait(AGAIN_SECONDS)
+            else:
+                log.info("other zones are answered at %s", running.url)
+                self._over.wait()
+                running.close()
+
+    def retire(self, seconds: float) -> None:
+        """Ends it, and waits so long: it may just wait for a quorum."""
+        self._over.set()
+        self._thread.join(seconds)
+
+    def close(self) -> None:
+        """Waits until it has ended; the node has stopped, so that nothing waits for a quorum."""
+        self._thread.join()
 
 
 class FederationCalls:

@@ -19,6 +19,10 @@ In ``DIR/zone``, readable to the owner only, each file replaced as a whole:
 ``next/``              authority and certificate that are being rolled over to
 =====================  ==================================================================================
 
+The nodes of a cluster are one zone: they have the same authority and sealing key, and a certificate each.  Which
+authority that is the log says, so a node that has none, or another one, knows what to ask the others for
+(:meth:`ZoneKeys.bundle`, :func:`settle`): private keys go from node to node, never through the log.
+
 A new authority is offered to the other zones signed by the one they know (:meth:`ZoneKeys.offer`), beside it.  Only
 when all of them trust both does the zone show a certificate of the new one: nobody is refused meanwhile.
 """
@@ -27,8 +31,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import ssl
 import uuid
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -48,6 +54,7 @@ from space._errors import (
     NotFoundError,
     RefusedError,
     StorageError,
+    UnavailableError,
     UsageError,
 )
 from space.replication.certificates import (
@@ -159,7 +166,7 @@ class ZoneAuthority:
     @property
     def fingerprints(self) -> list[str]:
         """SHA-256 of each certificate, as other programs show it."""
-        return [each.fingerprint(hashes.SHA256()).hex() for each in self.certificates]
+        return [_fingerprint(each) for each in self.certificates]
 
     @property
     def expires(self) -> datetime:
@@ -312,6 +319,58 @@ class ZoneKeys:
             raise _damaged(directory / SEALING_FILE, "not an X25519 key")
         return cls(directory, _load_signing(directory / AUTHORITY_FILE), sealing)
 
+    # --- the nodes of a zone ---------------------------------------------------------------------
+
+    def bundle(self) -> dict[str, bytes]:
+        """The private keys another node of this zone needs, in PEM; ``next`` only while the zone is rolled over."""
+        found = {"authority": self._signing.pem(), "sealing": _sealing_bytes(self.sealing)}
+        if self.rolling:
+            found["next"] = self._following().pem()
+        return found
+
+    @classmethod
+    def adopt(cls, home: Path, known: ZoneAuthority, bundle: object, *, now: datetime) -> ZoneKeys:
+        """Keeps the keys another node gave, with certificates of its own, in place of those there are.
+
+        Args:
+            home: the data directory.
+            known: what the log says of the zone: nothing else is taken.
+            bundle: what :meth:`bundle` returned there.
+            now: the time.
+
+        Raises:
+            UsageError: those are not the keys the log speaks of.
+            StorageError: they cannot be written.
+        """
+        given = _Given.parse(bundle)
+        if not given.fits(known):
+            raise UsageError("keys that are not those of this zone", hint="is that node behind the others?")
+        directory = home / ZONE
+        write_file(directory / SEALING_FILE, _sealing_bytes(given.sealing), 0o600)
+        if given.following is not None:
+            _issue(given.following, known.identity, directory / NEXT / CERTIFICATE_FILE, now)
+            write_file(directory / NEXT / AUTHORITY_FILE, given.following.pem(), 0o600)
+        else:
+            shutil.rmtree(directory / NEXT, ignore_errors=True)  # of a rollover that ended elsewhere
+        _issue(given.authority, known.identity, directory / CERTIFICATE_FILE, now)
+        write_file(directory / AUTHORITY_FILE, given.authority.pem(), 0o600)  # last, as in create
+        return cls(directory, given.authority, given.sealing)
+
+    def _following(self) -> _Signing:
+        return _load_signing(self._directory / NEXT / AUTHORITY_FILE)
+
+    def is_next(self, known: ZoneAuthority) -> bool:
+        """Whether the log says that the rollover these keys are in is over."""
+        return self.rolling and known.fingerprints == [_fingerprint(self._following().certificate)]
+
+    def agree(self, known: ZoneAuthority) -> bool:
+        """Whether these are the keys the log speaks of, with the next authority if it names one."""
+        ours = self.authority.fingerprints[0]
+        return ours in known.fingerprints and (
+            known.fingerprints[0] == ours
+            or (self.rolling and known.fingerprints[0] == _fingerprint(self._following().certificate))
+        )
+
     def renew(self, *, now: datetime) -> None:
         """Gives the zone a new certificate of the same authority; the other zones notice nothing.
 
@@ -343,7 +402,7 @@ class ZoneKeys:
         """What other zones are to trust, in PEM, and the signature of the authority they know."""
         pem = self.authority.pem
         if self.rolling:
-            pem = certificate_bytes(_load_signing(self._directory / NEXT / AUTHORITY_FILE).certificate) + pem
+            pem = certificate_bytes(self._following().certificate) + pem
         return pem, self._signing.key.sign(_OFFER + pem, ec.ECDSA(hashes.SHA256()))
 
     def finish_rollover(self) -> ZoneKeys:
@@ -392,6 +451,86 @@ class ZoneKeys:
         except (OSError, ssl.SSLError) as error:
             raise _damaged(self._directory / CERTIFICATE_FILE, str(error)) from None
         return context
+
+
+@attrs.frozen
+class _Given:
+    """Keys from another node, parsed."""
+
+    authority: _Signing
+    sealing: X25519PrivateKey
+    following: _Signing | None
+
+    @classmethod
+    def parse(cls, bundle: object) -> _Given:
+        """What :meth:`ZoneKeys.bundle` made.
+
+        Raises:
+            UsageError: it is nothing of the kind.
+        """
+        if not isinstance(bundle, dict):
+            raise UsageError("not the keys of a zone")
+        try:
+            sealing = serialization.load_pem_private_key(_pem(bundle.get("sealing")), password=None)
+            authority = _signing(_pem(bundle.get("authority")))
+            following = _signing(_pem(bundle["next"])) if "next" in bundle else None
+        except (ValueError, TypeError):
+            raise UsageError("not the keys of a zone") from None
+        if not isinstance(sealing, X25519PrivateKey):
+            raise UsageError("not the sealing key of a zone")
+        return cls(authority, sealing, following)
+
+    def fits(self, known: ZoneAuthority) -> bool:
+        """Whether these are the keys the log speaks of."""
+        newest, *older = known.fingerprints
+        ours = _fingerprint(self.authority.certificate)
+        following = None if self.following is None else _fingerprint(self.following.certificate)
+        wanted = ours == newest or (ours in older and following == newest)
+        return wanted and self.sealing.public_key().public_bytes_raw() == known.identity.sealing_key
+
+
+def _pem(text: object) -> bytes:
+    if not isinstance(text, bytes) or len(text) > AUTHORITY_BYTES_MAX:
+        raise UsageError("not the keys of a zone")
+    return text
+
+
+def settle(
+    home: Path, known: ZoneAuthority, ask: Callable[[], Iterable[object]], *, now: datetime
+) -> ZoneKeys:
+    """The keys the log speaks of, on a node of a cluster: those that are here, or the other nodes', which are kept.
+
+    Args:
+        home: the data directory.
+        known: what the log says of the zone.
+        ask: asks the other nodes for their :meth:`ZoneKeys.bundle`, if they have to be asked.
+        now: the time.
+
+    Raises:
+        RefusedError: the keys here are another zone's, or others can read them.
+        UnavailableError: no node that has them answers.
+        CorruptionError, StorageError: they cannot be read, or not be written.
+    """
+    try:
+        keys = ZoneKeys.load(home)
+    except NotFoundError:
+        keys = None
+    if keys is not None and keys.identity.id != known.identity.id:
+        raise RefusedError(
+            f"the keys in {home / ZONE} are of another zone than {known.identity.name}",
+            hint="put back those of this store",
+        )
+    if keys is not None and keys.is_next(known):
+        return keys.finish_rollover()
+    if keys is not None and keys.agree(known):
+        return keys
+    for bundle in ask():
+        with contextlib.suppress(UsageError):
+            return ZoneKeys.adopt(home, known, bundle, now=now)
+    raise UnavailableError(
+        f"the keys of zone {known.identity.name} are not on this node, and no other node gives them",
+        hint=f"start the node that has them, or copy its {ZONE}/ into {home}",
+    )
 
 
 def trust(context: ssl.SSLContext, authority: ZoneAuthority) -> None:
@@ -456,14 +595,27 @@ def _sealing_bytes(key: X25519PrivateKey) -> bytes:
 
 
 def _load_signing(path: Path) -> _Signing:
-    key = _load_key(path)
     try:
-        certificate = x509.load_pem_x509_certificate(_read(path))
-    except ValueError as error:
+        return _signing(_read(path))
+    except (ValueError, TypeError) as error:
         raise _damaged(path, str(error)) from None
+
+
+def _signing(pem: bytes) -> _Signing:
+    """An authority with its private key.
+
+    Raises:
+        ValueError, TypeError: it is none.
+    """
+    key = serialization.load_pem_private_key(pem, password=None)
+    certificate = x509.load_pem_x509_certificate(pem)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-        raise _damaged(path, "the key is not the certificate's")
+        raise ValueError("the key is not the certificate's")
     return _Signing(certificate, key)
+
+
+def _fingerprint(certificate: x509.Certificate) -> str:
+    return certificate.fingerprint(hashes.SHA256()).hex()
 
 
 def _load_key(path: Path) -> object:

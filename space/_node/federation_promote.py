@@ -15,7 +15,7 @@ import attrs
 
 from space._errors import ConflictError, NotFoundError, Status, UnavailableError
 from space._node.caller import Document
-from space._node.federation_status import load_notes
+from space._node.federation_status import heard_note
 from space.events import commands as cmd
 from space.events.ids import BRANCHES, ID_BYTES, CapsuleId, format_time
 from space.events.types import Kind
@@ -79,11 +79,7 @@ def predict(store: Store, zone: Zone) -> Document:
 
 def _heard(store: Store, zone: Zone) -> dict[str, Any]:
     """What a zone last said of itself, checked: it is another's word, and was kept in a file."""
-    running = store.federation
-    key = str(CapsuleId(zone.id))
-    note = load_notes(store.path).get(key, {})
-    if running is not None:
-        note = {**note, **running.heard_of(zone.id)}
+    note = heard_note(store, zone)
     missing = note.get("missing")
     missing = missing if isinstance(missing, dict) else {}
     parts = [

@@ -21,6 +21,7 @@ from space._errors import ConflictError, RefusedError, SpaceError, UsageError
 from space._node.caller import Document
 from space._node.federation_arrival import ShipmentKeys, recoder
 from space._node.federation_keys import ZoneAuthority, ZoneKeys, claimed, proves
+from space._node.federation_move import residences
 from space._node.federation_promote import ASKED_MAX, arrivals
 from space.events import commands as cmd
 from space.events.commands import Command, Durability, Request
@@ -73,10 +74,16 @@ class ZoneReceiver:
             "id": str(uuid.UUID(bytes=keys.identity.id)),
             "kind": keys.identity.kind,
             "versions": [VERSION],
+            "leads": self._leads(),
             "position": self._store.position,
             "fingerprints": keys.authority.fingerprints,
             "knows": {"fingerprints": ZoneAuthority.parse(self._sender(peer).authorities).fingerprints},
         }
+
+    def _leads(self) -> bool:
+        """Whether commands are decided here, and not handed on to another node."""
+        nodes = self._store.nodes
+        return nodes is None or nodes.leader == nodes.number
 
     def cursors(self, peer: Peer) -> Document:
         with self._store._read() as txn:
@@ -101,12 +108,13 @@ class ZoneReceiver:
     def receive(self, peer: Peer, shipments: Sequence[bytes]) -> Received:
         cursors: list[Document] = []
         error = None
-        for body in shipments:
-            try:
-                cursors.append(self._take(peer, body))
-            except SpaceError as failed:
-                error = failed
-                break
+        with self._store.stale():  # who may ship is decided anew; and what was decided is here then
+            for body in shipments:
+                try:
+                    cursors.append(self._take(peer, body))
+                except SpaceError as failed:
+                    error = failed
+                    break
         if cursors:
             self._store.sync()
         return Received(cursors, error)
@@ -140,13 +148,14 @@ class ZoneReceiver:
             raise ConflictError(f"a shipment for zone {uuid.UUID(bytes=shipment.zone)} came here")
 
     def reached(self, peer: Peer, capsules: Sequence[str]) -> Document:
-        try:
-            ids = [bytes.fromhex(each) for each in capsules]
-        except ValueError:
-            ids = [b""]
-        if len(ids) > ASKED_MAX or any(len(each) != ID_BYTES for each in ids):
-            raise UsageError(f"not the ids of 1 to {ASKED_MAX} capsules", hint="is the other zone newer?")
-        return {"capsules": [attrs.astuple(each) for each in arrivals(self._store, peer.id, ids)]}
+        found = arrivals(self._store, peer.id, _ids(capsules))
+        return {"capsules": [attrs.astuple(each) for each in found]}
+
+    def homes(self, peer: Peer, capsules: Sequence[str], declined: int) -> Document:
+        ids = _ids(capsules)
+        if declined:
+            self._store.execute(cmd.DeclineHomes(peer.id, declined), actor=f"zone:{peer.name}")
+        return {"capsules": [int(each) for each in residences(self._store, peer.id, ids)]}
 
     # --- beside shipments --------------------------------------------------------------------------
 
@@ -156,6 +165,11 @@ class ZoneReceiver:
             heard = {"heard_position": position, "heard_ns": time.time_ns(), "missing": pulse.get("missing")}
             with self._lock:
                 self._heard[peer.id] = heard
+
+    def heard_all(self) -> dict[bytes, Document]:
+        """:meth:`heard_of` of all zones there is something to say of."""
+        with self._lock:
+            return dict(self._heard)
 
     def heard_of(self, zone: bytes) -> Document:
         """Where a zone's log ended when it last said so, and when that was."""
@@ -209,3 +223,18 @@ class _Adoption:
         )
         self._data_keys.came(*number, data_key)
         return attrs.evolve(key, wrapped=self._store.wrap_key(*number, data_key))
+
+
+def _ids(capsules: Sequence[str]) -> list[bytes]:
+    """Ids of capsules another zone asks about.
+
+    Raises:
+        UsageError: they are none, or too many.
+    """
+    try:
+        found = [bytes.fromhex(each) for each in capsules]
+    except ValueError:
+        found = [b""]
+    if len(found) > ASKED_MAX or any(len(each) != ID_BYTES for each in found):
+        raise UsageError(f"not the ids of 1 to {ASKED_MAX} capsules", hint="is the other zone newer?")
+    return found

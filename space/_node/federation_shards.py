@@ -36,7 +36,7 @@ from space.content.keys import KEY_BYTES, Keyring, generate_master_key
 from space.content.pipeline import ContentReader
 from space.events.ids import CapsuleId
 from space.federation.compiler import permitted
-from space.federation.exchange import error_in, parse_document
+from space.federation.exchange import addresses, error_in, parse_document
 from space.federation.parity import (
     HASH_BYTES,
     PAYLOAD_BYTES_MAX,
@@ -169,17 +169,21 @@ class HttpZone:
         return answer
 
     def _connection(self) -> http.client.HTTPSConnection:
-        url = urlsplit(self._zone.url)
-        if not url.hostname:
+        """A connection to the first of its addresses that takes one."""
+        if not self._zone.url:
             raise UnavailableError(f"zone {self._zone.name} has no address", hint="space zone add --url")
-        made = http.client.HTTPSConnection(url.hostname, url.port, timeout=CONNECT_SECONDS, context=self._tls)
-        try:
-            made.connect()
-        except OSError:
-            made.close()
-            raise self._silent() from None
-        made.sock.settimeout(ANSWER_SECONDS)
-        return made
+        for url in map(urlsplit, addresses(self._zone.url)):
+            made = http.client.HTTPSConnection(
+                url.hostname or "", url.port, timeout=CONNECT_SECONDS, context=self._tls
+            )
+            try:
+                made.connect()
+            except OSError:
+                made.close()
+            else:
+                made.sock.settimeout(ANSWER_SECONDS)
+                return made
+        raise self._silent()
 
     def _silent(self) -> UnavailableError:
         return UnavailableError(

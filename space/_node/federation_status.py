@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from space._node.caller import Document
 from space._node.federation_arrival import describe, sealed_keys
 from space._node.federation_keys import ZONE
+from space._node.federation_nodes import OFFICE, links_elsewhere, merged
 from space.events.codec import batch_rows
 from space.statemachine import zones as rows
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 NOTES_FILE: Final = "links.json"
 """What was last known of the other zones; only shown, and made anew where it is lost."""
+
+ASK_SECONDS: Final = 1.0
+"""How long another node of a cluster may take to say what it knows."""
 
 MARK_EVERY: Final = 256
 """Batches from one sum to the next: what is counted again for one question."""
@@ -104,6 +108,25 @@ def save_notes(home: Path, notes: Mapping[str, Document]) -> None:
         made.replace(path)
 
 
+def heard_note(store: Store, zone: Zone) -> Document:
+    """What a zone last said of itself, to whichever node of this one."""
+    running = store.federation
+    heard = load_notes(store.path).get(_text(zone), {})
+    if running is not None:
+        heard = {**heard, **running.heard_of(zone.id)}
+    if store.nodes is None:
+        return heard
+    return merged({_text(zone): heard}, store.nodes.ask(OFFICE, seconds=ASK_SECONDS)[0])[_text(zone)]
+
+
+def _links(store: Store) -> tuple[int, dict[bytes, Document]]:
+    """Which node of a cluster ships (0: there is no cluster, or none does), and how the connections are."""
+    running = store.federation
+    if running is not None and running.ships:
+        return running.sender, running.link_documents()
+    return links_elsewhere(store)
+
+
 def status(store: Store, *, capsules: bool = False) -> Document:
     """How far each zone has come, and what came of each: see ``docs/cli.md`` for the keys."""
     from space._node.federation_zones import Zones
@@ -111,13 +134,15 @@ def status(store: Store, *, capsules: bool = False) -> Document:
     zones = Zones(store)
     own = zones.own()
     running = store.federation
-    live = {} if running is None else running.link_documents()
+    sender, live = _links(store)
     notes = load_notes(store.path)
     backlog = Backlog(store.wal) if running is None else running.backlog
     now_ns = time.time_ns()
     return {
         "zone": None if own is None else own.name,
         "running": running is not None,
+        "node": None if store.nodes is None else store.nodes.number,
+        "sender": sender or None,
         "listen": None if running is None else running.url,
         "position": store.position,
         "arrival": describe(store),
@@ -170,6 +195,7 @@ def _quiet(store: Store, note: Document) -> Document:
     behind = position is not None and position < store.position
     return {
         "connected": False,
+        "at": "",
         "error": "not running: space federation serve",
         "position": position,
         "waiting": behind,
@@ -208,7 +234,9 @@ Sample = tuple[str, dict[str, Any], float]
 
 
 def samples(found: Document) -> Iterator[Sample]:
-    """A status as samples for a monitoring system."""
+    """A status as samples for a monitoring system; on every node of a cluster those of the one that ships."""
+    if found["node"] is not None:
+        yield "space_federation_sender", {}, float(found["node"] == found["sender"])
     for zone in found["zones"]:
         labels = {"zone": zone["zone"]}
         yield "space_federation_connected", labels, float(zone["connected"])

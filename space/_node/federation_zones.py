@@ -11,8 +11,9 @@ import http.client
 import json
 import re
 import ssl
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
@@ -28,15 +29,18 @@ from space._errors import (
     UsageError,
 )
 from space._node.caller import Document
-from space._node.federation_keys import ZONE, ZoneAuthority, ZoneKeys, check_name
+from space._node.federation_keys import ZONE, ZoneAuthority, ZoneKeys, check_name, settle
+from space._node.federation_nodes import KEYS, RENEW, SETTLE
 from space.events import commands as cmd
 from space.events.ids import zone_capsules, zone_root
 from space.events.types import URL_CHARACTERS_MAX, ZoneKind
 from space.federation.exchange import (
+    ADDRESSES_MAX,
     AUTHORITY,
     DOCUMENT_BYTES_MAX,
     IDENTITY,
     VERSION,
+    addresses,
     error_in,
     parse_document,
 )
@@ -45,10 +49,14 @@ from space.statemachine import zones as rows
 from space.statemachine.tables import CAPSULE, HOME, CapsuleRow, Reader
 
 if TYPE_CHECKING:
+    from space._node.federation_nodes import Nodes
     from space._node.store import Store
 
 ASK_SECONDS: Final = 10.0
 """How long another zone may take to answer when it is added."""
+
+_SETTLING: Final = threading.Lock()
+"""Held while keys are fetched from another node: files are replaced one by one."""
 
 KINDS: Final = {kind.name.lower(): kind for kind in ZoneKind}
 _REJECTED: Final = re.compile("UNKNOWN_CA|CERTIFICATE_REQUIRED|CERTIFICATE_UNKNOWN|BAD_CERTIFICATE")
@@ -115,14 +123,18 @@ class Zones:
         raise NotFoundError(f"no zone {name}", hint="space zone ls shows those that were added")
 
     def keys(self) -> ZoneKeys:
-        """The keys of the zone the store is in.
+        """The keys of the zone the store is in; a node of a cluster gets from the others what it lacks.
 
         Raises:
             NotFoundError: it is in none, or they are not in this directory.
+            UnavailableError: no node that has them answers.
         """
         own = self.own()
         if own is None:
             raise NotFoundError(f"store {self._store.path} is in no zone", hint="space zone init NAME")
+        nodes = self._store.nodes
+        if nodes is not None:
+            return self._settled(own, nodes)
         keys = ZoneKeys.load(self._store.path)
         if keys.identity.id != own.id:
             raise RefusedError(
@@ -130,6 +142,13 @@ class Zones:
                 hint="put back those of this store",
             )
         return keys
+
+    def _settled(self, own: Zone, nodes: Nodes) -> ZoneKeys:
+        def ask() -> Iterable[object]:
+            return nodes.ask(KEYS)[0].values()
+
+        with _SETTLING:
+            return settle(self._store.path, ZoneAuthority.parse(own.authorities), ask, now=self._now())
 
     # --- this one --------------------------------------------------------------------------------
 
@@ -293,31 +312,43 @@ class Zones:
     # --- another authority -----------------------------------------------------------------------
 
     def renew(self) -> Document:
-        """Gives this zone another certificate of the same authority: the other zones notice nothing.
+        """Gives this zone (each node of it) another certificate of the same authority: the others notice nothing.
 
         Raises:
             SpaceError: there are no keys, or they cannot be written.
         """
         keys = self.keys()
         keys.renew(now=self._now())
-        return {"zone": keys.identity.name, "expires": keys.expires.isoformat()}
+        return {
+            "zone": keys.identity.name,
+            "expires": keys.expires.isoformat(),
+            "nodes_without": sorted(self._tell_nodes(RENEW)),
+        }
+
+    def _tell_nodes(self, what: str) -> dict[int, str]:
+        """Has the other nodes of a cluster do something about their keys; those that did not, and why."""
+        nodes = self._store.nodes
+        return {} if nodes is None else {node: str(error) for node, error in nodes.ask(what)[1].items()}
 
     def roll_over(self, *, force: bool) -> Document:
         """Gives this zone another authority: first all others trust both, then its certificate is of the new one.
 
-        Nobody is refused meanwhile.  Where another zone cannot be reached everything stays as it is, and is gone on
-        with by asking again; with ``force`` it goes on without that zone, which has to be told by hand.
+        Nobody is refused meanwhile.  Where another zone, or a node of this one, cannot be reached everything stays as
+        it is, and is gone on with by asking again; with ``force`` it goes on without that zone, which has to be told
+        by hand, and without that node, which asks the others when it is back.
 
         Raises:
-            UnavailableError: a zone has not taken the new authority yet.
+            UnavailableError: a zone or a node has not taken the new authority yet.
         """
         keys, own = self.keys(), self.own()
         assert own is not None
         keys.begin_rollover(now=self._now())
         self._change(own, authority=ZoneAuthority.parse(keys.offer()[0]))
+        away = self._tell_nodes(SETTLE)
         missing = self._offer(keys)
-        if missing and not force:
-            told = "; ".join(f"{name}: {error}" for name, error in missing.items())
+        if (missing or away) and not force:
+            whom = [f"node {node}: {error}" for node, error in away.items()]
+            told = "; ".join(whom + [f"{name}: {error}" for name, error in missing.items()])
             raise UnavailableError(
                 f"the new authority is not known everywhere, so the old one stays in use: {told}",
                 hint="repeat this when they answer, or go on without them: --force",
@@ -326,12 +357,14 @@ class Zones:
         own = self.own()
         assert own is not None
         self._change(own, authority=keys.authority)
+        away |= self._tell_nodes(SETTLE)
         old_trusted = self._offer(keys)  # the old one is not to be trusted for longer than it has to be
         return {
             "zone": own.name,
             "fingerprints": keys.authority.fingerprints,
             "expires": keys.expires.isoformat(),
             "without": sorted(missing),
+            "nodes_without": sorted(away),
             "trusting_the_old": sorted({*missing, *old_trusted}),
         }
 
@@ -403,11 +436,19 @@ def _checked_kind(kind: str) -> str:
 
 
 def check_url(url: str) -> None:
-    """Refuses what is not the address of a zone.
+    """Refuses what is not the address of a zone, or addresses of its nodes with commas between them.
 
     Raises:
-        UsageError: it is not ``https://HOST:PORT``.
+        UsageError: one of them is not ``https://HOST:PORT``, or there are too many.
     """
+    several = url.split(",")
+    if len(several) > ADDRESSES_MAX or len(url) > URL_CHARACTERS_MAX:
+        raise UsageError(f"more addresses than a zone can have: {url[:60]}…", hint=f"up to {ADDRESSES_MAX}")
+    for each in several:
+        _check_address(each)
+
+
+def _check_address(url: str) -> None:
     try:
         parts = urlsplit(url)
         sound = bool(parts.scheme == "https" and parts.hostname and parts.port)
@@ -415,7 +456,7 @@ def check_url(url: str) -> None:
         sound = False
     else:
         sound = sound and (parts.path in ("", "/")) and not (parts.query or parts.fragment or parts.username)
-    if not sound or len(url) > URL_CHARACTERS_MAX:
+    if not sound:
         raise UsageError(f"not the address of a zone: {url!r:.120}", hint="write https://HOST:PORT")
 
 
@@ -427,7 +468,7 @@ def ask(
     path: str,
     document: Document | None = None,
 ) -> Document:
-    """Asks another zone one thing, and waits for the answer.
+    """Asks another zone one thing, at the first of its addresses that answers, and waits for the answer.
 
     Raises:
         RefusedError: who answers is not that zone.
@@ -435,6 +476,27 @@ def ask(
         UnavailableError: nobody answers, or with something else.
         SpaceError: what it answered.
     """
+    last: SpaceError = UnavailableError(
+        f"zone {authority.identity.name} has no address", hint="space zone add --url"
+    )
+    for address in addresses(url):
+        try:
+            return _ask_at(address, keys, authority, method, path, document)
+        except NotKnownThereError:
+            raise
+        except UnavailableError as error:
+            last = error
+    raise last
+
+
+def _ask_at(
+    url: str,
+    keys: ZoneKeys,
+    authority: ZoneAuthority,
+    method: str,
+    path: str,
+    document: Document | None,
+) -> Document:
     parts = urlsplit(url)
     name = authority.identity.name
     connection = http.client.HTTPSConnection(

@@ -51,6 +51,7 @@ from space.events.codec import decode_batch
 from space.events.commands import Buffer, Durability, Receipt, Request
 from space.events.registry import BY_CLASS, LINK_BYTES
 from space.events.types import ExtentWritten, KeyDestroyed, PayloadReclaimed
+from space.policy.model import Policy
 from space.projections.feed import Progress, fold
 from space.replication.group import Group
 from space.replication.node import Node, empty_state
@@ -89,12 +90,13 @@ REBUILD_POSITIONS: Final = 100_000
 class Member(Store):
     """See the module's text.  Made, attached to a group and closed by :mod:`space._node.cluster`."""
 
-    def __init__(self, path: Path, *, node: int, store: bytes, **options: Any) -> None:
+    def __init__(self, path: Path, *, node: int, store: bytes, ships: bool = True, **options: Any) -> None:
         """Opens the directory as far as it is committed.
 
         Args:
             node: id of this node.
             store: id of the log: the same on all replicas.
+            ships: whether what it holds can be shipped to other zones: only the shard with the tree is.
 
         Raises:
             CorruptionError: the log is damaged; it can be healed from the other members.
@@ -102,6 +104,7 @@ class Member(Store):
         """
         self._node_id = node
         self._store_id = store
+        self._ships = ships
         self._group: Group | None = None
         self._node: Node | None = None
         self._thread = threading.local()

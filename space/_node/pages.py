@@ -19,6 +19,7 @@ _HELP: Final = {
     "space_peer_rtt_seconds": "Round trip to the peer.",
     "space_peer_queued_bytes": "Bytes that wait to be sent to the peer.",
     "space_peer_certificate_days": "Days until the certificate of the peer ends.",
+    "space_federation_sender": "1 on the node of the cluster that ships.",
     "space_federation_connected": "1 while shipments are taken by the zone.",
     "space_federation_lag_events": "Events of the log that the zone does not have.",
     "space_federation_lag_bytes": "Bytes of the log that the zone does not have.",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import math
 import os
 import signal
 import threading
@@ -20,7 +19,7 @@ from space._errors import UnavailableError
 from space._node.caller import Document
 from space._node.calls import StoreTarget, Target
 from space._node.enrolment import ServeOptions, prepare
-from space._node.federation_calls import begin_federation
+from space._node.federation_calls import KeptFederation, begin_federation
 from space._node.mounts import Mounts
 from space._node.node_target import NodeTarget
 
@@ -118,6 +117,7 @@ class Running:
 
         self._listener: Listener | None = None
         self._http: HttpServer | None = None
+        self._federation: KeptFederation | None = None
         self._target: NodeTarget | None = None
         self._mounts = Mounts(home)
         self.node = ClusterNode(home, prepare(home, options))
@@ -135,8 +135,7 @@ class Running:
             for volumes in options.csi:
                 node.csi.keep_serving(volumes)
             if options.federation is not None:
-                with self.node.store.relaxed(math.inf):  # it may start before there is a leader
-                    begin_federation(self.node.store, options.federation)
+                self._federation = KeptFederation(self.node.store, options.federation)
         except BaseException:
             self.stop()
             raise
@@ -164,7 +163,9 @@ class Running:
 
     def stop(self) -> None:
         """Hands over, ends what is being answered, and closes; callers go on with another node."""
-        if self.node.store.federation is not None:
+        if self._federation is not None:
+            self._federation.retire(RETIRE_SECONDS)
+        if self.node.store.federation is not None:  # begun by space federation serve
             self.node.store.federation.close()
         if self._listener is not None:
             self._listener.retire(RETIRE_SECONDS)
@@ -174,6 +175,8 @@ class Running:
             self._target.retire(RETIRE_SECONDS)
         self._mounts.close()
         self.node.stop()
+        if self._federation is not None:
+            self._federation.close()
         if self._target is not None:
             self._target.close()
         if self._http is not None:

@@ -3,6 +3,7 @@
     GET  /v1/federation/identity    who answers, which versions it speaks, and what it knows of who asks
     GET  /v1/federation/cursors     how far every stream of who asks has come here
     POST /v1/federation/reached     how far some capsules of who asks have come here: after a promotion
+    POST /v1/federation/homes       whether some capsules of who asks are here, or at home here; declines what is not
     POST /v1/federation/authority   certificates to trust from now on, signed by the authority known so far
     POST /v1/federation/ship        frames; the answer begins at once and has a line for each of them, in order
 
@@ -11,6 +12,9 @@ A frame is its kind (1 byte), a length (4 bytes, big-endian) and so many bytes. 
 position, its clock and what of it is still to be shipped, ``{"pulse": {…}}``.  What is refused is answered
 ``{"error": {…}}``, and nothing after it is looked at.  Nothing here is kept by connections: whoever loses one asks for
 the cursors and goes on from there.
+
+Every node of a zone answers all of this.  One that does not lead (``leads`` in its identity) has to hand on what is
+shipped to it, so a home prefers the one that does.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ PREFIX: Final = "/v1/federation"
 IDENTITY: Final = f"{PREFIX}/identity"
 CURSORS: Final = f"{PREFIX}/cursors"
 REACHED: Final = f"{PREFIX}/reached"
+HOMES: Final = f"{PREFIX}/homes"
 AUTHORITY: Final = f"{PREFIX}/authority"
 SHIP: Final = f"{PREFIX}/ship"
 
@@ -51,6 +56,9 @@ DOCUMENT_BYTES_MAX: Final = 1 << 20
 
 LINE_BYTES_MAX: Final = 1 << 16
 
+ADDRESSES_MAX: Final = 16
+"""Addresses a zone may have: one for each node of a cluster, and some more."""
+
 
 @attrs.frozen
 class Peer:
@@ -63,6 +71,11 @@ class Peer:
 
     id: bytes
     name: str
+
+
+def addresses(url: str) -> list[str]:
+    """The addresses a zone is reached at, in the order they were given: one, or those of the nodes of a cluster."""
+    return url.split(",") if url else []
 
 
 def frame(kind: int, body: bytes) -> bytes:

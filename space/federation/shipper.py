@@ -38,12 +38,16 @@ from space.federation.exchange import (
     Backoff,
     Document,
     Throttle,
+    addresses,
     error_in,
     frame,
     parse_document,
 )
 
 CONNECT_SECONDS: Final = 10.0
+MEET_SECONDS: Final = 10.0
+"""How long an address may take to say who is there: a node that knows no leader waits for one."""
+
 RETRY_FIRST_SECONDS: Final = 0.1
 RETRY_LIMIT_SECONDS: Final = 15.0
 """A zone that was away for days is found again within so many seconds."""
@@ -114,6 +118,7 @@ class LinkStatus:
 
     Attributes:
         connected: whether shipments are taken there now.
+        at: the address they are taken at, or were last.
         error: why the last attempt ended; empty since the last success.
         error_ns: when, nanoseconds since 1970.
         rtt_seconds: round trip of the last pulse or question; None before the first.
@@ -122,6 +127,7 @@ class LinkStatus:
     """
 
     connected: bool = False
+    at: str = ""
     error: str = ""
     error_ns: int = 0
     rtt_seconds: float | None = None
@@ -145,7 +151,7 @@ class LinkStatus:
 
 @attrs.define
 class Target:
-    """A zone to ship to: where it is, how it is known, and how fast it may go."""
+    """A zone to ship to: where it is (see :func:`addresses`), how it is known, and how fast it may go."""
 
     name: str
     url: str
@@ -208,12 +214,8 @@ class Shipper:
     # --- one connection ----------------------------------------------------------------------------
 
     async def _session(self, backoff: Backoff) -> None:
-        timeout = aiohttp.ClientTimeout(total=SILENCE_SECONDS, sock_connect=CONNECT_SECONDS)
-        connector = aiohttp.TCPConnector(ssl=self._target.tls, limit=2)
-        async with aiohttp.ClientSession(
-            self._target.url, connector=connector, timeout=timeout, trust_env=False
-        ) as http:
-            identity = await self._meet(http)
+        http, identity = await self._find()
+        async with http:
             if VERSION not in identity.get("versions", ()):
                 raise UnavailableError(
                     f"zone {self._target.name} speaks versions {identity.get('versions')!r:.60} of the protocol, "
@@ -230,6 +232,50 @@ class Shipper:
             await self._call(self._source.connected, identity, cursors)
             backoff.reset()
             await self._stream(http)
+
+    async def _find(self) -> tuple[aiohttp.ClientSession, Document]:
+        """Asks at every address, and goes on where shipments are not handed on; else where it was answered first.
+
+        Raises:
+            SpaceError, aiohttp.ClientError, OSError: why there is no answer, from the address that said so last.
+        """
+        asking = {asyncio.create_task(self._try(url)) for url in addresses(self._target.url)}
+        found: tuple[aiohttp.ClientSession, Document] | None = None
+        error: BaseException = UnavailableError("it has no address", hint="space zone add --url")
+        try:
+            while asking and (found is None or not _leads(found[1])):
+                done, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if (failed := task.exception()) is not None:
+                        error = failed
+                    elif found is None or (_leads(task.result()[1]) and not _leads(found[1])):
+                        found, spare = task.result(), found
+                        await _hang_up(spare)
+                    else:
+                        await _hang_up(task.result())
+        except BaseException:
+            await _hang_up(found)
+            raise
+        finally:
+            for task in asking:
+                task.cancel()
+            for each in await asyncio.gather(*asking, return_exceptions=True):
+                if not isinstance(each, BaseException):
+                    await _hang_up(each)
+        if found is None:
+            raise error
+        return found
+
+    async def _try(self, url: str) -> tuple[aiohttp.ClientSession, Document]:
+        timeout = aiohttp.ClientTimeout(total=SILENCE_SECONDS, sock_connect=CONNECT_SECONDS)
+        connector = aiohttp.TCPConnector(ssl=self._target.tls, limit=2)
+        http = aiohttp.ClientSession(url, connector=connector, timeout=timeout, trust_env=False)
+        try:
+            async with asyncio.timeout(MEET_SECONDS):
+                return http, await self._meet(http)
+        except BaseException:
+            await http.close()
+            raise
 
     async def _meet(self, http: aiohttp.ClientSession) -> Document:
         """Asks who answers.
@@ -264,7 +310,7 @@ class Shipper:
         ) as response:
             if response.status != 200:
                 await _document(response)
-            self.status.connected, self.status.error = True, ""
+            self.status.connected, self.status.error, self.status.at = True, "", str(response.url.origin())
             tasks = {
                 asyncio.create_task(self._send(flight, outbox)),
                 asyncio.create_task(self._answers(flight, response.content)),
@@ -340,6 +386,16 @@ class Shipper:
             self.status.flight_bytes = flight.bytes
             self.status.sent(len(outgoing.body), now)
             self._wake.set()
+
+
+async def _hang_up(met: tuple[aiohttp.ClientSession, Document] | None) -> None:
+    if met is not None:
+        await met[0].close()
+
+
+def _leads(identity: Document) -> bool:
+    """Whether who answers takes shipments itself, as every zone does that is no cluster."""
+    return identity.get("leads") is not False
 
 
 @attrs.define

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
+import msgpack
 
 from space._errors import (
     CorruptionError,
@@ -27,8 +28,9 @@ from space._errors import (
     error_of,
 )
 from space.events.command_codec import decode_requests, encode_requests
-from space.events.commands import REPLIES_KEPT_PER_CLIENT, Buffer, Receipt, Request
+from space.events.commands import REPLIES_KEPT_PER_CLIENT, Buffer, Receipt, ReceiveShipment, Request
 from space.replication.replica import Job, Replica, Ticket, Work
+from space.replication.wire import ATTACHMENTS_MAX
 
 if TYPE_CHECKING:
     from space.replication.node import Node
@@ -43,6 +45,9 @@ FORWARD_SECONDS: Final = 5.0
 
 FORWARD_REQUESTS_MAX: Final = 2048
 FORWARD_BYTES_MAX: Final = 16 << 20
+LOOSE_MAX: Final = ATTACHMENTS_MAX // 2
+"""Frames that go to the leader as attachments of their own; more of them, or a shipment, go as one piece."""
+
 LANE_WINDOW: Final = REPLIES_KEPT_PER_CLIENT // 2
 """Sequences of one client id that may be under way: a retry must still find the reply of the first attempt."""
 
@@ -317,7 +322,10 @@ class Group:
     async def _forward(self, calls: list[_Call]) -> None:
         leader = self.replica.driver.leader
         requests = [request for call in calls for request in call.requests]
+        document: list[Any] | None
         document, attachments = encode_requests(requests)
+        if len(attachments) > LOOSE_MAX or any(isinstance(r.command, ReceiveShipment) for r in requests):
+            attachments, document = packed(document, attachments), None
         exempt = any(call.exempt for call in calls)
         try:
             if leader in (0, self._node.id):
@@ -333,7 +341,7 @@ class Group:
             self._decided(call, outcomes[at : at + len(call.requests)])
             at += len(call.requests)
 
-    async def _ask(self, leader: int, body: list[Any], attachments: list[Buffer]) -> Any:
+    async def _ask(self, leader: int, body: list[Any], attachments: Sequence[Buffer]) -> Any:
         """The leader's answer to requests.
 
         Raises:
@@ -473,6 +481,29 @@ class Group:
             for call in list(self._calls):
                 self._give_up(call)
             self._node.failed(self, error)
+
+
+def packed(document: list[Any], attachments: Sequence[Buffer]) -> list[Buffer]:
+    """Requests as two attachments, however many commands and frames they have: a shipment has tens of thousands."""
+    return [msgpack.packb([document, list(map(len, attachments))]), b"".join(attachments)]
+
+
+def unpacked(pieces: Sequence[Buffer]) -> tuple[Any, list[Buffer]]:
+    """What :func:`packed` made two attachments of.
+
+    Raises:
+        ValueError, TypeError: they are nothing of the kind.
+    """
+    head, content = pieces
+    document, lengths = msgpack.unpackb(head)
+    view, at = memoryview(content), 0
+    attachments: list[Buffer] = []
+    for length in lengths:
+        if type(length) is not int or not 0 <= length <= len(view) - at:
+            raise ValueError("attachments that are not there")
+        attachments.append(view[at : at + length])
+        at += length
+    return document, attachments
 
 
 def _outcomes(answer: Any, count: int) -> list[Outcome]:

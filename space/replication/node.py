@@ -26,6 +26,7 @@ from space._errors import (
     DiskFullError,
     NotFoundError,
     NotLeaderError,
+    RefusedError,
     SpaceError,
     Status,
     StorageError,
@@ -34,7 +35,7 @@ from space._errors import (
 )
 from space.events.commands import Buffer
 from space.replication.certificates import Tls
-from space.replication.group import Group
+from space.replication.group import Group, unpacked
 from space.replication.replica import (
     Digest,
     Job,
@@ -174,6 +175,8 @@ class Node:
         self.differences: list[str] = []
         self.on_call: Callable[[int, str], Any] = _no_calls
         """Carries out an operation on a shard's store that only its leader can, asked by another node."""
+        self.answers: dict[str, Callable[[], Any]] = {}
+        """What members, and nobody else, are answered when they call by these names; on a thread."""
 
     # --- life ------------------------------------------------------------------------------------------
 
@@ -500,6 +503,8 @@ class Node:
         self, sender: int, body: Any, attachments: list[Buffer]
     ) -> tuple[Any, list[Buffer]]:
         number, document, exempt = body
+        if document is None:
+            document, attachments = unpacked(attachments)
         return await self._group(number).group.serve(sender, document, attachments, exempt=bool(exempt)), []
 
     async def _on_status(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
@@ -584,7 +589,13 @@ class Node:
 
     async def _on_call(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
         number, method = body
-        return await asyncio.to_thread(self.on_call, self._group(number).group.number, str(method)), []
+        group = self._group(number).group
+        answer = self.answers.get(method) if isinstance(method, str) else None
+        if answer is None:
+            return await asyncio.to_thread(self.on_call, group.number, str(method)), []
+        if sender not in _everybody(group):
+            raise RefusedError(f"who asks for {method} is no member of this cluster")
+        return await asyncio.to_thread(answer), []
 
     _handlers: Final = {
         "call": _on_call,

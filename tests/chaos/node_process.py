@@ -1,8 +1,8 @@
 """One node of a test's cluster, as a process of its own, with what a test needs beside the operations of users.
 
-``python -m tests.chaos.node_process HOME [--retained N] [--segment-bytes N] [--checkpoint-gain N]`` runs the node
-whose directory is HOME until SIGTERM, or until the test is gone.  It prints one JSON line when it is ready,
-and one if it fails.
+``python -m tests.chaos.node_process HOME [--retained N] [--segment-bytes N] [--checkpoint-gain N]
+[--federation HOST:PORT]`` runs the node whose directory is HOME until SIGTERM, or until the test is gone.  It prints
+one JSON line when it is ready, and one if it fails.
 
 The control socket answers everything :class:`space._node.service.Service` has, and the methods of :class:`Probe`:
 raw commands with the client's own id and sequence (so that a retry on another node can be told from a new
@@ -33,6 +33,7 @@ import space._node.cluster as cluster_module
 import space.replication.node as node_module
 from space._errors import NotFoundError, SpaceError, error_document
 from space._node.cluster import ClusterNode, NodeConfig
+from space._node.federation_calls import KeptFederation
 from space._node.member import Member
 from space._node.mounts import Mounts
 from space._node.node_target import NodeTarget
@@ -43,7 +44,7 @@ from space.events.codec import decode_batch
 from space.events.command_codec import decode_requests
 from space.events.commands import Receipt, Request
 from space.events.ids import CapsuleId
-from space.events.types import Kind
+from space.events.types import Kind, ShipmentReceived
 from space.replication.driver import Settings
 from space.statemachine.tables import CAPSULE, CapsuleRow
 
@@ -117,6 +118,20 @@ class Probe(Service):
             done = [[entry.client, entry.sequence] for entry in decode_batch(record.metadata) if entry.client]
             yield {"position": record.index, "chain": record.chain, "term": record.term, "commands": done}
 
+    def probe_shipments(self) -> Iterator[Document]:
+        """What came from other zones, as the log here has it: where each stream stood before, and after."""
+        last = self.store.applied_now.position
+        for record in self.store.wal.records(max(1, self.store.wal.first_index), last + 1):
+            for entry in decode_batch(record.metadata):
+                for _, event in entry.events:
+                    if isinstance(event, ShipmentReceived):
+                        yield {
+                            "stream": [event.zone, event.shard, event.lane],
+                            "from": event.from_position,
+                            "through": [event.through_position, event.step],
+                            "position": record.index,
+                        }
+
     def probe_checkpoint(self) -> Document:
         """Makes a checkpoint now."""
         self.store.checkpoint()
@@ -167,6 +182,7 @@ def main() -> int:
     parser.add_argument("--retained", type=int, default=Settings().retained)
     parser.add_argument("--segment-bytes", type=int, default=0)
     parser.add_argument("--checkpoint-gain", type=int, default=0)
+    parser.add_argument("--federation", default="")
     options = parser.parse_args()
     end_with_parent()
     faulthandler.register(signal.SIGUSR1)
@@ -187,11 +203,16 @@ def main() -> int:
         return 1
     running.append(node)
     mounts = Mounts(options.home)
+    federation = KeptFederation(node.store, options.federation) if options.federation else None
     with ControlServer(NodeTarget(node, mounts)) as server, node, contextlib.closing(mounts):
         tell({"ready": config.node, "pid": os.getpid(), "position": node.store.applied_now.position})
         while not over.wait(0.05) and not node.ended.is_set():
             pass
+        if federation is not None:
+            federation.retire(RETIRE_SECONDS)
         server.retire(RETIRE_SECONDS)  # calls that wait for a leader end with the node, not before it
+    if federation is not None:
+        federation.close()
     if node.failure is not None and not over.is_set():
         tell({"failed": error_document(node.failure)})
         return 1

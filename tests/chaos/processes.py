@@ -221,7 +221,11 @@ class Cluster:
         homes: dict[int, Path] | None = None,
         options: Sequence[str] = (),
         shards: int = 1,
+        tls: bool = False,
+        options_of: Callable[[int], Sequence[str]] = lambda _: (),
     ) -> None:
+        """``options`` are for every node, ``options_of`` for one; in namespaces there are always certificates."""
+        self._options_of = options_of
         self.base = base
         self._shards = shards
         self._options = list(options)
@@ -231,7 +235,7 @@ class Cluster:
         try:
             first = self._place(1)
             first.home.mkdir(parents=True, exist_ok=True)
-            self.config = found(first.home, listen=first.address, tls=namespaces, shards=shards)
+            self.config = found(first.home, listen=first.address, tls=tls or namespaces, shards=shards)
             self.start(1)
             for node in range(2, count + 1):
                 self.add(node)
@@ -283,7 +287,8 @@ class Cluster:
         process.ended = False
         process.told.unlink(missing_ok=True)
         inside = self.network.inside(node) if self.network is not None else []
-        command = [sys.executable, "-m", "tests.chaos.node_process", str(process.home), *self._options]
+        options = [*self._options, *self._options_of(node)]
+        command = [sys.executable, "-m", "tests.chaos.node_process", str(process.home), *options]
         with process.told.open("wb") as told, process.log.open("ab") as log:
             process.child = subprocess.Popen(
                 [*inside, *command],
