@@ -199,13 +199,29 @@ class Member(Store):
             raise UnavailableError(f"store {self.path} is closed")
         if not requests:
             return []
+        self._check_ships(requests)
         exempt = bool(getattr(self._thread, "alone", False))
         return self.group.execute(list(requests), exempt=exempt)
 
     def begin(self, requests: Sequence[Request]) -> Future[list[Receipt | SpaceError]]:
         if self._closed:
             raise UnavailableError(f"store {self.path} is closed")
+        self._check_ships(requests)
         return self.group.start(list(requests))
+
+    def _check_ships(self, requests: Sequence[Request]) -> None:
+        """Refuses policies that promise a capsule of this shard to other zones.
+
+        Raises:
+            RefusedError: one does.
+        """
+        for request in requests if not self._ships else ():
+            document = getattr(request.command, "policy", None)
+            if document and Policy.from_document(msgpack.unpackb(document)).federation_targets:
+                raise RefusedError(
+                    "only what has a name is shipped to other zones, and this capsule is in another shard",
+                    hint="put it under a name, or leave federation.targets out of its policy",
+                )
 
     def wait(self, future: Future[list[Receipt | SpaceError]]) -> list[Receipt | SpaceError]:
         return self.node.wait(future)
