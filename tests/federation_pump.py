@@ -11,6 +11,7 @@ from typing import Any
 import space
 from space._errors import UnavailableError
 from space._node.caller import Document
+from space._node.federation_move import Residence, parse_residences
 from space._node.federation_promote import Arrival, parse_arrivals, predict
 from space._node.federation_receive import ZoneReceiver
 from space._node.federation_send import ZoneSource
@@ -39,6 +40,11 @@ class Pump:
     def _ask(self, capsules: Sequence[bytes]) -> list[Arrival]:
         found = self.receiver.reached(self.peer, [each.hex() for each in capsules])
         return parse_arrivals(json.loads(json.dumps(found)), len(capsules))
+
+    def homes(self, capsules: Sequence[bytes], declined: int) -> list[Residence]:
+        """What the target answers about homes it was given."""
+        found = self.receiver.homes(self.peer, [each.hex() for each in capsules], declined)
+        return parse_residences(json.loads(json.dumps(found)), len(capsules))
 
     def connect(self) -> None:
         """Agrees where to go on."""

@@ -27,7 +27,7 @@ from space.events import commands as cmd
 from space.events.ids import BRANCHES, ID_BYTES, ROOT, CapsuleId, zone_root
 from space.events.types import COPY_BYTES_MAX, Kind
 from space.federation.scope import Moment, Scope, Slot
-from space.federation.selection import Selection
+from space.federation.selection import Selection, moved
 from space.policy.model import Sovereignty
 from space.projections import content_map
 from space.statemachine import zones as rows
@@ -190,7 +190,7 @@ class _Fork:
             own = rows.own_zone(txn)
         assert row is not None
         assert own is not None
-        self._own = own[0]
+        self._own, self._own_name = own[0], own[1].name
         self._row = row
         # Up to here everything came, by whatever lane; both were alike when this zone last took the other's place.
         self._all_there = max(row.promoted, min(promotion.lanes.values(), default=0))
@@ -225,12 +225,20 @@ class _Fork:
             scope.forget()
         return found
 
-    def _fork_of(self, capsule: bytes) -> int:
-        """The position of this log at which the other zone has a capsule.
+    def _fork_of(self, txn: Reader, capsule: bytes) -> int:
+        """The position of this log at which the other zone has a capsule; 0 if it has all there can be.
 
-        What came of it came in order, so that is the last position it came to, whatever lane brought it there.
+        What came of it came in order, so that is the last position it came to, whatever lane brought it there.  One
+        whose home came from that zone was there as it was then.  One whose home was given to it, and that it has not
+        from there (it gave it back, and that was not heard of here), has not changed here since.
         """
-        return max(self._all_there, self._reached.get(capsule, _NOT_ASKED).position)
+        home = rows.home_row(txn, capsule)
+        reached = self._reached.get(capsule, _NOT_ASKED).position
+        if home is None or not home.moved or home.zone != self._zone.id:
+            return max(self._all_there, reached)
+        if home.here:
+            return max(self._all_there, reached, home.moved)
+        return max(self._all_there, reached) if reached else 0
 
     def _changed(self, txn: Reader) -> dict[bytes, int]:
         """Shared capsules that the other zone has, and that changed after their fork, with it."""
@@ -240,11 +248,16 @@ class _Fork:
             row = scope.state.capsule(capsule)
             if row is None or not self._is_there(capsule):
                 continue
-            fork = self._fork_of(capsule)
+            fork = self._fork_of(txn, capsule)
             if row.change > fork > 0:
                 found[capsule] = fork
             scope.forget()
         return found
+
+    def _is_given(self, txn: Reader, capsule: bytes) -> bool:
+        """Whether a capsule cannot be changed here because its home was given to the other zone."""
+        home = rows.home_row(txn, capsule)
+        return home is not None and home.moved > 0 and not home.here and self._scope(txn).moved(capsule)
 
     def _is_there(self, capsule: bytes) -> bool:
         return self._reached.get(capsule, _NOT_ASKED).there
@@ -291,6 +304,7 @@ class _Fork:
         with self._store._read() as txn:
             sent = {capsule for capsule, _ in rows.sent_capsules(txn, self._zone.id)}
             kept = [each for each in kept if each in sent and txn.get(CAPSULE, each) is not None]
+            given = [each for each in forks if self._is_given(txn, each)]
         command = cmd.LoseHome(
             self._zone.id,
             self._promotion.epoch,
@@ -300,6 +314,7 @@ class _Fork:
             kept,
             made.times,
             seen,
+            given,
         )
         try:
             self._store.execute(command, actor=f"zone:{self._zone.name}")
@@ -308,6 +323,23 @@ class _Fork:
                 raise
             return None
         return {"branch": made.path, "capsules": [str(CapsuleId(each)) for each in made.aside]}
+
+    def _as_there(self, scope: Scope, capsule: bytes, then: _State, now: _State) -> _State:
+        """A capsule at its fork, as the other zone has it.
+
+        One whose home came from that zone had its policy changed then, of which that zone may not have heard; and it
+        kept the names it has in directories whose home is there, which nobody here gives or takes.
+        """
+        home = rows.home_row(scope.state, capsule)
+        if home is None or not home.here or home.zone != self._zone.id:
+            return then
+        if any(scope.moved(parent) for parent, _ in (*then.names, *now.names)):
+            then = attrs.evolve(then, names=now.names)
+        if self._reached.get(capsule, _NOT_ASKED).position >= home.moved:
+            return then
+        policy = self._selection.policy(scope.state, then.row.policy)
+        before = moved(policy, self._own_name, self._zone.name)
+        return attrs.evolve(then, policy=msgpack.packb(before.to_document()))
 
     def _times(self, capsule: bytes, then: _State) -> tuple[int, int, int, int]:
         """Times of a capsule in the other zone.
@@ -325,7 +357,7 @@ class _Fork:
         for capsule, names in _names(made.scope, forks).items():
             then, now = self._then[capsule][1], made.state(capsule, names)
             if then is not None and now is not None:
-                pairs.append((capsule, then, now))
+                pairs.append((capsule, self._as_there(made.scope, capsule, then, now), now))
         for capsule, then, now in pairs:
             made.keep(capsule, then, now)
         made.clear([each for each in pairs if each[1].row.kind == Kind.DIRECTORY])

@@ -32,6 +32,9 @@ ATTEMPTS: Final = 20
 ASKED_MAX: Final = 10_000
 """Capsules one question is about: 350 KB."""
 
+WHOLE: Final = (1 << 63) - 1
+"""What a capsule is said to have come to whose home came from the zone that asks: all there is."""
+
 PARTS_TOLD: Final = 500
 CAPSULES_TOLD: Final = 1000
 """What a pulse says in detail of what did not come; beyond that only that there is more."""
@@ -208,6 +211,9 @@ def _arrival(state: Overlay, zone: rows.ZoneRow | None, capsule: bytes) -> Arriv
     row = state.capsule(capsule)
     if row is None or zone is None:
         return Arrival(there=False)
+    home = rows.home_row(state, capsule)
+    if home is not None and home.moved:  # what came here has all there was
+        return Arrival(WHOLE if home.here else home.position, True, row.mtime, row.ctime)
     return Arrival(rows.reached(state, zone, capsule), True, row.mtime, row.ctime)
 
 

@@ -21,6 +21,7 @@ from space._errors import ConflictError, RefusedError, SpaceError, UsageError
 from space._node.caller import Document
 from space._node.federation_arrival import ShipmentKeys, recoder
 from space._node.federation_keys import ZoneAuthority, ZoneKeys, claimed, proves
+from space._node.federation_move import residences
 from space._node.federation_promote import ASKED_MAX, arrivals
 from space.events import commands as cmd
 from space.events.commands import Command, Durability, Request
@@ -147,13 +148,14 @@ class ZoneReceiver:
             raise ConflictError(f"a shipment for zone {uuid.UUID(bytes=shipment.zone)} came here")
 
     def reached(self, peer: Peer, capsules: Sequence[str]) -> Document:
-        try:
-            ids = [bytes.fromhex(each) for each in capsules]
-        except ValueError:
-            ids = [b""]
-        if len(ids) > ASKED_MAX or any(len(each) != ID_BYTES for each in ids):
-            raise UsageError(f"not the ids of 1 to {ASKED_MAX} capsules", hint="is the other zone newer?")
-        return {"capsules": [attrs.astuple(each) for each in arrivals(self._store, peer.id, ids)]}
+        found = arrivals(self._store, peer.id, _ids(capsules))
+        return {"capsules": [attrs.astuple(each) for each in found]}
+
+    def homes(self, peer: Peer, capsules: Sequence[str], declined: int) -> Document:
+        ids = _ids(capsules)
+        if declined:
+            self._store.execute(cmd.DeclineHomes(peer.id, declined), actor=f"zone:{peer.name}")
+        return {"capsules": [int(each) for each in residences(self._store, peer.id, ids)]}
 
     # --- beside shipments --------------------------------------------------------------------------
 
@@ -221,3 +223,18 @@ class _Adoption:
         )
         self._data_keys.came(*number, data_key)
         return attrs.evolve(key, wrapped=self._store.wrap_key(*number, data_key))
+
+
+def _ids(capsules: Sequence[str]) -> list[bytes]:
+    """Ids of capsules another zone asks about.
+
+    Raises:
+        UsageError: they are none, or too many.
+    """
+    try:
+        found = [bytes.fromhex(each) for each in capsules]
+    except ValueError:
+        found = [b""]
+    if len(found) > ASKED_MAX or any(len(each) != ID_BYTES for each in found):
+        raise UsageError(f"not the ids of 1 to {ASKED_MAX} capsules", hint="is the other zone newer?")
+    return found

@@ -578,7 +578,7 @@ class LoseHome:
     and take the capsules back to what the zone has.  ``kept`` stay at home here though their policy names the zone,
     because they never came there.  ``times`` (atime, mtime, ctime, btime) are those capsules had that are taken back.
     ``seen`` is the position of this log the commands were made for: if anything the zone was sent has changed since,
-    nothing happens.
+    nothing happens.  ``given`` are those of them whose home was given to the zone before, which had not come as far.
     """
 
     zone: bytes
@@ -589,6 +589,50 @@ class LoseHome:
     kept: Sequence[bytes]
     times: Sequence[tuple[bytes, tuple[int, int, int, int]]] = ()
     seen: int | None = None
+    given: Sequence[bytes] = ()
+
+
+@attrs.frozen
+class GiveHomes:
+    """Gives the home of capsules to ``zone``, which has them: they can be changed nowhere until it has taken it.
+
+    A directory is given with all that is in it, named here like everything else.
+    """
+
+    zone: bytes
+    capsules: Sequence[bytes]
+
+
+@attrs.frozen
+class TakeHome:
+    """The capsule's home is this store from now on; only in a :class:`ReceiveShipment`, from the home it has had.
+
+    ``policy`` is its policy from then on, ``key`` the number of its data key (0: none), ``epoch`` the one in which its
+    home was given away.  It is passed over where key or epoch are others here, where the capsule is not wholly here,
+    or where the store has declined to take it (:class:`DeclineHomes`).
+    """
+
+    capsule: bytes
+    policy: bytes
+    key: int
+    epoch: int
+
+
+@attrs.frozen
+class DeclineHomes:
+    """Takes no home any more that ``zone`` gave away up to ``position`` of its log; what was taken stays here."""
+
+    zone: bytes
+    position: int
+
+
+@attrs.frozen
+class KeepHomes:
+    """Takes back the home of capsules that was given to ``zone``, which has declined those up to ``position``."""
+
+    zone: bytes
+    capsules: Sequence[bytes]
+    position: int
 
 
 Command = (
@@ -638,6 +682,10 @@ Command = (
     | SetArrivalPolicy
     | PromoteZone
     | LoseHome
+    | GiveHomes
+    | TakeHome
+    | DeclineHomes
+    | KeepHomes
 )
 
 

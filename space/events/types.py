@@ -685,6 +685,32 @@ class ActionTaken:
     reason: str = text(REFUSAL_BYTES_MAX)
 
 
+@event(64)
+class HomeGiven:
+    """The capsule's home is given to ``zone``, which takes it as it is now: nothing here changes it any more."""
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+
+
+@event(65)
+class HomeTaken:
+    """The capsule has its home here from now on; ``zone`` gave it away at ``position`` of its log."""
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+    position: int = u63()
+
+
+@event(66)
+class HomesDeclined:
+    """No home that ``zone`` gave away up to ``position`` of its log is taken here any more, if it has not been."""
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+    position: int = u63()
+
+
 Event = (
     StoreInitialised
     | CapsuleCreated
@@ -735,4 +761,7 @@ Event = (
     | ZonePromoted
     | HomeLost
     | ActionTaken
+    | HomeGiven
+    | HomeTaken
+    | HomesDeclined
 )

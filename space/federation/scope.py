@@ -130,6 +130,10 @@ class Scope:
         gone = row is None or row.deleted or row.kind == DIRECTORY
         return [] if gone else self.names(capsule)
 
+    def show(self, capsule: bytes, lane: int) -> None:
+        """Has a capsule in scope, in a lane, whoever its home is: in the batch in which that goes over."""
+        self._lanes[capsule] = lane
+
     def lost(self, capsule: bytes) -> None:
         """Takes it from whoever found its only name in a directory that is not alive, that a capsule is not."""
         self._named[capsule] = False

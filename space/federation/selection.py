@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Final, final
 
+import attrs
 import msgpack
 
 from space._errors import UsageError
@@ -75,6 +76,16 @@ class Selection:
     def sealed(self, state: Reader | Overlay, number: int) -> bool:
         """Whether the zone is to hold content of that policy without being able to read it."""
         return self.policy(state, number).federation_sealed
+
+
+def moved(policy: Policy, home: str, zone: str) -> Policy:
+    """The policy of a capsule whose home goes to another zone: the zone that was its home becomes a target instead.
+
+    Everything else stays: who was allowed to hold the capsule is, and nobody else.
+    """
+    targets = tuple(home if name == zone else name for name in policy.federation_targets if name != home)
+    candidates = tuple(name for name in policy.federation_candidates if name not in (home, zone))
+    return attrs.evolve(policy, federation_targets=targets, federation_candidates=candidates)
 
 
 def _understood(document: bytes) -> Policy:

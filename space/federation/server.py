@@ -25,6 +25,7 @@ from space.federation.exchange import (
     CURSORS,
     DOCUMENT_BYTES_MAX,
     FRAME,
+    HOMES,
     IDENTITY,
     PULSE,
     PULSE_BYTES_MAX,
@@ -98,6 +99,15 @@ class Receiver(Protocol):
             UsageError: those are no ids, or too many.
         """
 
+    def homes(self, peer: Peer, capsules: Sequence[str], declined: int) -> Document:
+        """Which capsules of ``peer`` (ids, hexadecimal) are here, and which have their home here by now.
+
+        Before that, no home is taken any more that it gave away up to position ``declined`` of its log.
+
+        Raises:
+            UsageError: those are no ids, or too many.
+        """
+
     def take_authority(self, peer: Peer, pem: bytes, signature: bytes) -> Document:
         """Trusts other certificates of ``peer`` from now on.
 
@@ -129,6 +139,7 @@ class FederationServer:
         application.router.add_get(IDENTITY, self._identity)
         application.router.add_get(CURSORS, self._cursors)
         application.router.add_post(REACHED, self._reached)
+        application.router.add_post(HOMES, self._homes)
         application.router.add_post(AUTHORITY, self._authority)
         application.router.add_post(SHIP, self._ship)
         if self._shelf is not None:
@@ -179,6 +190,17 @@ class FederationServer:
         if not isinstance(asked, list) or not all(isinstance(each, str) for each in asked):
             raise UsageError("not a question about capsules", hint="is the other zone newer?")
         return web.json_response(await asyncio.to_thread(self._receiver.reached, peer, asked))
+
+    async def _homes(self, request: web.Request) -> web.StreamResponse:
+        peer = await self._peer(request)
+        async with asyncio.timeout(SILENCE_SECONDS):
+            found = parse_document(await request.read())
+        asked, declined = found.get("capsules"), found.get("declined")
+        if not isinstance(asked, list) or not all(isinstance(each, str) for each in asked):
+            raise UsageError("not a question about capsules", hint="is the other zone newer?")
+        if type(declined) is not int or not 0 <= declined < 1 << 63:
+            raise UsageError("not a position", hint="is the other zone newer?")
+        return web.json_response(await asyncio.to_thread(self._receiver.homes, peer, asked, declined))
 
     async def _authority(self, request: web.Request) -> web.StreamResponse:
         peer = await self._peer(request)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, final
 
 import attrs
+import msgpack
 from blake3 import blake3
 
 from space._errors import NotFoundError, RefusedError, SpaceError
@@ -28,9 +29,10 @@ from space.events.ids import ID_BYTES, ROOT
 from space.events.registry import NAME_BYTES_MAX
 from space.federation.portable import PART_BYTES, Copier, Copy, Piece, Portable, Seal, size
 from space.federation.scope import DIRECTORY, Moment, Scope, Slot
-from space.federation.selection import Selection
+from space.federation.selection import Selection, moved
+from space.statemachine import zones
 from space.statemachine.apply import clone_id, manifest_nodes
-from space.statemachine.tables import SENT
+from space.statemachine.tables import CAPSULE, MOVED, SENT, CapsuleRow
 
 MAIN_BYTES: Final = 48 << 20
 """Content that goes with the rest of its batch at once; of a batch with more, capsules are copied in parts instead.
@@ -129,7 +131,8 @@ class Translator:
 
     Attributes:
         certain: whether all names there are those that were told.  Not so once one of the two zones was promoted in
-            the other's place: each may have kept a name for something of its own, so capsules are told by their ids.
+            the other's place, or homes of single capsules went to another zone: each may have kept a name for something
+            of its own, so capsules are told by their ids.
         missing: capsules the zone was found not to have, though it should: they are copied when they change next.
     """
 
@@ -193,6 +196,7 @@ _BOOKKEEPING: Final = (
     ev.NamespaceAssigned,
     ev.RegistrantsChanged,
     ev.ReservationChanged,
+    ev.HomesDeclined,
     ev.KeysRewrapped,
     ev.MasterKeyChanged,
     ev.KeyDestroyed,
@@ -267,6 +271,9 @@ class _Translation:
         self._told: set[bytes] = set()  # what something is said about, and so gets the batch's change time
         self._busy: set[bytes] = set()  # directories of the receiver in which names come or go
         self._modified: set[bytes] = set()  # capsules whose content is said to change
+        self._given: dict[bytes, None] = {}  # capsules whose home the zone takes
+        root = after.state.get(CAPSULE, bytes(ROOT))
+        self._certain = translator.certain and not (root and CapsuleRow.decode(root).flags & MOVED)
 
     # --- what happened ---------------------------------------------------------------------------
 
@@ -322,6 +329,12 @@ class _Translation:
                 self._content.append(event)
             case ev.CapsulesPurged():
                 self._purged.update(_ids(event.purged))
+            case ev.HomeGiven():
+                self._note_given(event)
+            case ev.HomeTaken():
+                self._note_taken(event)
+            case ev.CapsuleHomed() if event.zone == self._translator.home:
+                self._touch(event.capsule)
             case (
                 ev.CapsuleCreated()
                 | ev.AttributesChanged()
@@ -357,6 +370,26 @@ class _Translation:
         for member in members:
             self._touch(clone_id(event.capsule, event.source, member))
         self._slot(event.parent, event.name)
+
+    def _note_given(self, event: ev.HomeGiven) -> None:
+        """The zone that gets a capsule's home is told of this batch as if that were here still, and then takes it."""
+        self._touch(event.capsule)
+        row = self._after.state.capsule(event.capsule)
+        if event.zone == self._translator.zone and row is not None:
+            lane = self._translator.selection.lane(self._after.state, row.policy)
+            if lane is not None and self._after.alive(event.capsule):
+                self._after.show(event.capsule, lane)
+                self._given[event.capsule] = None
+
+    def _note_taken(self, event: ev.HomeTaken) -> None:
+        """The zone a capsule's home came from has all of it as of then: what is told is what came after."""
+        capsule = event.capsule
+        self._touch(capsule)
+        lane = self._after.lane(capsule)
+        if event.zone != self._translator.zone or lane is None or self._before.state.capsule(capsule) is None:
+            return
+        self._before.show(capsule, lane)
+        self._content = [each for each in self._content if each.capsule != capsule]
 
     def _note_below(self) -> None:
         """A directory that is deleted or brought back takes along what is below it."""
@@ -432,6 +465,7 @@ class _Translation:
         self._lost_for_good()
         self._times()
         self._named_moments()
+        self._homes()
 
     def _policies(self) -> None:
         for capsule, lane in self._stays.items():
@@ -548,7 +582,7 @@ class _Translation:
         return (
             self._before.lane(member) is not None
             and self._after.lane(member) is not None
-            and (self._translator.certain or self._after.row(member).kind != DIRECTORY)
+            and (self._certain or self._after.row(member).kind != DIRECTORY)
             and copy in self._joins
             and member not in self._mentions
             and self._mentions.get(copy) == 1
@@ -626,7 +660,7 @@ class _Translation:
         known = len(has) == after.count(capsule)
         free = all(self._before.entry(slot) in (None, capsule) for slot in has)
         free = free and not any(parent in self._beside for parent, _ in has)
-        certain = self._translator.certain and free
+        certain = self._certain and free
         if not known and certain and set(old) <= set(new):  # one name more, of whatever others there are
             for parent, name in sorted(set(new) - set(old)):
                 self._name(lane, capsule, cmd.Link(capsule, parent, name), [parent], keys, parents)
@@ -658,7 +692,7 @@ class _Translation:
                 continue
             names = self._had.get(capsule, [])
             self._withdrawn(capsule)
-            certain = self._translator.certain
+            certain = self._certain
             if certain and row.nlink == 1 and len(names) == 1 and self._gone(capsule):
                 (slot,) = names
                 (place,) = self._before.places(names) or [self._before.apart(capsule)]
@@ -675,7 +709,7 @@ class _Translation:
         parent = self._within.get(capsule)
         return (
             parent is not None
-            and self._translator.certain
+            and self._certain
             and self._before.count(capsule) == 1
             and parent in self._leaves
             and self._gone(parent)
@@ -707,7 +741,7 @@ class _Translation:
         for capsule in sorted(directories, key=self._before.depth, reverse=True):
             lane = self._leaves[capsule]
             self._withdrawn(capsule)
-            if not self._gone(capsule) or not self._translator.certain:
+            if not self._gone(capsule) or not self._certain:
                 self._withdraw(lane, capsule)
             elif not self._goes_along(capsule):
                 self._remove_tree(lane, capsule)
@@ -768,6 +802,21 @@ class _Translation:
             if lane is not None and event.capsule not in self._beside:
                 name = snapshot_name(self._translator.home_name, event.snapshot, self._batch.position)
                 self._tell(lane, event.capsule, cmd.TakeSnapshot(event.capsule, name))
+
+    def _homes(self) -> None:
+        """Gives the homes of capsules away, at the very end.  Of one that is copied in parts it would be too early."""
+        state, translator = self._after.state, self._translator
+        zone = zones.zone_row(state, translator.zone)
+        for capsule in self._given:
+            lane = self._after.lane(capsule)
+            if lane is None or zone is None or capsule in self._beside:
+                continue
+            row = self._after.row(capsule)
+            policy = translator.selection.policy(state, row.policy)
+            document = msgpack.packb(
+                moved(policy, translator.home_name, translator.selection.zone).to_document()
+            )
+            self._tell(lane, capsule, cmd.TakeHome(capsule, document, row.key, zone.epoch))
 
     # --- lanes -------------------------------------------------------------------------------------
 

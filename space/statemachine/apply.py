@@ -565,4 +565,7 @@ HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.ZonePromoted: zones.promoted,
     ev.HomeLost: zones.lost,
     ev.ActionTaken: _noted,
+    ev.HomeGiven: zones.given,
+    ev.HomeTaken: zones.taken,
+    ev.HomesDeclined: zones.declined,
 }

@@ -25,7 +25,7 @@ from space.events.registry import (
     U63_MAX,
     XATTR_BYTES_MAX,
 )
-from space.statemachine import homes, keys, reservations, shipments
+from space.statemachine import handover, homes, keys, reservations, shipments
 from space.statemachine.apply import (
     RECLAIMED_RANGE,
     Context,
@@ -837,4 +837,8 @@ _RULES: Final[Mapping[type[Any], Rule]] = {
     cmd.SetArrivalPolicy: _set_arrival_policy,
     cmd.PromoteZone: homes.promote,
     cmd.LoseHome: _lose_home,
+    cmd.GiveHomes: handover.give,
+    cmd.TakeHome: _only_in_a_shipment,
+    cmd.DeclineHomes: handover.decline,
+    cmd.KeepHomes: handover.keep,
 }

@@ -21,6 +21,7 @@ from space.statemachine.tables import (
     FEDERATED,
     HOME,
     HOME_LOST,
+    MOVED,
     CapsuleRow,
     EntryRow,
     Overlay,
@@ -69,7 +70,7 @@ def elsewhere(state: Overlay, command: Any) -> Rejected | None:
     for capsule in touched(state, command):
         if refused := _not_here(state, capsule, command):
             return refused
-    if isinstance(command, cmd.Unlink) and command.recursive and root.flags & HOME_LOST:
+    if isinstance(command, cmd.Unlink) and command.recursive and root.flags & (HOME_LOST | MOVED):
         return _not_here_inside(state, command)
     return None
 
@@ -365,6 +366,11 @@ def lose(state: Overlay, command: cmd.LoseHome, payload: PayloadPlacer, rules: R
         events.extend(some)
 
     happen(*_directories(tried, payload, rules))
+    for capsule in dict.fromkeys(command.given):  # given to that zone, which has not all there was
+        row = tried.capsule(capsule)
+        if row is None or zones.home_of(tried, capsule, row) != command.zone:
+            return Rejected(Status.STALE, f"capsule {capsule_text(capsule)} is not that zone's: look again")
+        happen(ev.CapsuleHomed(bytes(capsule), own[0], 0, 0, 0, None, None, None, None))
     for each in command.commands:
         if type(each) not in _BRANCHING:
             return Rejected(Status.INVALID, f"{type(each).__name__} sets nothing aside")
@@ -381,7 +387,8 @@ def lose(state: Overlay, command: cmd.LoseHome, payload: PayloadPlacer, rules: R
         happen(ev.CapsuleHomed(bytes(capsule), own[0], 0, 0, 0, None, None, None, None))
     for capsule, times in command.times:
         row = tried.capsule(capsule)
-        if row is None or zones.home_of(tried, capsule, row) != command.zone:
+        theirs = row is not None and zones.home_of(tried, capsule, row) == command.zone
+        if not theirs and capsule not in command.given:
             return Rejected(Status.INVALID, f"capsule {capsule_text(capsule)} goes to no other home")
         happen(ev.CapsuleHomed(bytes(capsule), bytes(command.zone), command.position, 0, 0, *times))
     if len(events) > EVENTS_MAX:
@@ -390,17 +397,22 @@ def lose(state: Overlay, command: cmd.LoseHome, payload: PayloadPlacer, rules: R
 
 
 def shared(state: Reader | Overlay, zone: bytes, row: ZoneRow) -> Iterator[bytes]:
-    """Capsules of this store that a zone has too: those it was sent, and those that were taken over from it."""
+    """Capsules of this store that a zone has too: those it was sent, and those that were taken over from it.
+
+    Among them those whose home one of the two gave to the other.
+    """
     seen = set()
     for capsule, _ in zones.sent_capsules(state, zone):
         seen.add(capsule)
         yield capsule
-    if not row.taken:
+    root = state.get(CAPSULE, bytes(ROOT))
+    if not row.taken and (root is None or not CapsuleRow.decode(root).flags & MOVED):
         return
     for capsule, value in state.scan(HOME, b""):
-        if capsule not in seen and zones.HomeRow.decode(value).zone == zone:
+        home = zones.HomeRow.decode(value)
+        if capsule not in seen and home.zone == zone:
             data = state.get(CAPSULE, capsule)
-            if data is not None and CapsuleRow.decode(data).ino <= row.taken:
+            if data is not None and (home.moved or CapsuleRow.decode(data).ino <= row.taken):
                 yield capsule
 
 

@@ -21,7 +21,7 @@ from space._errors import Status, UsageError
 from space.events import commands as cmd
 from space.events import types as ev
 from space.events.codec import EVENTS_MAX, NO_LINK, chain_link, encode_event
-from space.events.ids import ID_BYTES, ROOT, ZONES, zone_capsules, zone_root
+from space.events.ids import BRANCHES, ID_BYTES, ROOT, ZONES, zone_capsules, zone_root
 from space.events.registry import U32_MAX, U63_MAX
 from space.statemachine import zones
 from space.statemachine.apply import Context, apply, clone_id
@@ -231,7 +231,9 @@ class _Delivery:
         """Whether the shipping zone is a capsule's home: :func:`zones.home_of`, with the zone at hand."""
         if row.flags & REPLICA:
             home = zones.home_row(self._tried, capsule)
-            return home is not None and home.zone == self._zone and row.ino > self._row.taken
+            if home is None or home.moved:
+                return zones.home_of(self._tried, capsule, row) == self._zone
+            return home.zone == self._zone and row.ino > self._row.taken
         return zones.home_of(self._tried, capsule, row) == self._zone
 
     def _names_here(self, parent: bytes) -> bool:
@@ -252,7 +254,8 @@ class _Delivery:
                 return False
             self._ours(capsule)
             carried = self._carried[capsule] = not self._further(capsule)
-            if carried and zones.home_row(self._tried, capsule) is None:
+            home = zones.home_row(self._tried, capsule)
+            if carried and (home is None or home.here):
                 self._happen(self._homed(capsule, self._command.through_position))
         return not carried
 
@@ -284,6 +287,8 @@ class _Delivery:
                     self._withdraw(command.capsule)
             case cmd.TakeSnapshot() | cmd.DropSnapshot():
                 self._snapshot(command)
+            case cmd.TakeHome():
+                self._take_home(command)
             case cmd.Unlink() | cmd.Rename():
                 leads_to = _at(self._tried, command.parent, command.name)
                 if not leads_to or not self._passed_over(leads_to[0]):
@@ -390,6 +395,18 @@ class _Delivery:
             self._ours(command.capsule)
         self._happen(*self._rule(command))
 
+    def _take_home(self, command: cmd.TakeHome) -> None:
+        """What comes from its home has it here from now on.  Else it stays fenced there, until it is taken back."""
+        capsule, position = bytes(command.capsule), self._command.through_position
+        row, home = self._tried.capsule(capsule), zones.home_row(self._tried, capsule)
+        if row is None or row.deleted or row.key != command.key or not self._is_home(capsule, row):
+            return
+        if (home is not None and home.copy) or command.epoch != self._row.epoch:
+            return
+        if position > self._row.declined:
+            self._happen(ev.HomeTaken(capsule, self._zone, position))
+            self._happen(*self._rule(cmd.SetPolicy(capsule, command.policy)))
+
     # --- names -----------------------------------------------------------------------------------
 
     def _apart(self, capsule: bytes) -> Name:
@@ -406,7 +423,11 @@ class _Delivery:
         row = self._ours(capsule)
         asked = [(bytes(parent), bytes(name)) for parent, name in names]
         has = self._names_of(capsule, row, [*asked, *gone, self._apart(capsule)])
-        wanted = {name: None for name in asked if name in has or self._free(capsule, name)}
+        stays = [name for name in has if self._keeps(capsule, name, gone)]
+        if row.kind == _DIRECTORY and stays:
+            return
+        wanted = dict.fromkeys(stays)
+        wanted |= {name: None for name in asked if name in has or self._free(capsule, name)}
         if not wanted:
             wanted[self._apart(capsule)] = None
         new = [name for name in wanted if name not in has]
@@ -423,6 +444,17 @@ class _Delivery:
         for name in new:
             self._link(capsule, name)
         self._happen(*(ev.NameUnlinked(capsule, *name) for name in old))
+
+    def _keeps(self, capsule: bytes, name: Name, gone: Iterable[Name]) -> bool:
+        """Whether a capsule whose home was given away has a name in a directory whose home was not: nobody tells of it.
+
+        Where the zone took this one's place it gives names there too (:meth:`_names_here`), and says which are gone.
+        """
+        home, parent = zones.home_row(self._tried, capsule), self._tried.capsule(name[0])
+        if home is None or not home.moved or home.here or parent is None or parent.deleted:
+            return False
+        ours = zones.home_of(self._tried, name[0], parent) is None and name[0] not in (ZONES, BRANCHES)
+        return ours and not (self._row.lost and name in gone)
 
     def _link(self, capsule: bytes, name: Name) -> None:
         row = self._tried.capsule(capsule)
@@ -537,10 +569,17 @@ class _Delivery:
         return True
 
     def _empty(self, directory: bytes) -> None:
-        """What an older replica of a directory held loses its name in it; what is still there comes with its own."""
-        for name, child in [(key[ID_BYTES:], v) for key, v in self._tried.scan(ENTRY, directory)]:
-            self._ours(EntryRow.decode(child).capsule)
-            self._happen(ev.NameUnlinked(EntryRow.decode(child).capsule, directory, name))
+        """What an older replica of a directory held loses its name in it; what is still there comes with its own.
+
+        What has its home here, and is in a directory that has it there, stays.
+        """
+        for name, value in [(key[ID_BYTES:], v) for key, v in self._tried.scan(ENTRY, directory)]:
+            child = EntryRow.decode(value).capsule
+            row, home = self._tried.capsule(child), zones.home_row(self._tried, child)
+            if row is not None and home is not None and home.moved and not self._is_home(child, row):
+                continue
+            self._ours(child)
+            self._happen(ev.NameUnlinked(child, directory, name))
 
     def _begin_copy(self, command: cmd.CreateCapsule) -> None:
         capsule = bytes(command.capsule)

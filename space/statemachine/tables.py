@@ -75,6 +75,8 @@ FEDERATED: Final = 2
 """Flag of the root directory of a store that knows a zone."""
 HOME_LOST: Final = 4
 """Flag of the root directory of a store some of whose capsules have their home in a zone they were shipped to."""
+MOVED: Final = 8
+"""Flag of the root directory of a store that ever gave the home of single capsules to another zone, or took it."""
 
 U32: Final = struct.Struct(">I")
 U64: Final = struct.Struct(">Q")
@@ -119,7 +121,7 @@ class CapsuleRow:
     ``entries`` counts names in a directory; ``parent`` is set for directories only; ``change`` is the
     position of the last event that touched it; ``link`` the head of its chain; times are nanoseconds;
     ``deleted`` is the position at which its last name went, or 0; ``flags`` are REPLICA and, of the root
-    directory, FEDERATED and HOME_LOST.
+    directory, FEDERATED, HOME_LOST and MOVED.
     """
 
     kind: int

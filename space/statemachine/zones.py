@@ -7,6 +7,8 @@ home changes.  What makes a capsule one is never spread over all rows at once:
   after the zone was last promoted over (``taken``): a promotion is one event, however many replicas there are.
 * SENT has a row for each capsule that was shipped to a zone, with the position it was last sent as of.  When that zone
   takes over (``lost``), what had been sent by then has its home there: one event again.
+* Where the home of a single capsule was given to another zone, or taken from one, its row in HOME says so, and when
+  (``moved``): a promotion counts for it only if it came later.
 
 Flags in capsule rows keep all of this away from stores without zones, and from capsules that are not replicas: deciding
 about those looks at no row but the capsule's own and the root's.
@@ -31,6 +33,7 @@ from space.statemachine.tables import (
     HOME,
     HOME_LOST,
     MARK,
+    MOVED,
     ORPHAN,
     REPLICA,
     SENT,
@@ -54,6 +57,7 @@ MARK_EVERY: Final = 256
 """Positions of this log after which a stream leaves a mark: what looking up a position of a home may have to read."""
 
 _HOME: Final = struct.Struct("<16sQQI")
+_MOVED: Final = struct.Struct("<QB")
 _CURSOR: Final = struct.Struct("<QIQ")
 _STREAM: Final = struct.Struct(">16sII")
 
@@ -66,7 +70,8 @@ class ZoneRow:
     Replicas of the zone with inode numbers up to ``taken`` have their home here by now; capsules of this store that
     were sent to the zone up to position ``lost`` (of this log) have it there, as of position ``base`` of that log; so
     have replicas with inode numbers up to ``returned``, which had been taken over before.  ``promoted`` and ``parted``
-    are the positions of this log at which this store last took the zone's place, and the zone this store's.
+    are the positions of this log at which this store last took the zone's place, and the zone this store's.  No home
+    the zone gave away up to position ``declined`` of its log is taken here any more.
     """
 
     role: int
@@ -82,9 +87,11 @@ class ZoneRow:
     returned: int = 0
     promoted: int = 0
     parted: int = 0
+    declined: int = 0
 
     def encode(self) -> bytes:
-        packed: bytes = msgpack.packb(attrs.astuple(self))
+        fields = attrs.astuple(self)
+        packed: bytes = msgpack.packb(fields if self.declined else fields[:-1])  # as rows always were
         return packed
 
     @classmethod
@@ -97,19 +104,30 @@ class ZoneRow:
 
 @attrs.frozen
 class HomeRow:
-    """Whose replica a capsule is, as of which position there, and which part is the next of the copy under way."""
+    """Whose replica a capsule is, as of which position there, and which part is the next of the copy under way.
+
+    ``moved`` is the position of this log at which the home of this one capsule was given to the zone, or (``here``)
+    taken from it; 0 if it was not.
+    """
 
     zone: bytes
     position: int
     copy: int = 0
     step: int = 0
+    moved: int = 0
+    here: bool = False
 
     def encode(self) -> bytes:
-        return _HOME.pack(self.zone, self.position, self.copy, self.step)
+        packed = _HOME.pack(self.zone, self.position, self.copy, self.step)
+        return packed + _MOVED.pack(self.moved, self.here) if self.moved else packed
 
     @classmethod
     def decode(cls, data: bytes) -> HomeRow:
-        return cls(*_HOME.unpack(data))
+        row = _HOME.unpack_from(data)
+        if len(data) == _HOME.size:
+            return cls(*row)
+        moved, here = _MOVED.unpack_from(data, _HOME.size)
+        return cls(*row, moved, bool(here))
 
 
 @attrs.frozen
@@ -162,14 +180,35 @@ def home_of(state: Overlay, capsule: bytes, row: CapsuleRow) -> bytes | None:
         zone = None if home is None else zone_row(state, home.zone)
         if home is None or zone is None:
             raise CorruptionError("a replica without its home", hint="run: space replay")
-        return home.zone if row.ino > zone.taken else None
+        if home.here:
+            return _lost_to(state, capsule, home)
+        taken = zone.taken and zone.promoted > home.moved if home.moved else row.ino <= zone.taken
+        return None if taken else home.zone
     root = state.capsule(ROOT)
     if root is None or not root.flags & HOME_LOST:
         return None
+    return _lost_to(state, capsule, None)
+
+
+def _lost_to(state: Overlay, capsule: bytes, taken: HomeRow | None) -> bytes | None:
+    """The zone that took this store's place for a capsule that was at home here (if it was ``taken``: since then)."""
     for number, zone in zones(state).items():
-        if zone.lost and 0 < _sent(state, number, capsule) <= zone.lost:
+        if zone.lost <= (0 if taken is None else taken.moved):
+            continue
+        if (taken is not None and taken.zone == number) or 0 < sent_as_of(
+            state, number, capsule
+        ) <= zone.lost:
             return number
     return None
+
+
+def sent_as_of(state: Overlay, zone: bytes, capsule: bytes) -> int:
+    """The position a capsule was last sent to a zone as of; 0 if it was not, or the zone was told to delete it.
+
+    Of one whose home was taken from the zone: where that was, unless it was sent since.
+    """
+    data = state.get(SENT, zone + capsule)
+    return 0 if data is None else int(U64.unpack(data)[0])
 
 
 def arrival_key(state: Reader) -> int:
@@ -178,18 +217,13 @@ def arrival_key(state: Reader) -> int:
     return 0 if data is None else CapsuleRow.decode(data).key
 
 
-def _sent(state: Overlay, zone: bytes, capsule: bytes) -> int:
-    data = state.get(SENT, zone + capsule)
-    return 0 if data is None else int(U64.unpack(data)[0])
-
-
 def reached(state: Overlay, zone: ZoneRow, capsule: bytes) -> int:
     """The position of its home's log that a replica of ``zone`` has come to; 0 for what is not here."""
     row = state.capsule(capsule)
     if row is None:
         return 0
     home = home_row(state, capsule)
-    if home is None:
+    if home is None or home.here:
         return zone.base
     return max(home.position, zone.base) if row.ino <= zone.returned else home.position
 
@@ -250,7 +284,7 @@ def defined(state: Overlay, context: Context, link: bytes, event: ev.ZoneDefined
     if before is not None:
         row.epoch, row.taken = before.epoch, before.taken
         row.lost, row.base, row.returned = before.lost, before.base, before.returned
-        row.promoted, row.parted = before.promoted, before.parted
+        row.promoted, row.parted, row.declined = before.promoted, before.parted, before.declined
     _put(state, event.zone, row)
 
 
@@ -305,8 +339,7 @@ def homed(state: Overlay, context: Context, link: bytes, event: ev.CapsuleHomed)
                 state.delete(SENT, zone + event.capsule)
         return
     row.flags |= REPLICA
-    home = HomeRow(event.zone, event.position, event.copy, event.step)
-    state.put(HOME, event.capsule, home.encode())
+    _put_home(state, event.capsule, HomeRow(event.zone, event.position, event.copy, event.step))
     times = {name: getattr(event, name) for name in ("atime", "mtime", "ctime", "btime")}
     for name, value in times.items():
         if value is not None:
@@ -321,7 +354,45 @@ def withdrawn(state: Overlay, context: Context, link: bytes, event: ev.CapsuleWi
     if not row.deleted:
         row.deleted = context.position
         state.put(ORPHAN, NIL + event.capsule + U64.pack(context.position), event.capsule)
-    state.put(HOME, event.capsule, HomeRow(event.zone, event.position).encode())
+    _put_home(state, event.capsule, HomeRow(event.zone, event.position))
+
+
+def _put_home(state: Overlay, capsule: bytes, home: HomeRow) -> None:
+    """A capsule is a zone's replica; if its home was given to that zone, that stays known."""
+    before = home_row(state, capsule)
+    if before is not None and before.zone == home.zone and before.moved and not before.here:
+        home = attrs.evolve(home, moved=before.moved)
+    state.put(HOME, capsule, home.encode())
+
+
+def given(state: Overlay, context: Context, link: bytes, event: ev.HomeGiven) -> None:
+    """The capsule is a replica of the zone from now on; its key is one that zone may name."""
+    row = state.edit(event.capsule)
+    row.link = link
+    row.flags |= REPLICA
+    state.put(HOME, event.capsule, HomeRow(event.zone, 0, moved=context.position).encode())
+    if row.key:
+        state.put(ZONE_KEY, U32.pack(row.key), event.zone)
+    state.edit(bytes(ROOT)).flags |= MOVED
+
+
+def taken(state: Overlay, context: Context, link: bytes, event: ev.HomeTaken) -> None:
+    """The capsule has its home here, and the zone it came from has all of it as of now."""
+    row = state.edit(event.capsule)
+    row.link = link
+    row.flags |= REPLICA
+    home = HomeRow(event.zone, event.position, moved=context.position, here=True)
+    state.put(HOME, event.capsule, home.encode())
+    state.put(SENT, event.zone + event.capsule, U64.pack(context.position))
+    state.edit(bytes(ROOT)).flags |= MOVED
+
+
+def declined(state: Overlay, context: Context, link: bytes, event: ev.HomesDeclined) -> None:
+    """What the zone gave away up to a position is not taken any more."""
+    state.edit(event.capsule).link = link
+    row = _known(state, event.zone)
+    row.declined = max(row.declined, event.position)
+    _put(state, event.zone, row)
 
 
 def sent(state: Overlay, context: Context, link: bytes, event: ev.ShipmentSent) -> None:

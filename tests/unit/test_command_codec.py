@@ -59,6 +59,10 @@ SAMPLES: list[cmd.Command] = [
     cmd.RemoveZone(B),
     cmd.Copied(A, 5, 0, True, [cmd.CreateCapsule(A)], (1, 2, 3, -4)),
     cmd.WithdrawCapsule(A),
+    cmd.GiveHomes(B, [A]),
+    cmd.TakeHome(A, b"policy", 3, 1),
+    cmd.DeclineHomes(B, 7),
+    cmd.KeepHomes(B, [A], 7),
     cmd.PlaceCapsule(A, [(B, b"n")], [(A, b"old")]),
     cmd.ReceiveShipment(
         B,
@@ -83,7 +87,7 @@ SAMPLES: list[cmd.Command] = [
     cmd.SetArrivalPolicy(b"policy", cmd.NewKey(1, 1, b"k")),
     cmd.PromoteZone(B, [(0, 1, 7, 2)], [A], again=True),
     cmd.LoseHome(
-        B, 1, 9, [(0, 1, 7)], [cmd.Clone(A, B, A, b"c"), cmd.Resize(B, 1)], [A], [(B, (1, 2, 3, 4))], 8
+        B, 1, 9, [(0, 1, 7)], [cmd.Clone(A, B, A, b"c"), cmd.Resize(B, 1)], [A], [(B, (1, 2, 3, 4))], 8, [B]
     ),
     cmd.Together(
         [
