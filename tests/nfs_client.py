@@ -481,11 +481,15 @@ def _change(take: Unpacker) -> ChangeInfo:
 
 @attrs.frozen
 class Delegation:
-    """What OPEN gave beside the open: ``kind`` 0 nothing, 1 read, 2 write, 3 nothing, and ``why``."""
+    """What OPEN gave beside the open: ``kind`` 0 nothing, 1 read, 2 write, 3 nothing, and ``why``.
+
+    ``recalled``: it is to be given back at once.
+    """
 
     kind: int
     stateid: Stateid | None = None
     why: int = 0
+    recalled: bool = False
 
 
 def _ace(take: Unpacker) -> None:
@@ -496,13 +500,12 @@ def _ace(take: Unpacker) -> None:
 def _delegation(take: Unpacker) -> Delegation:
     kind = take.u32()
     if kind in (1, 2):
-        stateid = _stateid(take)
-        take.boolean()
+        stateid, recalled = _stateid(take), take.boolean()
         if kind == 2:
             take.u32()
             take.fixed(8)  # a size, or a number of blocks and their size
         _ace(take)
-        return Delegation(kind, stateid)
+        return Delegation(kind, stateid, recalled=recalled)
     why = take.u32() if kind == 3 else 0
     if why in (1, 2):
         take.boolean()

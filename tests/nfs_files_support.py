@@ -102,6 +102,8 @@ class Request:
             status = result if isinstance(result, int) else await result
         except (NfsError, SpaceError, XdrError) as error:
             out.truncate(begin)
+            if op == Op.SETATTR:  # as the loop over operations has it
+                out.bitmap(0)
             if isinstance(error, NfsError):
                 return error.status
             return status_of(error) if isinstance(error, SpaceError) else NfsStatus.BADXDR

@@ -13,6 +13,7 @@ from space._node.store import Store
 from space.projections.nfs.nfs4 import Attr, Op
 from space.projections.nfs.rpc import Credentials
 from space.projections.nfs.sessions import Client
+from space.projections.nfs.state import RECALL_RETRY_SECONDS
 from tests import nfs_client as nfs
 from tests.nfs_files_support import (
     OTHER,
@@ -400,11 +401,34 @@ def test_delegations_are_claimed_with_an_open(world: World) -> None:
         each.client.reclaim_complete, each.client.may_reclaim = False, True
     first = one.one(node(), nfs.open_(0, b"o", nfs.claim_previous(1), share=READ))
     assert first.delegation.kind == 1
+    assert first.delegation.recalled
     refused = nfs.open_(0, b"o", nfs.claim_previous(2))
     assert two.fails(node(), refused) == "RECLAIM_CONFLICT"
     assert not world.service.state.has_state(two.client)
     second = two.one(node(), nfs.open_(0, b"o", nfs.claim_previous(1), share=READ))
     assert second.delegation.kind == 1
+
+
+def test_a_claimed_delegation_is_wanted_back(world: World) -> None:
+    """Nobody told its holder what was changed without a server: it is asked, too, and loses it after a lease."""
+    make(world)
+    one = caller(world)
+    asked: list[bytes] = []
+
+    def recall(client: Client, stateid: Stateid, *_: object, **__: object) -> None:
+        asked.append(stateid.other)
+
+    world.service.callbacks.recall = recall  # type: ignore[method-assign]
+    world.service.grace_end = 100.0
+    one.client.reclaim_complete, one.client.may_reclaim = False, True
+    stateid = one.one(node(), nfs.open_(0, b"o", nfs.claim_previous(1), share=READ)).delegation.stateid
+    world.service.state.tick(1.5)
+    assert asked == []
+    world.service.state.tick(1.0 + RECALL_RETRY_SECONDS)
+    assert asked == [stateid.other]
+    one.client.expiry = 1000.0
+    world.service.state.tick(1.0 + world.service.config.lease_seconds)
+    assert one.fails(node(), nfs.delegreturn(stateid)) == "DELEG_REVOKED"
 
 
 # --- delegations ------------------------------------------------------------------------------------

@@ -528,6 +528,12 @@ class State:
         others = file.opened_by(client, others=True) & (Share.BOTH if write else Share.WRITE)
         return not others and not any(write or each.write for each in rivals)
 
+    def want_back(self, held: Delegation, now: float) -> None:
+        """Wants a delegation back that the client is told of with an answer, which says so; later it is also asked."""
+        held.recalled = now
+        held.ask_after = now + RECALL_RETRY_SECONDS
+        self._recalled.add(held)
+
     def return_delegation(self, held: Delegation, now: float) -> None:
         """A client gives a delegation back; where it was not asked to, it was in the client's own way (§10.4.1)."""
         self._contend(held.node, now)

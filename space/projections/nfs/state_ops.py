@@ -190,7 +190,7 @@ async def open_(ctx: Compound, args: Reader, out: Writer) -> int:
     files.change_info(out, atomic=atomic, before=target.before, after=after)
     out.u32(OpenResult.LOCKTYPE_POSIX | OpenResult.MAY_NOTIFY_LOCK)
     out.bitmap(target.attributes_set)
-    write_answer(out, answer)
+    write_answer(out, answer, recalled=request.claim == Claim.PREVIOUS)
     return NfsStatus.OK
 
 
@@ -317,7 +317,10 @@ def _check_delegation(ctx: Compound, request: _OpenRequest, node: Node) -> None:
 
 
 def _reclaim(ctx: Compound, request: _OpenRequest, node: Node) -> tuple[Open, Delegation | WhyNone | None]:
-    """An open of before the restart, and the delegation had with it (§8.4.2.1)."""
+    """An open of before the restart, and the delegation had with it (§8.4.2.1), which is wanted back at once.
+
+    While there was no server, nobody was kept from changing the file, and nobody told the client.
+    """
     state, client = ctx.service.state, client_of(ctx)
     write = request.delegation == DelegationType.WRITE
     if request.delegation != DelegationType.NONE and not state.may_reclaim_delegation(
@@ -333,7 +336,9 @@ def _reclaim(ctx: Compound, request: _OpenRequest, node: Node) -> tuple[Open, De
     ctx.service.claimed(ctx.now)
     if request.delegation == DelegationType.NONE:
         return opened, None
-    return opened, state.delegate(client, node, write=write)
+    held = state.delegate(client, node, write=write)
+    state.want_back(held, ctx.now)
+    return opened, held
 
 
 # --- other operations on opens ---------------------------------------------------------------------
