@@ -415,7 +415,7 @@ def test_a_claimed_delegation_is_wanted_back(world: World) -> None:
     one = caller(world)
     asked: list[bytes] = []
 
-    def recall(client: Client, stateid: Stateid, *_: object, **__: object) -> None:
+    def recall(client: Client, stateid: nfs.Stateid, *_: object, **__: object) -> None:
         asked.append(stateid.other)
 
     world.service.callbacks.recall = recall  # type: ignore[method-assign]
