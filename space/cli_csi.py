@@ -125,13 +125,18 @@ def csi(
     With --nfs and --nvme it serves them to other machines, whose driver is --mode node --remote.
     """
     session: Session = context.obj
-    if session.node:
-        raise UsageError("a driver is where the store is", hint="leave --node out, and say --data DIR")
+    if session.node and mode != "controller":
+        raise UsageError(
+            "with --node, volumes are a cluster's: only --mode controller asks it",
+            hint="on the other machines: space csi --mode node --remote, without --node",
+        )
     check_available()
     from space._node.csi_driver import MODES
 
     if mode not in MODES:
         raise UsageError(f"no mode {mode!r}", hint=f"there is: {', '.join(MODES)}")
+    if session.node and not endpoint:
+        raise UsageError("a controller of a cluster has no directory", hint="--endpoint unix://PATH")
     if mode != "controller" and os.geteuid() != 0:
         raise RefusedError("volumes are mounted, which needs root", hint="only --mode controller does not")
     data = session.data.absolute()
@@ -158,6 +163,8 @@ def csi(
         metrics=metrics,
         spawn=None if remote or mode == "controller" or no_spawn else owner,
         remote=remote,
+        cluster=session.node or "",
+        certificate=session.certificate,
     )
 
 
@@ -306,6 +313,8 @@ def _serve_driver(
     metrics: str,
     spawn: OwnerOptions | None,
     remote: bool,
+    cluster: str,
+    certificate: Path | None,
 ) -> None:
     import asyncio
     import logging
@@ -314,9 +323,11 @@ def _serve_driver(
     from space.projections.csi.model import Node
 
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    if not remote:
+    ask = None if remote else _cluster_asker(cluster, certificate) if cluster else _asker(data)
+    if not (remote or cluster):
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not cluster:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
     config = Config(mode, endpoint, Node(node, zone, limit), home, data, _version(), metrics, remote)
 
     def ready(found: Document) -> None:
@@ -326,7 +337,7 @@ def _serve_driver(
 
     async def run() -> None:
         start = None if spawn is None else lambda: _spawn(data, home, spawn)
-        await Driver(config, None if remote else _asker(data), start).run(ready)
+        await Driver(config, ask, start).run(ready)
 
     asyncio.run(run())
 
@@ -340,6 +351,29 @@ def _asker(data: Path) -> Ask:
     def ask(method: str, arguments: Document) -> Any:
         answers = endpoint.ask({"method": method, "arguments": arguments}, None)
         return result_of(understood(answers, Caller()))
+
+    return ask
+
+
+def _cluster_asker(cluster: str, certificate: Path | None) -> Ask:
+    """How the nodes of a cluster are asked: whichever answers, and again after it died, with one number for a call.
+
+    Each thread has a way of its own, as a caller has one call at a time.
+
+    Raises:
+        UsageError: they are no addresses.
+    """
+    import threading
+
+    from space.remote import Nodes, endpoints
+
+    endpoints(cluster, certificate)
+    local = threading.local()
+
+    def ask(method: str, arguments: Document) -> Any:
+        if not hasattr(local, "nodes"):
+            local.nodes = Nodes(endpoints(cluster, certificate))
+        return getattr(local.nodes, method)(**arguments)
 
     return ask
 

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +24,7 @@ from space._errors import RefusedError, SpaceError, Status, UnavailableError, Us
 from space._node.caller import Document
 from space._node.csi_client import Ask, RemoteVolumes
 from space._node.csi_host import LinuxHost
+from space._node.csi_relay import Relays
 from space.projections.csi.controller import Controller
 from space.projections.csi.group import GroupController
 from space.projections.csi.identity import Identity
@@ -37,6 +38,11 @@ WATCH_SECONDS: Final = 0.5
 START_SECONDS: Final = 60.0
 AGAIN_SECONDS: Final = 2.0
 """Between two starts of an owner: one that cannot start says why in its log, and not twice a second."""
+
+COMPLETE_SECONDS: Final = 5.0
+"""How often paths that are missing are looked for."""
+
+RELAY_SECONDS: Final = 10.0
 
 REQUEST_BYTES_MAX: Final = 8192  # a scraper's request
 
@@ -78,6 +84,8 @@ class Driver:
         self._spawn = spawn
         self._volumes = None if ask is None else RemoteVolumes(ask)
         self._counts = Counts()
+        self._relays: Relays | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._owner = ""
         self._mount = ""
         self._start_after = 0.0
@@ -86,7 +94,9 @@ class Driver:
         self._host: LinuxHost | None = None
         if config.mode != "controller":
             forbidden = (config.state,) if config.remote else (config.data, config.state)
-            self._host = LinuxHost(config.state / "notes", self._shown, config.node.id, forbidden=forbidden)
+            self._host = LinuxHost(
+                config.state / "notes", self._shown, config.node.id, relay=self._relay, forbidden=forbidden
+            )
 
     async def run(self, ready: Callable[[Document], None]) -> None:
         """Serves until SIGTERM or SIGINT; ``ready`` is called once calls are answered.
@@ -95,18 +105,22 @@ class Driver:
             SpaceError: the socket cannot be made; the owner does not start.
         """
         over = asyncio.Event()
+        self._loop, self._relays = asyncio.get_running_loop(), Relays()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, over.set)
         watching = asyncio.create_task(self._watch())
+        completing = asyncio.create_task(self._complete())
         try:
             await self._first(watching)
             async with self._metrics(), serving(self._config.endpoint, self._services(), self._counts):
                 ready({"endpoint": self._config.endpoint, "mode": self._config.mode})
                 await self._until(over, watching)
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            for each in (watching, completing):
+                each.cancel()
+            await asyncio.gather(watching, completing, return_exceptions=True)
             await asyncio.to_thread(self._close)
+            await self._relays.close()
 
     def _shown(self) -> str:
         """Where all volumes are mounted.
@@ -174,6 +188,38 @@ class Driver:
             except UnavailableError:
                 return False
         return self._repaired.is_set()
+
+    # --- several servers -------------------------------------------------------------------------
+
+    def _relay(self, servers: Sequence[str]) -> int:
+        """See :class:`LinuxHost`.
+
+        Raises:
+            UnavailableError: there is none, or not now.
+        """
+        if self._loop is None or self._relays is None:
+            raise UnavailableError("the driver does not run yet", hint="try again")
+        port = asyncio.run_coroutine_threadsafe(self._relays.port(servers), self._loop)
+        try:
+            return port.result(RELAY_SECONDS)
+        except TimeoutError:
+            raise UnavailableError("the driver is busy", hint="try again") from None
+
+    async def _complete(self) -> None:
+        """Has the relays of mounts from before where they were, and connects paths that are missing, now and then."""
+        if self._host is None or self._relays is None:
+            return
+        said: set[str] = set()
+        while True:
+            for servers, port in (await asyncio.to_thread(self._host.relays)).items():
+                try:
+                    await self._relays.port(servers, port)
+                except UnavailableError as error:
+                    if str(error) not in said:
+                        log.warning("mounts of volumes wait: %s", error)
+                    said.add(str(error))
+            await self._host.complete()
+            await asyncio.sleep(COMPLETE_SECONDS)
 
     # --- the owner -------------------------------------------------------------------------------
 

@@ -15,7 +15,9 @@ was ``mounted`` and has nothing mounted any more is left alone: the machine was 
 and the orchestrator says what it wants.
 
 NFS mounts and NVMe devices do not die with the owner: whoever uses them waits, and goes on when it is back.  So there
-is nothing to repair; nor are they ever looked into here, which would be to wait with them.
+is nothing to repair; nor are they ever looked into here, which would be to wait with them.  Where several servers are,
+paths of a device that are missing are connected now and then, and mounts go through a relay of this driver
+(:mod:`space._node.csi_relay`), which is at the noted port again after a restart.
 
 A workload that has a file of a dead mount open has lost it; it sees the new mount if it was given mounts to come
 (HostToContainer), or is started anew.  A block device whose last user is still there keeps its dead loop device: the
@@ -112,6 +114,7 @@ class Note:
         options: of the NFS client.
         reach: of a volume over the network.
         staging: where the NFS mount is that a published path shows.
+        relay: the port of this machine that an NFS mount goes through; 0 for none.
     """
 
     volume: str
@@ -129,6 +132,7 @@ class Note:
     options: tuple[str, ...] = ()
     reach: Reach | None = None
     staging: str = ""
+    relay: int = 0
 
     @property
     def way(self) -> str:
@@ -193,12 +197,20 @@ class LinuxHost:
     """:class:`space.projections.csi.model.Host` of this machine."""
 
     def __init__(
-        self, home: Path, shown: Callable[[], str], node: str, *, forbidden: Sequence[Path] = ()
+        self,
+        home: Path,
+        shown: Callable[[], str],
+        node: str,
+        *,
+        relay: Callable[[Sequence[str]], int],
+        forbidden: Sequence[Path] = (),
     ) -> None:
         """Keeps notes in ``home``; ``shown`` says where all volumes are mounted, and ``node`` is this machine's id.
 
-        No path of a caller may be inside of ``forbidden``.
+        ``relay`` gives the port of this machine that leads to whichever of several NFS servers serves; asked from
+        any thread but the loop's.  No path of a caller may be inside of ``forbidden``.
         """
+        self._relay = relay
         self._notes = Notes(home)
         self._shown = shown
         self._host = network.Host(host_nqn(node), host_uuid(node))
@@ -283,6 +295,8 @@ class LinuxHost:
         note = _note(volume, point, STAGED, how, reach)
         with self._alone(point), _clear_errors(point):
             if not volume.block:
+                if note.way == NFS and len(note.export.servers) > 1:
+                    note = attrs.evolve(note, relay=self._relay(note.export.servers))
                 self._show(note)
                 return
             os.makedirs(point, DIRECTORY_MODE, exist_ok=True)
@@ -345,7 +359,9 @@ class LinuxHost:
         os.makedirs(note.path, DIRECTORY_MODE, exist_ok=True)
         group = None if note.readonly else note.group
         if note.way == NFS and note.role == STAGED:
-            network.mount_nfs(note.export, note.path, options=note.options, readonly=note.readonly)
+            network.mount_nfs(
+                note.export, note.path, options=note.options, readonly=note.readonly, relay=note.relay
+            )
             if group is not None:
                 give_to_group(note.path, group)
             return
@@ -574,6 +590,25 @@ class LinuxHost:
             raise UnavailableError(f"the server of volume {volume} does not answer") from None
         except OSError as error:
             raise UnavailableError(f"volume {volume} says nothing of its use: {error.strerror}") from None
+
+    # --- several servers -------------------------------------------------------------------------
+
+    def relays(self) -> dict[tuple[str, ...], int]:
+        """The ports that mounts go through, by the servers they lead to."""
+        return {note.export.servers: note.relay for note in self._notes.all() if note.relay}
+
+    async def complete(self) -> None:
+        """Connects paths of devices that are missing: their servers did not answer, or are new."""
+        await self._run(self._complete)
+
+    def _complete(self) -> None:
+        for seen in self._notes.all():
+            if not (seen.way == NVME and seen.role == STAGED and len(seen.export.servers) > 1):
+                continue
+            with contextlib.suppress(SpaceError, OSError), self._alone(seen.path):
+                note = self._notes.find(seen.path)  # it may have gone meanwhile
+                if note is not None and note.phase == MOUNTED:
+                    network.complete(note.export, self._host)
 
     # --- after a death ---------------------------------------------------------------------------
 

@@ -30,6 +30,9 @@ from space.projections.csi.model import Reach
 ANSWER_SECONDS: Final = 5.0
 """A server that takes longer is not asked by the kernel, which waits for minutes."""
 
+OTHER_SECONDS: Final = 1.0
+"""As long for a further path to a device that one leads to already: it is tried again later."""
+
 DEVICE_SECONDS: Final = 20.0
 DEVICE_POLL_SECONDS: Final = 0.02
 
@@ -56,7 +59,9 @@ _IDENTIFY_BYTES: Final = 4096
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
-def _reached(server: str, question: bytes = b"", answer: bytes = b"") -> tuple[str, int]:
+def _reached(
+    server: str, question: bytes = b"", answer: bytes = b"", *, seconds: float = ANSWER_SECONDS
+) -> tuple[str, int]:
     """The address at which a server takes connections, and has the right answer to a question.
 
     Raises:
@@ -64,7 +69,7 @@ def _reached(server: str, question: bytes = b"", answer: bytes = b"") -> tuple[s
     """
     host, port = check.server(server)
     try:
-        with socket.create_connection((host, port), ANSWER_SECONDS) as connected:
+        with socket.create_connection((host, port), seconds) as connected:
             connected.sendall(question)
             found = b""
             while len(found) < len(answer) and (data := connected.recv(len(answer) - len(found))):
@@ -80,14 +85,14 @@ def _reached(server: str, question: bytes = b"", answer: bytes = b"") -> tuple[s
 
 
 _XID: Final = 1
-_NULL_CALL: Final = struct.pack(">11I", 0x8000_0028, _XID, 0, 2, 100_003, 4, 0, 0, 0, 0, 0)
-_NULL_REPLY: Final = struct.pack(">7I", 0x8000_0018, _XID, 1, 0, 0, 0, 0)
+NULL_CALL: Final = struct.pack(">11I", 0x8000_0028, _XID, 0, 2, 100_003, 4, 0, 0, 0, 0, 0)
+NULL_REPLY: Final = struct.pack(">7I", 0x8000_0018, _XID, 1, 0, 0, 0, 0)
 """NFSPROC4_NULL without credentials, and that it was carried out (RFC 5531 section 9, RFC 8881 section 16.1)."""
 
 
 def nfs_source(reach: Reach) -> str:
-    """How mountinfo names the mount of an export."""
-    host, _ = check.server(reach.server)
+    """How mountinfo names the mount of an export, whichever of its servers serves it."""
+    host, _ = check.server(reach.servers[0])
     return f"[{host}]:{reach.share}" if ":" in host else f"{host}:{reach.share}"
 
 
@@ -96,8 +101,12 @@ def is_nfs_of(there: Mount, volume: str) -> bool:
     return there.kind == "nfs4" and there.source.endswith(f":/{volume}")
 
 
-def mount_nfs(reach: Reach, point: str, *, options: Sequence[str] = (), readonly: bool = False) -> None:
+def mount_nfs(
+    reach: Reach, point: str, *, options: Sequence[str] = (), readonly: bool = False, relay: int = 0
+) -> None:
     """Mounts an export at a directory; later options prevail.
+
+    ``relay`` is the port of this machine that leads to whichever of several servers serves.
 
     Raises:
         RefusedError: this kernel has no NFS client, or the server refuses.
@@ -105,7 +114,8 @@ def mount_nfs(reach: Reach, point: str, *, options: Sequence[str] = (), readonly
         UnavailableError: the server does not answer: it is asked first, as the kernel would wait for minutes.
         OSError: anything else the kernel says.
     """
-    address, port = _reached(reach.server, _NULL_CALL, _NULL_REPLY)
+    server = f"127.0.0.1:{relay}" if relay else reach.server
+    address, port = _reached(server, NULL_CALL, NULL_REPLY)
     data = ",".join([*NFS_OPTIONS, *options, f"port={port}", f"addr={address}"])
     try:
         _mount(nfs_source(reach), point, "nfs4", _MS_RDONLY if readonly else 0, data)
@@ -151,25 +161,69 @@ class Host:
 def connect(reach: Reach, host: Host) -> str:
     """The device of a namespace, connected to if need be; connections to other servers of it are ended.
 
+    Each of several servers is a path; one is enough, and the others are :func:`complete`'s.
+
     Raises:
         RefusedError: this kernel is no NVMe/TCP host, or the target refuses.
-        UnavailableError: the target does not answer, or does not show the namespace.
+        UnavailableError: no target answers, or none shows the namespace.
     """
-    address, port = _reached(reach.server)
-    place = f"traddr={address},trsvcid={port}"
-    others = list(_controllers(reach.nqn, host))
-    if not any(place in _text(each / "address") for each in others):
-        _ask_fabrics(
-            f"nqn={reach.nqn},transport=tcp,{place},hostnqn={host.nqn},hostid={host.uuid},{_NVME_OPTIONS}"
-        )
-        for each in others:
-            _delete(each)
+    complete(reach, host)
     deadline = time.monotonic() + DEVICE_SECONDS
     while (device := find_device(reach)) is None:
         if time.monotonic() > deadline:
             raise UnavailableError(f"{reach.nqn} at {reach.server} does not show the namespace {reach.uuid}")
         time.sleep(DEVICE_POLL_SECONDS)
     return device
+
+
+def complete(reach: Reach, host: Host) -> None:
+    """Connects the paths to a namespace that are missing, as far as their servers answer.
+
+    Raises:
+        RefusedError: this kernel is no NVMe/TCP host.
+        UnavailableError: there is no path at all.
+    """
+    before = list(_controllers(reach.nqn, host))
+    places, known, failed = set(), False, UnavailableError(f"nothing leads to {reach.nqn}")
+    for server in reach.servers:
+        try:
+            place = _place(server)
+            places.add(place)
+            if not any(_is_at(each, place) for each in before):
+                _reached(server, seconds=OTHER_SECONDS if known else ANSWER_SECONDS)
+                _connect(reach.nqn, place, host)
+            known = True
+        except UnavailableError as error:
+            failed = error
+    if not known:
+        raise failed
+    if len(places) == len(reach.servers):
+        for each in before:
+            if not any(_is_at(each, place) for place in places):
+                _delete(each)
+
+
+def _is_at(controller: Path, place: str) -> bool:
+    """Whether a controller was connected to an address; the kernel shows more behind it."""
+    return f"{_text(controller / 'address')},".startswith(f"{place},")
+
+
+def _place(server: str) -> str:
+    """How the kernel names the address of a server.
+
+    Raises:
+        UnavailableError: there is none of that name.
+    """
+    host, port = check.server(server)
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError as error:
+        raise UnavailableError(f"{server} is not found: {error}") from None
+    return f"traddr={address},trsvcid={port}"
+
+
+def _connect(nqn: str, place: str, host: Host) -> None:
+    _ask_fabrics(f"nqn={nqn},transport=tcp,{place},hostnqn={host.nqn},hostid={host.uuid},{_NVME_OPTIONS}")
 
 
 def _ask_fabrics(options: str) -> None:

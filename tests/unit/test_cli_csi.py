@@ -19,7 +19,12 @@ pytestmark = [pytest.mark.unit, pytest.mark.requires("py:grpc", "py:google.proto
         (["csi", "--mode", "both"], "no mode 'both'"),
         (["csi", "--mode", "controller", "--node-id", "../x"], "not the name of a node"),
         (["csi", "--mode", "controller", "--node-id", "x" * 193], "not the name of a node"),
-        (["--node", "http://127.0.0.1:1", "csi"], "a driver is where the store is"),
+        (["--node", "http://127.0.0.1:1", "csi"], "only --mode controller asks it"),
+        (["--node", "http://127.0.0.1:1", "csi", "--mode", "controller"], "--endpoint"),
+        (
+            ["--node", "x", "csi", "--mode", "controller", "--endpoint", "unix:///x"],
+            "not the address of a node",
+        ),
         (["project", "--view", "csi", "--path", "/"], "--path is not for the view csi"),
         (["csi", "--max-volumes", "-1"], "--max-volumes"),
         (["csi", "--mode", "controller", "--remote"], "--remote is of --mode node"),

@@ -62,7 +62,7 @@ def test_paths_of_our_own_are_nobodys(tmp_path: Path) -> None:
     for each in (ours, theirs):
         each.mkdir()
     (theirs / "in").symlink_to(ours)
-    host = LinuxHost(tmp_path / "notes", lambda: "", "here", forbidden=[ours])
+    host = LinuxHost(tmp_path / "notes", lambda: "", "here", relay=lambda _: 0, forbidden=[ours])
     for path in (ours, ours / "wal", tmp_path, theirs / "in", theirs / "in" / "wal"):
         with pytest.raises(UsageError):
             host._point(str(path))

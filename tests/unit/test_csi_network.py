@@ -52,7 +52,7 @@ class Server:
 @pytest.fixture
 def server() -> Iterator[Server]:
     """A server that says it is one of NFS."""
-    made = Server(csi_network._NULL_REPLY)
+    made = Server(csi_network.NULL_REPLY)
     yield made
     made.close()
 
@@ -209,6 +209,60 @@ def test_what_is_connected_is_not_connected_again(
     assert (theirs / "delete_controller").read_text() == "\n"
 
 
+def test_every_server_is_a_path(sysfs: Sysfs, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several servers those that answer are connected, the others later; one that is not named any more is left."""
+    asked: list[str] = []
+
+    def ask(options: str) -> None:
+        asked.append(next(each for each in options.split(",") if each.startswith("trsvcid=")))
+        place = f"traddr=127.0.0.1,{asked[-1]},src_addr=127.0.0.1"
+        sysfs.controller(f"nvme{len(asked)}", "nqn.ours", place)
+        if len(asked) == 1:
+            sysfs.device("nvme1n1", "nqn.ours", ID)
+
+    monkeypatch.setattr(csi_network, "_ask_fabrics", ask)
+    left = sysfs.controller("nvme9", "nqn.ours", "traddr=192.0.2.1,trsvcid=4420")
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    other = Server(b"")
+    ports = [f"trsvcid={each.name.split(':')[1]}" for each in (server, other)]
+    everywhere = Reach("nvme", f"127.0.0.1:{port},{server.name},{other.name}", nqn="nqn.ours", uuid=ID)
+    assert csi_network.connect(everywhere, HOST) == "/dev/nvme1n1"
+    assert asked == ports
+    assert (left / "delete_controller").read_text() == "1"
+    csi_network.complete(everywhere, HOST)
+    assert asked == ports
+    back = socket.create_server(("127.0.0.1", port))
+    csi_network.complete(everywhere, HOST)
+    assert asked == [*ports, f"trsvcid={port}"]
+    back.close()
+    other.close()
+    nowhere = Reach("nvme", f"127.0.0.1:{port},127.0.0.1:{port}", nqn="nqn.another", uuid=ID)
+    with pytest.raises(UnavailableError, match="does not answer"):
+        csi_network.connect(nowhere, HOST)
+
+
+def test_missing_paths_are_connected_now_and_then(
+    tmp_path: Path, sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Devices that are staged get the paths they lack; those of one server, and those being staged, are left alone."""
+    completed: list[Reach] = []
+    monkeypatch.setattr(csi_network, "complete", lambda reach, host: completed.append(reach))
+    host = LinuxHost(tmp_path / "notes", lambda: "", "a@", relay=lambda _: 0)
+    notes = Notes(tmp_path / "notes")
+    several = Reach("nvme", "h:1,i:1", nqn="nqn.ours", uuid=ID)
+    for path, phase, role, reach in (
+        ("/p", "mounted", "staged", several),
+        ("/q", "mounting", "staged", several),
+        ("/r", "mounted", "published", several),
+        ("/s", "mounted", "staged", Reach("nvme", "h:1", nqn="nqn.ours", uuid=ID)),
+    ):
+        notes.keep(Note(ID, path, role, True, phase, transport="nvme", reach=reach))
+    host._complete()
+    assert completed == [several]
+    host.close()
+
+
 def test_a_kernel_that_is_no_host(
     sysfs: Sysfs, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -250,7 +304,7 @@ def test_notes_come_back(tmp_path: Path) -> None:
     notes = Notes(tmp_path)
     reach = Reach("nfs", "h:1", share=f"/{ID}")
     note = Note(
-        ID, "/p", "staged", False, "mounted", True, ("ro",), 5, 6, "", "", "nfs", ("hard",), reach, "/s"
+        ID, "/p", "staged", False, "mounted", True, ("ro",), 5, 6, "", "", "nfs", ("hard",), reach, "/s", 7
     )
     notes.keep(note)
     assert notes.find("/p") == note
@@ -266,7 +320,7 @@ def test_notes_come_back(tmp_path: Path) -> None:
 def test_what_the_machine_has_forgotten_is_forgotten(tmp_path: Path, sysfs: Sysfs) -> None:
     """After a restart of the machine nothing is mounted or connected, and no note says that it was."""
     home = tmp_path / "notes"
-    host = LinuxHost(home, lambda: "", "a@")
+    host = LinuxHost(home, lambda: "", "a@", relay=lambda _: 0)
     notes = Notes(home)
     for path, block, reach in (
         ("/p", False, Reach("nfs", "h:1", share=f"/{ID}")),
@@ -283,7 +337,7 @@ def test_a_call_that_is_held_up_holds_up_no_other(
 ) -> None:
     """While the kernel does not come back from one call for a path, the next one is told to come again."""
     monkeypatch.setattr(csi_host, "TURN_SECONDS", 0.01)
-    host = LinuxHost(tmp_path / "notes", lambda: "", "a@")
+    host = LinuxHost(tmp_path / "notes", lambda: "", "a@", relay=lambda _: 0)
     with host._alone("/p"), pytest.raises(ConflictError) as caught:
         host._unstage(ID, "/p")
     assert caught.value.status is Status.STALE
@@ -294,7 +348,7 @@ def test_a_call_that_is_held_up_holds_up_no_other(
 def test_a_silent_server_is_asked_once(tmp_path: Path, sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often statistics are wanted, one thread waits for the server of a volume; then it is asked again."""
     monkeypatch.setattr(csi_host, "STATS_SECONDS", 0.01)
-    host = LinuxHost(tmp_path / "notes", lambda: "", "a@")
+    host = LinuxHost(tmp_path / "notes", lambda: "", "a@", relay=lambda _: 0)
     speech = threading.Event()
     before = threading.active_count()
     for _ in range(3):

@@ -80,6 +80,9 @@ NFS_FLAGS: Final = frozenset(
 _NFS_FLAG: Final = re.compile(r"([a-z]+)(=[a-z0-9.]{1,16})?", re.ASCII)
 _NFS_VERSIONS: Final = frozenset({"4.1", "4.2"})
 
+SERVERS_MAX: Final = 64
+"""That lead to one volume: as many nodes as a list of them may have."""
+
 _MODE: Final = pb.VolumeCapability.AccessMode
 READERS: Final = frozenset({_MODE.SINGLE_NODE_READER_ONLY, _MODE.MULTI_NODE_READER_ONLY})
 MULTI_NODE_SINGLE_WRITER: Final = _MODE.MULTI_NODE_SINGLE_WRITER
@@ -451,7 +454,10 @@ def reach(context: Mapping[str, str], volume: Volume) -> Reach | None:
             f"publish_context says nothing of {volume.transport}, through which volume {volume.id} is seen",
             hint="ControllerPublishVolume gives it",
         )
-    server(found.server)
+    if len(found.servers) > SERVERS_MAX:
+        raise UsageError(f"publish_context names more than {SERVERS_MAX} servers")
+    for each in found.servers:
+        server(each)
     if volume.transport == NFS:
         whole = _SHARE.fullmatch(found.share)
     else:

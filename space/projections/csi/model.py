@@ -71,7 +71,8 @@ class Reach:
 
     Attributes:
         transport: ``nfs`` or ``nvme``.
-        server: ``HOST:PORT``.
+        server: ``HOST:PORT``, or several with commas between them: each leads to the same block device, and one of
+            them at a time serves trees.
         share: the path of the export; ``nfs`` only.
         nqn, uuid: the subsystem, and which of its namespaces; ``nvme`` only.
     """
@@ -81,6 +82,11 @@ class Reach:
     share: str = ""
     nqn: str = ""
     uuid: str = ""
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """Each of them."""
+        return tuple(self.server.split(","))
 
     def context(self) -> dict[str, str]:
         """The same for the orchestrator to carry."""
