@@ -47,7 +47,9 @@ ONCE: Final = frozenset(
     {"csi_create", "csi_delete", "csi_expand", "csi_modify", "csi_publish", "csi_unpublish"}
     | {"csi_snapshot", "csi_delete_snapshot", "csi_snapshot_group", "csi_delete_group"}
 )
-UNREPEATABLE: Final = frozenset({"import_tree", "export_tree", "mount", "serve_nvme"})
+UNREPEATABLE: Final = frozenset(
+    {"import_tree", "export_tree", "mount", "serve_nvme", "keys_rotate", "keys_destroy"}
+)
 
 _T = TypeVar("_T")
 

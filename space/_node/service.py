@@ -568,7 +568,7 @@ class Sink:
 
 def methods() -> dict[str, Callable[..., Any]]:
     """What can be asked for: the public methods of :class:`Service`, by name."""
-    found = {**vars(FederationCalls), **vars(PolicyCalls), **vars(Service)}
+    found = {**vars(FederationCalls), **vars(PolicyCalls), **vars(KeyCalls), **vars(Service)}
     return {name: method for name, method in found.items() if callable(method) and name[0] != "_"}
 
 
