@@ -52,6 +52,9 @@ WATCH_SECONDS: Final = 1.0
 TURN_SECONDS: Final = 0.1
 """How often a node looks whether it is to ship: shorter than an election, after which another one is."""
 
+STAND_IN_SECONDS: Final = 3.0
+"""How long a node that does not lead waits for the one that does to federate: that one may just have been started."""
+
 _ABOUT_ZONES: Final = (ZoneDefined, ZoneAdded, ZoneChanged, ZoneRemoved)
 
 log: Final = logging.getLogger("space.federation")
@@ -293,10 +296,14 @@ class Federation:
         """Ships while it is this node's turn."""
         nodes = self._store.nodes
         assert nodes is not None
+        wanted, since = 0, 0.0
         while True:
             federating = {nodes.number} | {node for node, each in self._offices.items() if each is not None}
             sender = chosen(nodes.leader, federating, self.sender)
-            if sender != self.sender:
+            if sender != wanted:
+                wanted, since = sender, time.monotonic()
+            patience = STAND_IN_SECONDS if nodes.leader != sender == nodes.number else 0.0
+            if sender != self.sender and time.monotonic() - since >= patience:
                 log.info("node %d ships to other zones now", sender)
                 self.sender = sender
                 self._look()
