@@ -475,7 +475,9 @@ class CsiNode:
             network = ClusterNetwork(self._node, self, self._volumes)
             for _ in range(MAKE_TRIES):
                 with contextlib.suppress(ConflictError):
-                    self._tree = VolumeTree(store, network=network, look_again=store.group.barrier)
+                    self._tree = VolumeTree(
+                        store, network=network, look_again=store.group.barrier, shown=False
+                    )
                     return self._tree
                 store.group.barrier()
             raise UnavailableError("other nodes make the directories of volumes", hint="try again")

@@ -54,6 +54,8 @@ from space.projections import content_map
 from space.projections.csi import check
 from space.projections.csi.model import (
     NETWORK,
+    NFS,
+    NVME,
     TRANSPORT,
     TRANSPORTS,
     Published,
@@ -169,12 +171,15 @@ class VolumeTree:
         accounts: Accounts | None = None,
         network: Network | None = None,
         look_again: Callable[[], None] = lambda: None,
+        shown: bool = True,
     ) -> None:
         """Makes the tree's directories where they are missing.
 
-        ``look_again`` returns once what is read next has everything that others were told by now.
+        ``look_again`` returns once what is read next has everything that others were told by now.  ``shown`` is
+        whether volumes are seen where the store is, or over the network alone.
         """
         self._store = store
+        self._shown = shown
         self._look_again = look_again
         self._local = threading.local()
         self._cut = cut
@@ -383,7 +388,13 @@ class VolumeTree:
             RefusedError: this one.
         """
         if transport not in NETWORK:
-            return
+            if self._shown:
+                return
+            raise RefusedError(
+                f"no node of the cluster serves volumes through {transport}",
+                hint=f"a StorageClass with {TRANSPORT}: {NFS} or {NVME}",
+                status=Status.NOT_PERMITTED,
+            )
         if self._network is None:
             raise RefusedError(f"nobody serves {transport} here", status=Status.NOT_PERMITTED)
         self._network.check(transport)
