@@ -21,8 +21,7 @@ from space._node.federation import Federation
 from space._node.federation_calls import KeptFederation
 from space._node.federation_keys import ZONE, ZoneKeys
 from space._node.federation_nodes import KEYS
-from space._node.federation_promote import heard_note
-from space._node.federation_status import samples, status
+from space._node.federation_status import heard_note, samples, status
 from space._node.federation_zones import Zones
 from space._node.member import Member
 from space._node.store import Store
