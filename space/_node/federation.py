@@ -26,7 +26,7 @@ import attrs
 from space._errors import SpaceError, UnavailableError, UsageError
 from space._node.caller import Document
 from space._node.federation_keys import ZoneAuthority, ZoneKeys, trust
-from space._node.federation_nodes import OFFICE, chosen, merged
+from space._node.federation_nodes import DISTANCE, OFFICE, chosen, links_in, merged
 from space._node.federation_receive import ZoneReceiver
 from space._node.federation_send import ZoneSource
 from space._node.federation_shelf import StoreShelf
@@ -325,7 +325,9 @@ class Federation:
 
     def office(self) -> Document:
         """What the other nodes of a cluster are told: whether this one ships, and what it knows of other zones."""
-        return {"ships": self.ships, "notes": self._notes}
+        links = self.link_documents() if self.ships else {}
+        far = {zone.hex(): {key: link[key] for key in DISTANCE} for zone, link in links.items()}
+        return {"ships": self.ships, "notes": self._notes, "links": far}
 
     async def _watch_links(self) -> None:
         """Looks every second whether promises are kept, and keeps what is known of the zones."""
@@ -355,8 +357,15 @@ class Federation:
 
     # --- shown -------------------------------------------------------------------------------------
 
+    def distances(self) -> dict[bytes, Document]:
+        """Whether each zone is connected and how far it is, by its id: seen from the node that ships."""
+        if self.ships:
+            return self.link_documents()
+        told = self._offices.get(self.sender)
+        return {} if told is None else links_in(told)
+
     def link_documents(self) -> dict[bytes, Document]:
-        """How the connection to each zone is, by its id."""
+        """How this process' connection to each zone is, by its id."""
         now = time.monotonic()
         found = {}
         for number, link in list(self._links.items()):

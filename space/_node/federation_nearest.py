@@ -64,7 +64,7 @@ class Nearest:
         zones = Zones(self._store)
         own, others = zones.own(), zones.others()
         running = self._store.federation
-        links = {} if running is None else running.link_documents()
+        links = {} if running is None else running.distances()
         self._names = {zone.id: zone.name for zone in others}
         table = [_state(zone, links.get(zone.id, {})) for zone in others]
         name = "" if own is None else own.name

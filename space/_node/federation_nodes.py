@@ -16,7 +16,7 @@ import asyncio
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from space._errors import ConflictError, RefusedError, SpaceError, UnavailableError
+from space._errors import RefusedError, SpaceError, UnavailableError
 from space._node.caller import Document
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ OFFICE: Final = "zone office"
 LINKS: Final = "zone links"
 """How its connections to other zones are; nothing if it does not ship."""
 METHODS: Final = (KEYS, SETTLE, RENEW, OFFICE, LINKS)
+
+DISTANCE: Final = ("connected", "rtt_seconds")
+"""What the nodes that do not ship know of a connection without asking."""
 
 ASK_SECONDS: Final = 5.0
 """How long another node may take: it may have to ask the others itself."""
@@ -192,8 +195,18 @@ def links_elsewhere(store: Store) -> tuple[int, dict[bytes, Document]]:
         return 0, {}
     for node, said in store.nodes.ask(LINKS, seconds=1.0)[0].items():
         if isinstance(said, dict):
-            try:
-                return node, {bytes.fromhex(zone): dict(link) for zone, link in said.items()}
-            except (ValueError, TypeError):
-                raise ConflictError(f"node {node} gave a malformed answer", hint="is it newer?") from None
+            return node, _links(said)
     return 0, {}
+
+
+def links_in(office: Any) -> dict[bytes, Document]:
+    """How far zones are, as the node that ships says."""
+    return _links(office.get("links") if isinstance(office, dict) else None)
+
+
+def _links(said: Any) -> dict[bytes, Document]:
+    """Connections by zone; none of what is malformed."""
+    try:
+        return {bytes.fromhex(zone): dict(link) for zone, link in said.items()}
+    except (AttributeError, ValueError, TypeError):
+        return {}

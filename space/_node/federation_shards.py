@@ -592,7 +592,7 @@ def shard_zones(store: Store) -> Iterator[list[ShardZone]]:
     if own is None:
         raise NotFoundError(f"store {store.path} is in no zone", hint="space zone init NAME")
     keys = zones.keys()
-    links = {} if store.federation is None else store.federation.link_documents()
+    links = {} if store.federation is None else store.federation.distances()
     found = [ShardZone(own.id, own.name, own.sealing, OwnZone(StoreShelf(store, own.id), own.id), rtt_ns=0)]
     with contextlib.ExitStack() as stack:
         for zone in zones.others():

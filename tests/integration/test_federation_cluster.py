@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from space._node.federation import Federation
 from space._node.federation_calls import KeptFederation
 from space._node.federation_keys import ZONE, ZoneKeys
 from space._node.federation_nodes import KEYS
+from space._node.federation_shards import shard_zones
 from space._node.federation_status import heard_note, samples, status
 from space._node.federation_zones import Zones
 from space._node.member import Member
@@ -133,6 +135,12 @@ def in_step(store: Store) -> None:
     until(arrived, f"in step: {status(store)}")
 
 
+def rtt_ns(store: Store) -> int:
+    """How far the only other zone is, as a store knows it."""
+    with shard_zones(store) as (_, other):
+        return other.rtt_ns or 0
+
+
 @pytest.fixture
 def stack() -> Iterator[contextlib.ExitStack]:
     """What is closed at the end."""
@@ -192,6 +200,7 @@ def test_every_node_has_the_keys_and_any_can_be_asked(oslo: Nodes, paris: Store)
         told = {name: value for name, _, value in samples(found_)}
         assert told["space_federation_sender"] == float(node == ships)
         assert told["space_federation_connected"] == 1.0
+        assert until(partial(rtt_ns, oslo.store(node)), "how far the other zone is")
     (taken,) = status(paris)["zones"]
     assert taken["at"] == f"https://127.0.0.1:{oslo.ports[ships]}"
 

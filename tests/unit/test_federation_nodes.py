@@ -13,7 +13,16 @@ import pytest
 import space
 from space._errors import RefusedError, SpaceError, UnavailableError, UsageError
 from space._node.federation_keys import ZONE, ZoneAuthority, ZoneKeys, proves, settle
-from space._node.federation_nodes import KEYS, LINKS, OFFICE, answer, chosen, links_elsewhere, merged
+from space._node.federation_nodes import (
+    KEYS,
+    LINKS,
+    OFFICE,
+    answer,
+    chosen,
+    links_elsewhere,
+    links_in,
+    merged,
+)
 from space._node.federation_zones import Zones, check_url
 from space.federation.exchange import ADDRESSES_MAX, addresses
 
@@ -75,7 +84,7 @@ class Others:
 
 
 def test_the_links_of_who_ships(tmp_path: Path) -> None:
-    """A node that does not ship shows the links of the one that does; one that answers something else is told of."""
+    """A node that does not ship shows the links of the one that does; a malformed answer has none."""
     link = {"connected": True}
     with space.open(tmp_path) as store:
         assert links_elsewhere(store) == (0, {})
@@ -83,9 +92,17 @@ def test_the_links_of_who_ships(tmp_path: Path) -> None:
         assert links_elsewhere(store) == (3, {OSLO: link})
         store.nodes = Others({LINKS: {2: None}})
         assert links_elsewhere(store) == (0, {})
-        store.nodes = Others({LINKS: {2: {"x": link}}})
-        with pytest.raises(SpaceError, match="malformed"):
-            links_elsewhere(store)
+        for malformed in ({"x": link}, {OSLO.hex(): 7}, {7: link}):
+            store.nodes = Others({LINKS: {2: malformed}})
+            assert links_elsewhere(store) == (2, {})
+
+
+def test_how_far_zones_are_is_told_to_who_does_not_ship() -> None:
+    """It is in what the node that ships says every second; from anything else nothing is learnt."""
+    far = {"connected": True, "rtt_seconds": 0.25}
+    assert links_in({"ships": True, "notes": {}, "links": {OSLO.hex(): far}}) == {OSLO: far}
+    for malformed in (None, 7, {}, {"links": 7}, {"links": {"x": far}}, {"links": {OSLO.hex(): 7}}):
+        assert links_in(malformed) == {}
 
 
 def test_a_node_that_does_not_federate_says_so(tmp_path: Path) -> None:
