@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -13,6 +14,7 @@ import space
 from space._node.federation_promote import promote
 from space._node.federation_zones import Zones
 from tests.federation_support import shared, two_zones
+from tests.integration.test_nfs_kernel import run
 from tests.nfs_client import BOTH, Client, NfsError, getattr_, getfh
 from tests.nfs_support import View
 
@@ -109,3 +111,41 @@ def test_a_zone_that_took_over_sends_nobody_away(pair: Pair) -> None:
         assert read(client, PLACE) == CONTENT
         client.open(PLACE, share=BOTH).write(0, b"written")
         assert read(client, PLACE).startswith(b"written")
+
+
+@pytest.mark.skipif(
+    os.environ.get("SPACE_GUEST") != "1", reason="boots a virtual machine: set SPACE_GUEST=1 (docs/nfs.md)"
+)
+@pytest.mark.parametrize("version", ["4.1", "4.2"])
+def test_the_kernel_mounts_the_other_server(pair: Pair, tmp_path: Path, version: str) -> None:
+    """Going to a referral mounts the zone's own server, and what is written there is in the zone's own store.
+
+    The kernel goes to port 2049 whatever it is told, so the guest has a relay there.
+    """
+    home = pair.serve(pair.oslo)
+    here = pair.serve(pair.paris, "--refer", "oslo=127.0.0.1:/dir")
+    job = f"""
+    ip link set lo up
+    python3 - <<'EOF' &
+import socket, threading
+def pass_on(source, target):
+    while data := source.recv(1 << 16): target.sendall(data)
+    target.shutdown(socket.SHUT_WR)
+server = socket.create_server(("127.0.0.1", 2049))
+while True:
+    client, _ = server.accept()
+    there = socket.create_connection(("10.0.2.2", {home.port}))
+    for ends in ((client, there), (there, client)): threading.Thread(target=pass_on, args=ends, daemon=True).start()
+EOF
+    relay=$!; until (exec 3<>/dev/tcp/127.0.0.1/2049) 2>/dev/null; do sleep 0.1; done
+    mounted {version}; echo mine >/n/mine; ls -l /n/zones >/tmp/listed; has oslo /tmp/listed
+    [ "$(head -c 8 /n/zones/oslo/file)" = "of oslo " ]; ls /n/zones/oslo | has -x file
+    has "^127.0.0.1:/dir /n/zones/oslo nfs4 .*addr=127.0.0.1" /proc/mounts
+    echo written >/n/zones/oslo/new; mv /n/zones/oslo/new /n/zones/oslo/newer
+    [ "$(stat -c %d /n/zones/oslo/file)" != "$(stat -c %d /n/mine)" ]
+    umount /n/zones/oslo; umount /n; kill $relay; echo done=yes
+    """
+    assert run(here, job, tmp_path)["done"] == "yes"
+    home.stop()
+    with space.open(pair.oslo) as oslo:
+        assert oslo.get(oslo.resolve("/dir/newer")) == b"written\n"
