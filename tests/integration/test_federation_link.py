@@ -50,6 +50,7 @@ class Log:
         self.taken: list[bytes] = []
         self.heard_of: list[Document] = []
         self.refuse: Callable[[bytes], SpaceError | None] = lambda _: None
+        self.leads = True
 
     def recognise(self, certificate: bytes) -> Peer:
         identity = claimed(certificate)
@@ -58,7 +59,7 @@ class Log:
         return Peer(identity.id, identity.name)
 
     def identity(self, peer: Peer) -> Document:
-        return {"zone": "target", "versions": [VERSION], "knows": peer.name}
+        return {"zone": "target", "versions": [VERSION], "knows": peer.name, "leads": self.leads}
 
     def cursors(self, peer: Peer) -> Document:
         return {"cursors": [{"position": len(self.taken)}]}
@@ -137,8 +138,8 @@ class Pair:
     port: int
     client: ssl.SSLContext
 
-    def shipper(self, shelf: Shelf, *, port: int | None = None, rate: float = 0) -> Shipper:
-        url = f"https://127.0.0.1:{self.port if port is None else port}"
+    def shipper(self, shelf: Shelf, *, port: int | None = None, url: str = "", rate: float = 0) -> Shipper:
+        url = url or f"https://127.0.0.1:{self.port if port is None else port}"
         target = Target("target", url, self.client, shelf, Throttle(rate))
         return Shipper(target, chance=random.Random(1).random)
 
@@ -181,6 +182,53 @@ def numbered(count: int, size: int = 100) -> list[bytes]:
     """Shipments as :class:`Log` takes them."""
     chance = random.Random(7)
     return [b"%d:%s" % (number, chance.randbytes(size)) for number in range(count)]
+
+
+def test_of_several_addresses_the_one_that_leads_is_shipped_to(tmp_path: Path) -> None:
+    """Whoever is asked first, and whoever is gone; where nobody leads, or who did is gone, another one that answers."""
+
+    async def main() -> None:
+        async with pair(tmp_path) as zones:
+            tls = zones.target.server_context()
+            trust(tls, zones.home.authority)
+            leading = Log(home=zones.home.authority)
+            zones.log.leads = False
+            server = FederationServer(leading, tls, shipment_bytes_max=SHIPMENT_BYTES_MAX)
+            port = await server.start("127.0.0.1", 0)
+            urls = [f"https://127.0.0.1:{each}" for each in (unused_port(), zones.port, port)]
+            shelf = Shelf(numbered(20))
+            shipper = zones.shipper(shelf, url=",".join(urls))
+            async with shipping(shipper):
+                await until(lambda: shelf.acknowledged_at == 20)
+                assert leading.taken == numbered(20)
+                assert zones.log.taken == []
+                assert shipper.status.at == urls[2]
+                await server.close()
+                await until(lambda: len(zones.log.taken) == 20)
+                assert zones.log.taken == numbered(20)
+                await until(lambda: shipper.status.at == urls[1])
+
+    asyncio.run(main())
+
+
+def test_a_zone_without_an_address_is_not_shipped_to(tmp_path: Path) -> None:
+    """It says so, and goes on trying: the address may come."""
+
+    async def main() -> None:
+        async with pair(tmp_path) as zones:
+            target = Target("target", "", zones.client, Shelf([]), Throttle(0))
+            shipper = Shipper(target, chance=lambda: 0.0)
+            async with shipping(shipper):
+                await until(lambda: "no address" in shipper.status.error)
+
+    asyncio.run(main())
+
+
+def unused_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
 
 
 def test_all_comes_once_and_in_order(tmp_path: Path) -> None:
