@@ -229,8 +229,9 @@ class CsiViews:
         Raises:
             UnavailableError: nobody leads.
         """
+        told = where.nfs_address if transport == NFS and where.nfs_address else where.told(listen)
         with self._node.store.stale():
-            self._volumes().serve_at(self._node.config.node, transport, joined(*listen), where.told(listen))
+            self._volumes().serve_at(self._node.config.node, transport, joined(*listen), told)
 
 
 # --- block devices ---------------------------------------------------------------------------------

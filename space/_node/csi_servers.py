@@ -61,6 +61,7 @@ class Listening:
     Attributes:
         rules: which clients may use NFS at all, the first that fits; none: everybody.
         lease_seconds: of NFS clients.
+        nfs_address: what nodes are told instead of where NFS is served: it leads to whoever serves.
     """
 
     nfs: Address | None = None
@@ -68,6 +69,7 @@ class Listening:
     advertise: str = ""
     rules: tuple[Rule, ...] = ()
     lease_seconds: int = nfs_view.LEASE_SECONDS
+    nfs_address: str = ""
 
     def __attrs_post_init__(self) -> None:
         for option, found in (("--nfs", self.nfs), ("--nvme", self.nvme)):

@@ -72,7 +72,7 @@ class View:
         """
         from space._node.csi_servers import Listening
         from space._node.nfs_view import parse_options
-        from space._node.nvme_view import parse_listen
+        from space._node.nvme_view import joined, parse_listen
 
         keys = self.keys
         nfs, nvme = (parse_listen(keys[each]) if each in keys else None for each in ("nfs", "nvme"))
@@ -85,7 +85,8 @@ class View:
             lease=keys.get("lease"),
             grace=None,
         )
-        return Listening(nfs, nvme, keys.get("advertise", ""), offer.rules, offer.lease_seconds)
+        leads = joined(*parse_listen(keys["nfs-address"])) if "nfs-address" in keys else ""
+        return Listening(nfs, nvme, keys.get("advertise", ""), offer.rules, offer.lease_seconds, leads)
 
 
 KEYS: Final[dict[str, type]] = {
@@ -105,7 +106,8 @@ _ANY_VIEW: Final[dict[str, type]] = {"view": str, "sources": list, "listen": str
 VIEW_KEYS: Final[dict[str, dict[str, type]]] = {
     "nvme": {**_ANY_VIEW, "hosts": list, "host-keys": list, "controller-key": str},
     "nfs": {**_ANY_VIEW, "squash": str, "clients": list, "lease": int, "grace": int, "refer": list},
-    "csi": {"view": str, "nfs": str, "nvme": str, "advertise": str, "clients": list, "lease": int},
+    "csi": {"view": str, "nfs": str, "nvme": str, "advertise": str, "nfs-address": str}
+    | {"clients": list, "lease": int},
 }
 _NAMES: Final = {
     str: "a text",
