@@ -410,7 +410,7 @@ def _status_lines(found: Document) -> list[str]:
     for zone in found["zones"]:
         lines.append(f"  {_status_line(zone)}")
         lines += [f"    {zone['remark']}"] if zone["remark"] else []
-        if found["arrival"]["policy"] is not None and (sealed := zone["received"]["sealed_keys"]):
+        if sealed := zone["received"]["sealed_keys"]:
             lines.append(f"    what came under {sealed} keys is sealed for its home and stays as it came")
         lines += [_stream_line(each) for each in zone["streams"] if each["waiting_bytes"] or each["copying"]]
         for each in zone.get("capsules", ()):

@@ -152,8 +152,13 @@ def describe(store: Store) -> Document:
     return {"policy": policy.to_document(), "key": number if policy.encryption is not None else None}
 
 
-def sealed_keys(txn: Reader, zone: bytes) -> int:
-    """Data keys of a zone that cannot be opened here: content under them stays as it came."""
+def sealed_keys(txn: Reader, zone: bytes) -> int | None:
+    """How many data keys of a zone cannot be opened here, so that content under them stays as it came.
+
+    None where everything does, as there is no arrival policy: it is a look at every key.
+    """
+    if _in_force(txn)[0] is None:
+        return None
     return sum(_is_sealed(txn, key) for key, home in txn.scan(ZONE_KEY, b"") if home == zone)
 
 

@@ -226,6 +226,24 @@ def test_a_policy_holds_for_what_comes_after_it(zones: Pumped) -> None:
     for number, file in enumerate(files):
         assert zones.paris.get(file) == TEXT + b"%d" % number
     assert describe(zones.paris) == {"policy": None, "key": None}
+    assert zones.paris.replay(verify=True).equal
+
+
+def test_what_comes_twice_is_there_once(zones: Pumped) -> None:
+    """A shipment that is delivered again is not encoded into the log again, though it would be other bytes."""
+    set_policy(zones.paris, GCM)
+    file = put(zones, shared("paris"))
+    pump = zones.there
+    pump.connect()
+    while (outgoing := pump.source.next()) is not None:
+        received = pump.receiver.receive(pump.peer, [outgoing.body])
+        before = zones.paris.position, frames(zones.paris, file)
+        again = pump.receiver.receive(pump.peer, [outgoing.body, outgoing.body])
+        assert again.error is None
+        assert list(again.cursors) == [*received.cursors] * 2
+        assert (zones.paris.position, frames(zones.paris, file)) == before
+        pump.source.acknowledged(outgoing, received.cursors[0])
+    assert zones.paris.get(file) == TEXT
 
 
 @pytest.mark.parametrize("oslo, paris", list(itertools.product([None, "zstd:19", "gcm"], repeat=2))[1:])
