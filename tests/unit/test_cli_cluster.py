@@ -422,7 +422,8 @@ def test_a_configuration_has_the_options_as_keys(tmp_path: Path) -> None:
         ("? [a]\n: b\n", 1, "unknown key"),
         ("views: nvme\n", 1, "a list of views"),
         ("views:\n- nvme\n", 2, "keys and values"),
-        ("views:\n- view: csi\n", 2, "a view is nvme or nfs"),
+        ("views:\n- view: fuse\n", 2, "a view is nvme or nfs or csi"),
+        ("views:\n- view: csi\n  sources: [/a]\n", 3, "unknown key 'sources'"),
         ("views:\n- view: nfs\n  sources: [/a]\n  hosts: []\n", 4, "unknown key 'hosts'"),
         ("views:\n- view: nfs\n  listen: a:1\n", 2, "an nfs view needs sources"),
         ("views:\n- view: nvme\n  sources: [/a]\n", 2, "needs listen"),
@@ -450,6 +451,31 @@ def test_a_view_in_a_configuration() -> None:
     (wrong,) = serve_config.parse(text.replace("127.0.0.1:", ""), "f.yaml")["views"]
     with pytest.raises(UsageError, match="not an address"):
         wrong.nvme()
+
+
+@pytest.mark.requires("py:google.protobuf")
+def test_a_csi_view_in_a_configuration() -> None:
+    """Where volumes are served is as it is written: by one transport or both; by none, or at no address, is refused."""
+    text = "views:\n- view: csi\n  nvme: 127.0.0.1:4420\n  nfs: 0.0.0.0:2049\n  advertise: one\n  lease: 10\n"
+    (view,) = serve_config.parse(text, "f.yaml")["views"]
+    where = view.csi()
+    assert (where.nvme, where.nfs, where.lease_seconds) == (("127.0.0.1", 4420), ("0.0.0.0", 2049), 10)
+    assert (where.told(("0.0.0.0", 2049)), where.nfs_address) == ("one:2049", "")
+    (view,) = serve_config.parse(f"{text}  nfs-address: '[::1]:2049'\n  clients: [192.0.2.0/24]\n", "f.yaml")[
+        "views"
+    ]
+    assert (view.csi().nfs_address, len(view.csi().rules)) == ("[::1]:2049", 1)
+    for wrong, words in (
+        ("advertise: one", "serves nfs, nvme, or both"),
+        ("nvme: 127.0.0.1", "not an address"),
+        ("nfs: 0.0.0.0:1", "where nodes reach it"),
+        ("{nfs: 127.0.0.1:1, nfs-address: one}", "not an address"),
+        ("{nfs: 127.0.0.1:1, lease: 1}", "a lease of 1 s"),
+    ):
+        keys = wrong.strip("{}").replace(", ", "\n  ")
+        (view,) = serve_config.parse(f"views:\n- view: csi\n  {keys}\n", "f.yaml")["views"]
+        with pytest.raises(UsageError, match=words):
+            view.csi()
 
 
 def test_an_nfs_view_in_a_configuration() -> None:
