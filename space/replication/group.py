@@ -503,6 +503,8 @@ def unpacked(pieces: Sequence[Buffer]) -> tuple[Any, list[Buffer]]:
             raise ValueError("attachments that are not there")
         attachments.append(view[at : at + length])
         at += length
+    if at != len(view):
+        raise ValueError("more bytes than frames")
     return document, attachments
 
 
