@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from space.events.command_codec import decode_requests, encode_requests
-from space.events.commands import ReceiveShipment, Request, WriteExtent
+from space.events.commands import Command, ReceiveShipment, Request, WriteExtent
 from space.replication.group import packed, unpacked
 from space.replication.wire import encode_request
 from tests.zone_support import HOME, made, shipment, write
@@ -18,7 +18,7 @@ FRAMES = 5000
 
 def test_a_shipment_is_two_attachments() -> None:
     """However many commands and frames it has, it fits into a message, and is the same shipment at the other end."""
-    commands = [made(1, name=b"file"), *(write(1, at, b"%d" % at) for at in range(FRAMES))]
+    commands: list[Command] = [made(1, name=b"file"), *(write(1, at, b"%d" % at) for at in range(FRAMES))]
     request = Request(shipment(0, 1, *commands), "zone:oslo", bytes(16), 7)
     document, attachments = encode_requests([request])
     assert len(attachments) == FRAMES
