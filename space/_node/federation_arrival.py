@@ -11,12 +11,16 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Final
 
 import msgpack
+from blake3 import blake3
 
 from space._errors import NotFoundError, RefusedError, Status, UsageError
 from space._node.caller import Document
+from space.content.frames import Buffer, FrameRef
 from space.content.keys import FrameKey
 from space.events import commands as cmd
+from space.events.commands import StoredFrame
 from space.events.ids import ZONES
+from space.federation.arrival import Recode
 from space.federation.recode import Recoder, Transform
 from space.federation.sealing import is_for_home
 from space.policy.model import ArrivalPolicy, Policy
@@ -33,19 +37,53 @@ KEY_VERSION: Final = 1
 
 
 class ShipmentKeys:
-    """Data keys of one shipment's frames: those that came in it, and those that came before."""
+    """Data keys of one shipment's frames: those that came in it, and those that came before.
 
-    def __init__(self, store: Store) -> None:
+    Zones draw numbers of keys without asking each other.  One that stands for another key here is given another number,
+    always the same, and frames under it are encrypted again: their number is part of what is authenticated.
+    """
+
+    def __init__(self, store: Store, home: bytes) -> None:
         self._store = store
+        self._home = home
         self._known: dict[tuple[int, int], FrameKey | None] = {}
+        self._here: dict[int, int] = {}  # numbers at the home → numbers here
 
-    def came(self, number: int, version: int, data_key: bytes | None) -> None:
-        """Notes a key that is not in the state yet; None: it does not open here, by intent."""
-        row = self._row(number, version)
+    def came(self, number: int, version: int, data_key: bytes | None) -> int:
+        """Notes a key that may not be in the state yet, and says its number here; None: it opens only at the home."""
+        here = self._here[number] = number if data_key is None else self._free(number, version, data_key)
+        row = self._row(here, version)
         stays = data_key is None or (
             row is not None and _closed(row)
         )  # the row that is here is the one that counts
-        self._known[number, version] = None if stays else FrameKey(number, version, data_key or b"")
+        self._known[number, version] = None if stays else FrameKey(here, version, data_key or b"")
+        return here
+
+    def moved(self, number: int) -> bool:
+        """Whether a key of the home has another number here."""
+        return self.here(number) != number
+
+    def here(self, number: int) -> int:
+        """The number here of a key of the home."""
+        if number not in self._here:
+            other = _other_number(self._home, number)
+            with self._store._read() as txn:
+                moved = (
+                    _is_taken(txn, number, self._home) and txn.get(ZONE_KEY, U32.pack(other)) == self._home
+                )
+            self._here[number] = other if moved else number
+        return self._here[number]
+
+    def _free(self, number: int, version: int, data_key: bytes) -> int:
+        with self._store._read() as txn:
+            if not _is_taken(txn, number, self._home):
+                return number
+            row = txn.get(KEY, U32.pack(number) + U32.pack(version))
+        ring = self._store._keyring
+        came_back = row is not None and (
+            not ring.wrapped_by(number, version, row) or ring.unwrap(number, version, row) == data_key
+        )
+        return number if came_back else _other_number(self._home, number)
 
     def __call__(self, number: int, version: int) -> FrameKey | None:
         """A key; None: what is under it stays as it came.
@@ -58,17 +96,30 @@ class ShipmentKeys:
         return self._known[number, version]
 
     def _found(self, number: int, version: int) -> FrameKey | None:
-        row = self._row(number, version)
+        here = self.here(number)
+        row = self._row(here, version)
         if row is None:
             raise RefusedError(
                 f"a shipment with a frame under key {number} version {version}, which did not come",
                 status=Status.NOT_PERMITTED,
             )
-        return None if _closed(row) else self._store._keyring.frame_key(number, version)
+        return None if _closed(row) else self._store._keyring.frame_key(here, version)
 
     def _row(self, number: int, version: int) -> bytes | None:
         with self._store._read() as txn:
             return txn.get(KEY, U32.pack(number) + U32.pack(version))
+
+
+def _is_taken(txn: Reader, number: int, home: bytes) -> bool:
+    """Whether a number stands for a key that did not come from this zone."""
+    known = next(txn.scan(KEY, U32.pack(number)), None) is not None
+    return known and txn.get(ZONE_KEY, U32.pack(number)) != home
+
+
+def _other_number(home: bytes, number: int) -> int:
+    """The number here of a zone's key whose own is taken: always the same one, so that nothing has to be kept."""
+    drawn = blake3(home + U32.pack(number), derive_key_context="space zone key number v1").digest(U32.size)
+    return int(U32.unpack(drawn)[0]) | 1
 
 
 def _closed(row: bytes) -> bool:
@@ -76,19 +127,25 @@ def _closed(row: bytes) -> bool:
     return not row or is_for_home(row)
 
 
-def recoder(store: Store, keys: ShipmentKeys) -> Recoder | None:
-    """What encodes the frames of one shipment anew; None where they stay as they come.
+def recoder(store: Store, keys: ShipmentKeys) -> Recode:
+    """What encodes the frames of one shipment anew, as far as they are not to stay as they come.
 
     Raises:
         RefusedError: the policy names a transform that is not installed, or its key does not open.
     """
     with store._read() as txn:
         policy, number = _in_force(txn)
-    if policy is None:
-        return None
-    key = store._keyring.frame_key(number, KEY_VERSION) if policy.encryption is not None else None
-    transforms = [(name, _transform(name)) for name in policy.transform]
-    return Recoder(policy, key, keys, store._writer, transforms)
+    if policy is not None:
+        key = store._keyring.frame_key(number, KEY_VERSION) if policy.encryption is not None else None
+        transforms = [(name, _transform(name)) for name in policy.transform]
+        return Recoder(policy, key, keys, store._writer, transforms)
+    as_it_came = Recoder(ArrivalPolicy(), None, keys, store._writer)
+
+    def renumbered(capsule: bytes, ref: FrameRef, stored: Buffer) -> StoredFrame | None:
+        """The frame under its key's number here."""
+        return as_it_came(capsule, ref, stored) if ref.encryption and keys.moved(ref.key_id) else None
+
+    return renumbered
 
 
 def _in_force(txn: Reader) -> tuple[ArrivalPolicy | None, int]:

@@ -187,8 +187,8 @@ class _Adoption:
         self._store = store
         self._zone_keys = keys
         self._home = home
-        self._data_keys = ShipmentKeys(store)
-        self._recode: Recode | None = recoder(store, self._data_keys)
+        self._data_keys = ShipmentKeys(store, home)
+        self._recode: Recode = recoder(store, self._data_keys)
 
     def adopted(self, command: Any) -> Any:
         """A command with keys wrapped for this store, and frames that are this store's.
@@ -221,8 +221,8 @@ class _Adoption:
             zone=keys.identity.id,
             private=keys.sealing.private_bytes_raw(),
         )
-        self._data_keys.came(*number, data_key)
-        return attrs.evolve(key, wrapped=self._store.wrap_key(*number, data_key))
+        here = self._data_keys.came(*number, data_key)
+        return attrs.evolve(key, key=here, wrapped=self._store.wrap_key(here, key.version, data_key))
 
 
 def _ids(capsules: Sequence[str]) -> list[bytes]:

@@ -498,15 +498,17 @@ def _doomed(
 def _zones_with(store: Store, capsules: dict[bytes, set[int]]) -> list[str]:
     """Zones that were given a key of these capsules, as far as is known here."""
     with store._read() as txn:
+        known = zones.zones(txn)
+        own = {zone.name for zone in known.values() if zone.role == zones.OWN}
         found = {
             zone.name
-            for number, zone in zones.zones(txn).items()
-            if zone.role != zones.OWN and any(_was_given(txn, number, each) for each in capsules)
+            for number, zone in known.items()
+            if any(_was_given(txn, number, each) for each in capsules)
         }
         for capsule in capsules:
             row = store._row(txn, CapsuleId(capsule))
             found |= set(store._policy(txn, row.policy).federation_targets)
-    return sorted(found)
+    return sorted(found - own)
 
 
 def _was_given(txn: Reader, zone: bytes, capsule: bytes) -> bool:

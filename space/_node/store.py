@@ -582,6 +582,9 @@ class Store(Reading):
         if policy.encryption is Encryption.NONE:
             return None
         key = int.from_bytes(self._random_bytes(4), "little") | 1
+        with self._tables.read() as txn:
+            while next(txn.scan(KEY, U32.pack(key)), None) is not None:
+                key = int.from_bytes(self._random_bytes(4), "little") | 1
         return cmd.NewKey(key, 1, self.wrap_key(key, 1, self._keyring.new_data_key()))
 
     def wrap_key(self, key: int, version: int, data_key: bytes) -> bytes:

@@ -23,7 +23,7 @@ from space.events import types as ev
 from space.events.codec import EVENTS_MAX, NO_LINK, chain_link, encode_event
 from space.events.ids import BRANCHES, ID_BYTES, ROOT, ZONES, zone_capsules, zone_root
 from space.events.registry import U32_MAX, U63_MAX
-from space.statemachine import zones
+from space.statemachine import keys, zones
 from space.statemachine.apply import Context, apply, clone_id
 from space.statemachine.decision import Decision, PayloadPlacer, Rejected, Rules, capsule_text, inside
 from space.statemachine.tables import ENTRY, KEY, REPLICA, U32, XATTR, ZONE_KEY, CapsuleRow, EntryRow, Overlay
@@ -356,6 +356,8 @@ class _Delivery:
         )  # what left from here, with its key
         if taken and source != self._zone and not came_back:
             raise _refuse(Status.STALE, f"key {key.key} exists already: encrypt with another")
+        if known is None and keys.outdated(self._tried, key.wrapped):
+            raise _refuse(Status.STALE, "the master key was changed meanwhile: try again")
         return ev.KeyCreated(capsule, key.key, key.version, bytes(key.wrapped) if known is None else known)
 
     def _create(self, command: cmd.CreateCapsule) -> None:
