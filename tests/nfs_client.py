@@ -164,6 +164,18 @@ def _locations(take: Unpacker) -> tuple[list[bytes], list[tuple[list[bytes], lis
     return _pathname(take), take.array(lambda: (take.array(take.opaque), _pathname(take)))
 
 
+def _locations_info(take: Unpacker) -> tuple[list[bytes], list[tuple[list[bytes], list[bytes]]]]:
+    """fs_locations_info4, as far as it is fs_locations4 too."""
+    take.fixed(8)
+    return _pathname(take), take.array(lambda: (take.array(lambda: _server_info(take)), _pathname(take)))
+
+
+def _server_info(take: Unpacker) -> bytes:
+    take.u32()
+    take.opaque()
+    return take.opaque()
+
+
 def _open_arguments(take: Unpacker) -> list[list[int]]:
     return [take.bitmap() for _ in range(5)]  # RFC 9754, section 4
 
@@ -175,6 +187,7 @@ ATTRIBUTES: Final[Mapping[str, tuple[int, Callable[[Unpacker], Any]]]] = {
     "unique_handles": (9, Unpacker.boolean), "lease": (10, Unpacker.u32), "rdattr_error": (11, Unpacker.u32),
     "acl": (12, _acl), "aclsupport": (13, Unpacker.u32), "btime": (50, _time), "charset": (76, Unpacker.u32),
     "open_arguments": (86, _open_arguments), "fs_locations": (24, _locations),
+    "fs_locations_info": (67, _locations_info),
     "cansettime": (15, Unpacker.boolean), "case_insensitive": (16, Unpacker.boolean),
     "case_preserving": (17, Unpacker.boolean), "chown_restricted": (18, Unpacker.boolean),
     "handle": (19, Unpacker.opaque), "fileid": (20, Unpacker.u64), "files_avail": (21, Unpacker.u64),
