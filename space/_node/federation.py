@@ -251,13 +251,21 @@ class Federation:
         own, others = await asyncio.to_thread(self._known)
         authorities = b"" if own is None else own.authorities
         if self._stale_keys or (self._store.nodes is not None and authorities != self._authorities):
-            keys = await asyncio.to_thread(self._zones.keys)
-            if self._stale_keys or keys.authority != self._keys.authority:
-                self._take_keys(keys)
-            self._stale_keys, self._authorities = False, authorities
+            await self._look_at_keys()
+            self._authorities = authorities
         for zone in others:
             trust(self._tls, ZoneAuthority.parse(zone.authorities))
         await self._refresh(others if self.ships else [])
+
+    async def _look_at_keys(self) -> None:
+        stale, self._stale_keys = self._stale_keys, False
+        try:
+            keys = await asyncio.to_thread(self._zones.keys)
+        except SpaceError:
+            self._stale_keys = True
+            raise
+        if stale or keys.authority != self._keys.authority:
+            self._take_keys(keys)
 
     def _known(self) -> tuple[Zone | None, list[Zone]]:
         with self._store.still():  # a batch that is being written is in the tables then
