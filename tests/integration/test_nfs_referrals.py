@@ -59,9 +59,9 @@ def where(client: Client, path: str) -> tuple[str, int, str]:
     with pytest.raises(NfsError) as raised:
         client.compound(*client.walk(path), getfh())
     assert raised.value.status == "MOVED"
-    root, locations = client.compound(*client.walk(path), getattr_("fs_locations", "fsid"))[-1][
-        "fs_locations"
-    ]
+    found = client.compound(*client.walk(path), getattr_("fs_locations", "fsid", "fs_locations_info"))[-1]
+    root, locations = found["fs_locations"]
+    assert found["fs_locations_info"] == (root, locations)
     assert b"/".join(root).decode() == path
     ((servers, there),) = locations
     (server,) = servers
