@@ -532,6 +532,8 @@ def verify(
     with session.service() as service:
         report = service.verify(repair=repair)
     lines = [_finding(each) for each in report["findings"]]
+    if report["destroyed"]:
+        lines.append(f"{report['destroyed']} capsules have had their data key destroyed, and cannot be read")
     lines.append(
         f"{report['segments']} segments, {report['batches']} batches, {report['events']} events, "
         f"{formatted(report['payload_bytes'])} of payload, {report['repaired']} repaired: "

@@ -33,6 +33,7 @@ from space.statemachine.store import STATE_VIEW, Applied, ReadTransaction, read_
 from space.statemachine.tables import (
     CAPSULE,
     ENTRY,
+    KEY,
     RECLAIMED,
     REPLY,
     TABLES,
@@ -393,13 +394,17 @@ def _replay_to(
 
 @attrs.define
 class VerifyReport:
-    """What was looked at, and what is wrong with it: ``{segment, offset, position, what}`` each."""
+    """What was looked at, and what is wrong with it: ``{segment, offset, position, what}`` each.
+
+    ``destroyed`` counts capsules that cannot be read because their data key was destroyed, which is nothing wrong.
+    """
 
     segments: int = 0
     batches: int = 0
     events: int = 0
     payload_bytes: int = 0
     repaired: int = 0
+    destroyed: int = 0
     findings: list[dict[str, Any]] = attrs.field(factory=list)
 
     def add(self, what: str, *, segment: str = "", offset: int = -1, position: int = -1) -> None:
@@ -431,7 +436,18 @@ def verify(store: Store, *, repair: bool = False, on_progress: OnProgress | None
         _verify_tables(store, report, repair)
     elif repair:
         store.heal_later()
+    report.destroyed = _destroyed(store)
     return report
+
+
+def _destroyed(store: Store) -> int:
+    """Capsules whose data key was destroyed."""
+    with store._read() as txn:
+        keys = {key[: U32.size] for key, row in txn.scan(KEY, b"") if not row}
+        if not keys:
+            return 0
+        rows = (CapsuleRow.decode(value) for _, value in txn.scan(CAPSULE, b""))
+        return sum(U32.pack(row.key) in keys for row in rows)
 
 
 def _reclaimed(store: Store) -> set[tuple[int, int]]:

@@ -176,7 +176,7 @@ class NodeService(NodeKeyCalls):
             with store.relaxed(math.inf):
                 store.confirm()
                 reports.append(Service(store, self._caller).verify(repair=repair))
-        totals = _sum(reports, ("segments", "batches", "events", "payload_bytes", "repaired"))
+        totals = _sum(reports, ("segments", "batches", "events", "payload_bytes", "repaired", "destroyed"))
         return {**totals, "findings": [each for report in reports for each in report["findings"]]}
 
     def unnamed(self, *, at: str | None = None) -> Iterator[Document]:
