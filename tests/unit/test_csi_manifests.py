@@ -28,7 +28,8 @@ CUSTOM: Final = {
 """Kinds of external-snapshotter, for which there is no schema: version, and a field each has."""
 
 PATCHES: Final = [DEPLOYMENT / "groups" / "snapshotter.yaml", DEPLOYMENT / "network" / "store.yaml"]
-FILES: Final = sorted({*DEPLOYMENT.glob("*/*.yaml")} - {*PATCHES})
+CLUSTER: Final = DEPLOYMENT / "cluster"
+FILES: Final = sorted({*DEPLOYMENT.glob("*/*.yaml")} - {*PATCHES, *CLUSTER.glob("*.yaml")})
 
 
 def documents(file: Path) -> list[dict[str, Any]]:
@@ -84,9 +85,10 @@ def test_a_field_that_is_none_is_found() -> None:
 
 def test_everything_in_the_base_is_applied() -> None:
     """Each kustomization lists each file there is beside it, and no other."""
-    for folder in ("base", "groups", "network"):
+    for folder in ("base", "groups", "network", "cluster"):
         (found,) = documents(DEPLOYMENT / folder / "kustomization.yaml")
-        listed = {*found["resources"], *(each["path"] for each in found.get("patches", ()))} - {"../base"}
+        listed = {*found["resources"], *(each["path"] for each in found.get("patches", ()))}
+        listed -= {"../base", "../network"}
         there = {file.name for file in (DEPLOYMENT / folder).glob("*.yaml")} - {"kustomization.yaml"}
         assert listed == there
 
@@ -186,6 +188,63 @@ def test_nodes_reach_what_the_owner_serves() -> None:
     assert [(each["key"], each["operator"]) for each in term["matchExpressions"]] == [
         (key, "DoesNotExist") for key in selector
     ]
+
+
+def merged(base: Any, patch: Any, keys: tuple[str, ...] = ("name",)) -> Any:
+    """A strategic merge, as far as these patches need one: maps by key, lists of maps by what names their items."""
+    if isinstance(base, dict) and isinstance(patch, dict):
+        found = {**base, **{key: merged(base.get(key), each, _keys(key)) for key, each in patch.items()}}
+        return {key: each for key, each in found.items() if each is not None}
+    if isinstance(base, list) and patch and isinstance(patch[0], dict):
+        (key,) = keys
+        changes = {each[key]: each for each in patch}
+        kept = [merged(each, changes.pop(each[key], {})) for each in base]
+        return [each for each in [*kept, *changes.values()] if each.get("$patch") != "delete"]
+    return patch
+
+
+def _keys(field: str) -> tuple[str, ...]:
+    return ("mountPath",) if field == "volumeMounts" else ("name",)
+
+
+def test_the_controller_of_a_cluster_has_no_store() -> None:
+    """Patched, the controller is valid, runs anywhere, and has the cluster's addresses and a certificate, no data."""
+    import kubernetes_validate
+
+    (patch,) = documents(CLUSTER / "controller.yaml")
+    (base,) = [each for each in of_kind("Deployment") if each["metadata"]["name"] == "space-csi-controller"]
+    found = merged(base, patch)
+    for version in VERSIONS:
+        kubernetes_validate.validate(found, version, strict=True)
+    spec = found["spec"]["template"]["spec"]
+    assert (spec["nodeSelector"], found["spec"]["replicas"]) == ({}, 2)
+    assert {each["name"] for each in spec["volumes"]} == {"socket", "client"}
+    (driver,) = [each for each in spec["containers"] if each["name"] == "driver"]
+    mounts = {each["name"]: each["mountPath"] for each in driver["volumeMounts"]}
+    assert mounts == {"socket": "/csi", "client": "/etc/space/client"}
+    assert driver["args"][:3] == [f"--certificate={mounts['client']}", "csi", "--mode=controller"]
+    assert {"SPACE_NODE", "CSI_ENDPOINT"} <= {each["name"] for each in driver["env"]}
+    assert {each["name"] for each in spec["containers"]} == {
+        each["name"] for each in base["spec"]["template"]["spec"]["containers"]
+    }
+
+
+def test_with_a_cluster_nothing_needs_a_store() -> None:
+    """What is taken away is there, and is all that runs on, leads to, or makes volumes of, the node with the store."""
+    gone = {(each["kind"], each["metadata"]["name"]) for each in documents(CLUSTER / "without-store.yaml")}
+    assert gone <= {(each["kind"], each["metadata"]["name"]) for each in everything()}
+    left = [each for each in everything() if (each["kind"], each["metadata"]["name"]) not in gone]
+    examples = {
+        each["metadata"]["name"]
+        for file in (DEPLOYMENT / "examples").glob("*.yaml")
+        for each in documents(file)
+    }
+    left = [each for each in left if each["metadata"]["name"] not in examples]
+    classes = [each["parameters"] for each in left if each["kind"] == "StorageClass"]
+    assert all(each["transport"] in {"nfs", "nvme"} for each in classes)
+    assert len(classes) == 2
+    (node,) = [each for each in left if each["kind"] == "DaemonSet"]
+    assert "--remote" in node["spec"]["template"]["spec"]["containers"][0]["args"]
 
 
 def test_accounts_and_roles_are_bound() -> None:
