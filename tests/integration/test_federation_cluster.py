@@ -161,12 +161,18 @@ def oslo(tmp_path: Path, stack: contextlib.ExitStack) -> Nodes:
 def paris(tmp_path: Path, stack: contextlib.ExitStack, oslo: Nodes) -> Store:
     """A zone of one store; both know each other, by what different nodes of ``oslo`` say and are told."""
     store = stack.enter_context(space.open(tmp_path / "paris"))
-    Zones(store).init("paris", "geo", "")
+    introduce(oslo.zones(2), oslo.zones(3), oslo.url, store)
+    return store
+
+
+def introduce(says: Zones, is_told: Zones, url: str, store: Store) -> None:
+    """Makes a store the zone ``paris``, which federates, and lets it and ``oslo`` know each other."""
+    zones = Zones(store)
+    zones.init("paris", "geo", "")
     running = Federation(store, "127.0.0.1:0", chance=lambda: 0.0)
     assert running.url is not None
-    Zones(store).add("oslo", oslo.url, oslo.zones(2).keys().authority.pem, None, offline=False)
-    oslo.zones(3).add("paris", running.url, Zones(store).keys().authority.pem, None, offline=False)
-    return store
+    zones.add("oslo", url, says.keys().authority.pem, None, offline=False)
+    is_told.add("paris", running.url, zones.keys().authority.pem, None, offline=False)
 
 
 def fingerprints(nodes: Nodes) -> set[str]:
@@ -344,7 +350,7 @@ def test_what_a_shipment_holds_can_be_handed_on(tmp_path: Path, stack: contextli
 
 
 def test_what_is_in_another_shard_is_promised_to_nobody(tmp_path: Path, stack: contextlib.ExitStack) -> None:
-    """A policy that ships is refused for a capsule in another shard than the tree's, and nothing else of it changes."""
+    """A policy that ships is refused for a capsule in another shard than the tree's; what has a name is shipped."""
     nodes = Nodes(tmp_path, stack, 1, shards=2)
     node = nodes.running[1]
     (other,) = (store for store in node.stores if store is not node.store)
@@ -357,4 +363,11 @@ def test_what_is_in_another_shard_is_promised_to_nobody(tmp_path: Path, stack: c
     with pytest.raises(RefusedError, match="only what has a name"):
         other.set_policy(capsule, shared("paris"))
     assert not other.policy(capsule).federation_targets
-    node.store.put(b"x", name="/x", policy=shared("paris"))
+    zones = nodes.zones(1)
+    zones.init("oslo", "metro", nodes.url)
+    nodes.all_federate()
+    with space.open(tmp_path / "paris") as paris:
+        introduce(zones, zones, nodes.url, paris)
+        node.store.put(b"x", name="/x", policy=shared("paris"))
+        in_step(node.store)
+        assert paris.get("/zones/oslo/x") == b"x"
