@@ -150,16 +150,19 @@ class Follower:
         """Follows, if there may be anything new."""
         now = self._loop.time()
         if now < self._until or now - self._scanned > RESCAN_SECONDS:
-            await self.follow()
+            try:
+                await self.follow()
+            except SpaceError as error:
+                log.warning("what is published is not looked at: %s", error)
 
     async def follow(self) -> None:
-        """Offers what is published, and nothing else."""
+        """Offers what is published, and nothing else.
+
+        Raises:
+            SpaceError: it cannot be looked at.
+        """
         self._scanned = self._loop.time()
-        try:
-            position, wanted = await asyncio.to_thread(self._look)
-        except SpaceError as error:
-            log.warning("what is published is not looked at: %s", error)
-            return
+        position, wanted = await asyncio.to_thread(self._look)
         for gone in [each for each in self._offered if each not in wanted]:
             self._offered.take(gone)
         for volume, data in wanted.values():
@@ -550,28 +553,22 @@ class ClusterNetwork:
             enforce_view_policy(self._node.store, [data], transport, host)
 
     def offer(self, volume: Volume, data: CapsuleId) -> Reach:
-        """How a volume is reached, once the nodes that can be asked offer it to whom it is published.
-
-        Raises:
-            UnavailableError: a node answers, and does not get to it.
-        """
-        self._wait()
+        """How a volume is reached; the nodes that serve find in the log that they are to offer it."""
         told = [told for _, told in self._served(volume.transport).values()]
         return reach_of(volume, data, ",".join(dict.fromkeys(told)))
 
     def withdraw(self, volume: str) -> None:
-        """Returns once no node that can be asked lets anybody reach a volume.
-
-        Raises:
-            UnavailableError: a node answers, and does not get to it.
-        """
-        self._wait()
+        """Nothing to do: they find that in the log, too."""
 
     def forget(self, volume: str) -> None:
         """Nothing to do: what is not published is not offered, and nothing is kept of it for long."""
 
-    def _wait(self) -> None:
-        """Returns once every node that can be asked has followed up to here."""
+    def settle(self) -> None:
+        """Returns once every node that can be asked has followed up to here.
+
+        Raises:
+            UnavailableError: a node answers, and does not get to it.
+        """
         position = self._node.store.applied_now.position
         deadline = time.monotonic() + FOLLOWED_SECONDS
         while late := list(self._behind(position)):

@@ -305,6 +305,9 @@ class Servers:
 
         self._files.in_loop(forget)
 
+    def settle(self) -> None:
+        """Nothing to wait for: what is told is done at once, here, and there is nobody else."""
+
     # --- in the loop -----------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager

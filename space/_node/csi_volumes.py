@@ -159,6 +159,9 @@ class Network(Protocol):
     def forget(self, volume: str) -> None:
         """A volume is deleted."""
 
+    def settle(self) -> None:
+        """Returns once all who serve do so as they were last told."""
+
 
 class VolumeTree:
     """Volumes of one store.  From any thread."""
@@ -650,7 +653,10 @@ class VolumeTree:
         A node that has no store tells nobody of itself: it is known from now on.
         """
         with self._publishing:
-            return self._in_turn(lambda: self._publish(volume, node, published))
+            reach = self._in_turn(lambda: self._publish(volume, node, published))
+        if self._network is not None and reach is not None:
+            self._network.settle()
+        return reach
 
     def _publish(self, volume: str, node: str, published: Published) -> Reach | None:
         looked_at = self._known(volume)
@@ -702,13 +708,16 @@ class VolumeTree:
     def unpublish(self, volume: str, node: str) -> None:
         """Notes that it is not any more, wherever it was if no node is named; neither has to be there still."""
         with self._publishing:
-            self._in_turn(lambda: self._unpublish(volume, node))
+            served = self._in_turn(lambda: self._unpublish(volume, node))
+        if self._network is not None and served:
+            self._network.settle()
 
-    def _unpublish(self, volume: str, node: str) -> None:
+    def _unpublish(self, volume: str, node: str) -> bool:
+        """Whether the volume is one that is served."""
         try:
             known = self._known(volume)
         except NotFoundError:
-            return
+            return False
         found = known.volume.published
         commands: list[cmd.Command] = []
         for each in [node] if node else sorted(found):
@@ -721,6 +730,7 @@ class VolumeTree:
         if commands:
             self._changed(known, commands)
         self._shut_out(volume, known.directory)
+        return known.volume.transport in NETWORK
 
     def _shut_out(self, volume: str, directory: CapsuleId) -> None:
         """Lets no node reach a volume any more that it is not published on."""
