@@ -40,7 +40,18 @@ from tests.federation_support import PROGRAM, introduce, shared, until
 
 ROOT: Final = Path(__file__).parents[2]
 SPACE: Final = [sys.executable, "-c", PROGRAM]
-HOME_PORT, OTHER_PORT = 7441, 7442
+HOME_PORT, OTHER_PORT, NFS_PORT, NVME_PORT = 7441, 7442, 2049, 4420
+NODE: Final = f"""federation: {HOME_ADDRESS}:{HOME_PORT}
+listen: 127.0.0.1:7400
+views:
+- view: nfs
+  sources: [/]
+  listen: 127.0.0.1:{NFS_PORT}
+  squash: none
+- view: nvme
+  sources: [{{devices}}]
+  listen: 127.0.0.1:{NVME_PORT}
+"""
 ALLOWED: Final = {f"IPv6 protocol 58 type {each}" for each in (133, 135, 143)}
 """What a kernel says of itself where there is IPv6: router and neighbour solicitations, multicast listener reports."""
 
@@ -48,7 +59,7 @@ COMPRESSIONS: Final = (Compression.NONE, Compression.LZ4, Compression.ZSTD, Comp
 CONTENT_BYTES: Final = 1 << 15
 
 pytestmark = [
-    pytest.mark.requires("py:aiohttp", "/dev/net/tun", "ip", "nsenter", "unshare"),
+    pytest.mark.requires("py:aiohttp", "py:space_raft_engine", "/dev/net/tun", "ip", "nsenter", "unshare"),
     pytest.mark.skipif(os.geteuid() != 0 and os.environ.get("CI") != "true", reason="needs root"),
 ]
 
@@ -137,6 +148,11 @@ class Home:
         ]
         return json.loads(self._run([*inside, *command, *map(str, arguments)], text))
 
+    def served(self, *kinds: str) -> dict[str, Any]:
+        """The views of the captured zone, by kind, when they are all there."""
+        found = {each["view"]: each for each in self.run("oslo", "project", "ls")}
+        return found if set(kinds) <= set(found) else {}
+
     def clients(self, plan: Mapping[str, Any]) -> None:
         """Has clients of the views do something, where they are."""
         command = [*self._line.home, sys.executable, "-m", "tests.capture_clients"]
@@ -193,9 +209,7 @@ def prepare(path: Path, plan: Plan) -> tuple[str, str]:
     return devices[0], devices[1]
 
 
-def written(
-    home: Home, plan: Plan, devices: tuple[str, str], nfs: Mapping[str, Any], nvme: Mapping[str, Any]
-) -> None:
+def written(home: Home, plan: Plan, devices: tuple[str, str], nvme: Mapping[str, Any]) -> None:
     """Writes in every way: commands with policies of their own, NFS and NVMe clients, renames, attributes, removals."""
     files: dict[str, str] = {}
     for kind in plan.directories:
@@ -215,8 +229,8 @@ def written(
     }
     home.clients(
         {
-            "nfs": {"port": _port(nfs), "files": files},
-            "nvme": {"port": _port(nvme), "subsystem": nvme["nqn"], "namespaces": blocks},
+            "nfs": {"port": NFS_PORT, "files": files},
+            "nvme": {"port": NVME_PORT, "subsystem": nvme["nqn"], "namespaces": blocks},
         }
     )
     for kind in plan.directories:
@@ -236,10 +250,6 @@ def policy_text(kind: str, compression: str) -> str:
     """A policy file."""
     targets = "federation:\n  targets: [paris]\n" if kind == "global" else ""
     return f"sovereignty: {kind}\ncompression: {compression}\n{targets}"
-
-
-def _port(ready: Mapping[str, Any]) -> int:
-    return int(ready["address"].rpartition(":")[2])
 
 
 def in_step(home: Home) -> None:
@@ -349,23 +359,12 @@ def captured(tmp_path: Path, *options: str) -> tuple[Plan, dict[str, bytes]]:
     with Line() as line:
         with contextlib.ExitStack() as stack:
             home = Home(tmp_path, line, stack, *options)
-            nfs = home.start(
-                "oslo",
-                "project",
-                "--view",
-                "nfs",
-                "--path",
-                "/",
-                "--squash",
-                "none",
-                "--listen",
-                "127.0.0.1:0",
-            )
-            paths = [word for path in devices for word in ("--path", path)]
-            nvme = home.start("oslo", "project", "--view", "nvme", *paths, "--listen", "127.0.0.1:0")
-            home.start("oslo", "federation", "serve", "--listen", f"{HOME_ADDRESS}:{HOME_PORT}")
+            config = tmp_path / "oslo.yaml"
+            config.write_text(NODE.format(devices=", ".join(devices)))
+            home.start("oslo", "serve", "--insecure", "--config", str(config))
             home.start("paris", "federation", "serve", "--listen", f"{OTHER_ADDRESS}:{OTHER_PORT}")
-            written(home, plan, devices, nfs, nvme)
+            served = until(lambda: home.served("nvme", "nfs"), "views")
+            written(home, plan, devices, served["nvme"])
             in_step(home)
         found_line = line
     with space.open(tmp_path / "oslo") as oslo:
