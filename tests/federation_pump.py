@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,12 @@ class Pump:
         found = self.receiver.reached(self.peer, [each.hex() for each in capsules])
         return parse_arrivals(json.loads(json.dumps(found)), len(capsules))
 
-    def homes(self, capsules: Sequence[bytes], declined: int) -> list[Residence]:
+    def homes(self, given: Mapping[bytes, int], declined: int) -> list[Residence]:
         """What the target answers about homes it was given."""
-        found = self.receiver.homes(self.peer, [each.hex() for each in capsules], declined)
-        return parse_residences(json.loads(json.dumps(found)), len(capsules))
+        asked = [(each.hex(), position) for each, position in given.items()]
+        return parse_residences(
+            json.loads(json.dumps(self.receiver.homes(self.peer, asked, declined))), len(given)
+        )
 
     def connect(self) -> None:
         """Agrees where to go on."""

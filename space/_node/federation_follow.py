@@ -22,7 +22,7 @@ import msgpack
 from space._errors import ConflictError, CorruptionError, RefusedError, Status
 from space._node.caller import Document
 from space._node.federation_home import Walk
-from space._node.federation_promote import ASKED_MAX, Arrival
+from space._node.federation_promote import ASKED_MAX, WHOLE, Arrival
 from space.events import commands as cmd
 from space.events.ids import BRANCHES, ID_BYTES, ROOT, CapsuleId, zone_root
 from space.events.types import COPY_BYTES_MAX, Kind
@@ -56,7 +56,7 @@ class Promotion:
 
     Attributes:
         epoch: which it was.
-        position: of its log.
+        position: of its log, from which on it has to be told what was done there: where it was promoted, or before.
         lanes: how far each lane of this zone had come there: everything up to that position.
     """
 
@@ -229,16 +229,16 @@ class _Fork:
         """The position of this log at which the other zone has a capsule; 0 if it has all there can be.
 
         What came of it came in order, so that is the last position it came to, whatever lane brought it there.  One
-        whose home came from that zone was there as it was then.  One whose home was given to it, and that it has not
-        from there (it gave it back, and that was not heard of here), has not changed here since.
+        whose home came from that zone was there as it was then.  One whose home was given to it differs only if it
+        was not taken: it has not changed here since, unless it was taken back with all the zone had.
         """
         home = rows.home_row(txn, capsule)
         reached = self._reached.get(capsule, _NOT_ASKED).position
         if home is None or not home.moved or home.zone != self._zone.id:
             return max(self._all_there, reached)
-        if home.here:
-            return max(self._all_there, reached, home.moved)
-        return max(self._all_there, reached) if reached else 0
+        if self._scope(txn).moved(capsule):
+            return max(self._all_there, reached) if 0 < reached < WHOLE else 0
+        return max(self._all_there, reached if reached < WHOLE else 0, home.moved if home.here else 0)
 
     def _changed(self, txn: Reader) -> dict[bytes, int]:
         """Shared capsules that the other zone has, and that changed after their fork, with it."""

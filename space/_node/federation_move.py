@@ -10,7 +10,7 @@ taken back: the zone declines to take them from then on, and says which it had t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
@@ -49,7 +49,10 @@ class Residence(IntEnum):
     HOME = 2
 
 
-Ask = Callable[[Sequence[bytes], int], list[Residence]]
+Given = Mapping[bytes, int]
+"""Capsules, each with the position of this log at which its home was given away; 0 if it was not."""
+
+Ask = Callable[[Given, int], list[Residence]]
 """Asks the zone how capsules are there; before it answers it declines what was given away up to a position."""
 
 
@@ -80,7 +83,7 @@ def move(
     ask_there = asked or asking(zones, zone)
     with store._read() as txn:
         capsules = _below(txn, zones, zone, bytes(store.resolve(path)))
-    for capsule, residence in _answers(ask_there, capsules, 0):
+    for capsule, residence in _answers(ask_there, dict.fromkeys(capsules, 0), 0):
         if residence is Residence.ABSENT:
             raise UnavailableError(
                 f"capsule {CapsuleId(capsule)} is not in zone {name} yet, or cannot be opened there",
@@ -91,7 +94,7 @@ def move(
         "zone": name,
         "capsules": len(capsules),
         "position": receipt.position,
-        "taken": _taken(ask_there, capsules, wait_seconds),
+        "taken": _taken(ask_there, dict.fromkeys(capsules, receipt.position), wait_seconds),
     }
 
 
@@ -132,10 +135,13 @@ def _check(scope: Scope, selection: Selection, zone: Zone, capsule: bytes) -> No
 def asking(zones: Zones, zone: Zone) -> Ask:
     """Asks over the network."""
 
-    def ask_zone(capsules: Sequence[bytes], declined: int) -> list[Residence]:
-        question = {"capsules": [each.hex() for each in capsules], "declined": declined}
+    def ask_zone(given: Given, declined: int) -> list[Residence]:
+        question = {
+            "capsules": [[each.hex(), position] for each, position in given.items()],
+            "declined": declined,
+        }
         answer = ask(zone.url, zones.keys(), ZoneAuthority.parse(zone.authorities), "POST", HOMES, question)
-        return parse_residences(answer, len(capsules))
+        return parse_residences(answer, len(given))
 
     return ask_zone
 
@@ -155,18 +161,19 @@ def parse_residences(document: Document, count: int) -> list[Residence]:
         raise UnavailableError("the zone answers what is not known here", hint="is it newer?") from None
 
 
-def _answers(ask_there: Ask, capsules: Sequence[bytes], declined: int) -> Iterator[tuple[bytes, Residence]]:
-    for at in range(0, len(capsules), ASKED_MAX):
-        some = capsules[at : at + ASKED_MAX]
+def _answers(ask_there: Ask, given: Given, declined: int) -> Iterator[tuple[bytes, Residence]]:
+    rest = list(given.items())
+    for at in range(0, len(rest), ASKED_MAX):
+        some = dict(rest[at : at + ASKED_MAX])
         yield from zip(some, ask_there(some, declined), strict=True)
 
 
-def _taken(ask_there: Ask, capsules: Sequence[bytes], wait_seconds: float) -> bool:
+def _taken(ask_there: Ask, given: Given, wait_seconds: float) -> bool:
     """Waits until the zone has taken all homes; False if that takes too long, or it cannot be asked."""
     deadline = time.monotonic() + wait_seconds
     while True:
         try:
-            if all(residence is Residence.HOME for _, residence in _answers(ask_there, capsules, 0)):
+            if all(residence is Residence.HOME for _, residence in _answers(ask_there, given, 0)):
                 return True
         except UnavailableError:
             pass  # it may be back before the time is over
@@ -210,7 +217,7 @@ def take_back(store: Store, zones: Zones, name: str, *, asked: Ask | None = None
     position = max(found.values(), default=0)
     back = [
         capsule
-        for capsule, residence in _answers(asked or asking(zones, zone), list(found), position)
+        for capsule, residence in _answers(asked or asking(zones, zone), found, position)
         if residence is not Residence.HOME
     ]
     for at in range(0, len(back), GIVEN_MAX):
@@ -221,20 +228,20 @@ def take_back(store: Store, zones: Zones, name: str, *, asked: Ask | None = None
 # --- as the other zone sees it ---------------------------------------------------------------------
 
 
-def residences(store: Store, zone: bytes, capsules: Sequence[bytes]) -> list[Residence]:
-    """How some capsules of another zone are here."""
+def residences(store: Store, zone: bytes, given: Sequence[tuple[bytes, int]]) -> list[Residence]:
+    """How some capsules of another zone are here; it gave away the home of each at the position, if that is not 0."""
     with store._read() as txn:
         state = Overlay(txn)
-        return [_residence(state, zone, each) for each in capsules]
+        return [_residence(state, zone, *each) for each in given]
 
 
-def _residence(state: Overlay, zone: bytes, capsule: bytes) -> Residence:
+def _residence(state: Overlay, zone: bytes, capsule: bytes, given: int) -> Residence:
     row = state.capsule(capsule)
     if row is None:  # purged: what had its home here is what the zone was sent
         return Residence.HOME if rows.sent_as_of(state, zone, capsule) else Residence.ABSENT
     home, of = rows.home_row(state, capsule), rows.home_of(state, capsule, row)
-    if of is None:
-        return Residence.HOME
+    if of is None or (home is not None and home.zone == zone and 0 < given <= home.came):
+        return Residence.HOME  # or it was, and was given away again
     if row.deleted or of != zone or (home is not None and home.copy):
         return Residence.ABSENT
     wrapped = state.get(KEY, U32.pack(row.key) + U32.pack(1)) if row.key else None

@@ -89,10 +89,11 @@ class ZoneReceiver:
         with self._store._read() as txn:
             row = rows.zone_row(txn, peer.id)
             streams = rows.cursors(txn, peer.id)
+            promoted = 0 if row is None else rows.begins_at(txn, peer.id, row)
         return {
             "epoch": 0 if row is None else row.epoch,
             "base": 0 if row is None else row.base,
-            "promoted": row.promoted if row is not None and row.taken else 0,
+            "promoted": promoted,
             "cursors": [
                 {
                     "shard": shard,
@@ -151,11 +152,12 @@ class ZoneReceiver:
         found = arrivals(self._store, peer.id, _ids(capsules))
         return {"capsules": [attrs.astuple(each) for each in found]}
 
-    def homes(self, peer: Peer, capsules: Sequence[str], declined: int) -> Document:
-        ids = _ids(capsules)
+    def homes(self, peer: Peer, capsules: Sequence[tuple[str, int]], declined: int) -> Document:
+        ids = _ids([each for each, _ in capsules])
+        given = list(zip(ids, (position for _, position in capsules), strict=True))
         if declined:
             self._store.execute(cmd.DeclineHomes(peer.id, declined), actor=f"zone:{peer.name}")
-        return {"capsules": [int(each) for each in residences(self._store, peer.id, ids)]}
+        return {"capsules": [int(each) for each in residences(self._store, peer.id, given)]}
 
     # --- beside shipments --------------------------------------------------------------------------
 

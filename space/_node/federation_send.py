@@ -104,9 +104,14 @@ class ZoneSource:
         row = self._row()
         if epoch > row.epoch and promoted > 0:
             lanes = {lane: cursor.position - bool(cursor.resume) for lane, cursor in cursors.items()}
+            with (
+                self._store._read() as txn
+            ):  # what of its own it had not shipped, in lanes that brought nothing yet
+                came = [each.position - bool(each.resume) for _, _, each in rows.cursors(txn, self._zone.id)]
+            begins = max(1, min((promoted, *came)))
             with self._lock:
                 self._forget()
-                follow(self._store, self._zone, Promotion(epoch, promoted, lanes), self._ask_reached)
+                follow(self._store, self._zone, Promotion(epoch, begins, lanes), self._ask_reached)
             row = self._row()
         if epoch < row.epoch and row.taken:
             raise UnavailableError(

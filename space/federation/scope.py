@@ -3,7 +3,8 @@
 In scope is a capsule that policy allows there (:mod:`space.federation.selection`), that has its home here, and that is
 *alive*: not deleted, and not in a directory that is (for a file: the one it last got a name in).  Its names are those
 in directories that are in scope, and in the root, for which ``/zones/NAME`` stands at the receiver (and, at a zone
-whose place this one took, its root for what is ``/zones/NAME`` here); one without any hangs in
+whose place this one took, its root for what is ``/zones/NAME`` here), and those in directories of the receiver's, for
+what has its home from there; one without any hangs in
 ``/zones/NAME/.capsules``.  Names in other directories, and their ids, get into no command: :meth:`Scope.places` leaves
 them out.
 """
@@ -19,7 +20,7 @@ from space.events.types import Kind
 from space.federation.selection import Selection
 from space.statemachine import zones
 from space.statemachine.decision import capsule_text
-from space.statemachine.tables import ENTRY, XATTR, CapsuleRow, EntryRow, Overlay, Reader
+from space.statemachine.tables import ENTRY, MOVED, XATTR, CapsuleRow, EntryRow, Overlay, Reader
 
 DIRECTORY: Final = int(Kind.DIRECTORY)
 
@@ -73,9 +74,18 @@ class Scope:
         self._capsules = bytes(zone_capsules(home))
         stood_in = selection.stood_in_for(state)
         self._theirs = None if stood_in is None else bytes(zone_root(stood_in[0]))
+        self._receiver = self._moved_with()
         self._lanes: dict[bytes, int | None] = {}
         self._alive: dict[bytes, bool] = {}
         self._named: dict[bytes, bool] = {}  # files that are not where they last got a name
+
+    def _moved_with(self) -> bytes | None:
+        """Id of the zone that sees it, if homes of single capsules moved: else no name in its directories counts."""
+        root = self.state.capsule(ROOT)
+        if root is None or not root.flags & MOVED:
+            return None
+        known = zones.zones(self.state).items()
+        return next((each for each, row in known if row.name == self._selection.zone), None)
 
     def forget(self) -> None:
         """Bounds what is remembered, for those who look through a whole store."""
@@ -162,7 +172,17 @@ class Scope:
             return self._root
         if parent == self._theirs:
             return bytes(ROOT)
-        return parent if self.lane(parent) is not None else None
+        if self.lane(parent) is not None:
+            return parent
+        return None if self._receiver is None else self._receivers_own(parent, self._receiver)
+
+    def _receivers_own(self, parent: bytes, receiver: bytes) -> bytes | None:
+        """A directory of the receiver's own, in which a capsule has a name whose home came from there."""
+        if parent == zone_root(receiver):
+            return bytes(ROOT)
+        row = self.state.capsule(parent)
+        theirs = row is not None and zones.home_of(self.state, parent, row) == receiver
+        return parent if theirs else None
 
     def moved(self, capsule: bytes) -> bool:
         """Whether a capsule has its home elsewhere: it is nobody's business here what other zones have of it."""

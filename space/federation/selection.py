@@ -79,11 +79,14 @@ class Selection:
 
 
 def moved(policy: Policy, home: str, zone: str) -> Policy:
-    """The policy of a capsule whose home goes to another zone: the zone that was its home becomes a target instead.
+    """The policy of a capsule whose home goes to another zone: the one that was its home becomes a target instead.
 
-    Everything else stays: who was allowed to hold the capsule is, and nobody else.
+    Everything else stays: who was allowed to hold the capsule is, and nobody else.  One that names it already stays as
+    a whole: it names both, or speaks of the time before the home took that zone's place.
     """
-    targets = tuple(home if name == zone else name for name in policy.federation_targets if name != home)
+    if home in policy.federation_targets:
+        return policy
+    targets = tuple(home if name == zone else name for name in policy.federation_targets)
     candidates = tuple(name for name in policy.federation_candidates if name not in (home, zone))
     return attrs.evolve(policy, federation_targets=targets, federation_candidates=candidates)
 

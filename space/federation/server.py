@@ -99,10 +99,11 @@ class Receiver(Protocol):
             UsageError: those are no ids, or too many.
         """
 
-    def homes(self, peer: Peer, capsules: Sequence[str], declined: int) -> Document:
-        """Which capsules of ``peer`` (ids, hexadecimal) are here, and which have their home here by now.
+    def homes(self, peer: Peer, capsules: Sequence[tuple[str, int]], declined: int) -> Document:
+        """Which capsules of ``peer`` are here, and which have or had their home here by now.
 
-        Before that, no home is taken any more that it gave away up to position ``declined`` of its log.
+        Each is an id, hexadecimal, and the position of that zone's log at which its home was given away, or 0.
+        Before that, no home is taken any more that was given away up to position ``declined``.
 
         Raises:
             UsageError: those are no ids, or too many.
@@ -196,11 +197,13 @@ class FederationServer:
         async with asyncio.timeout(SILENCE_SECONDS):
             found = parse_document(await request.read())
         asked, declined = found.get("capsules"), found.get("declined")
-        if not isinstance(asked, list) or not all(isinstance(each, str) for each in asked):
+        pairs = isinstance(asked, list) and all(isinstance(each, list) and len(each) == 2 for each in asked)
+        if not pairs or not all(isinstance(each, str) and _is_position(at) for each, at in asked):
             raise UsageError("not a question about capsules", hint="is the other zone newer?")
-        if type(declined) is not int or not 0 <= declined < 1 << 63:
+        if not _is_position(declined):
             raise UsageError("not a position", hint="is the other zone newer?")
-        return web.json_response(await asyncio.to_thread(self._receiver.homes, peer, asked, declined))
+        given = [(each, at) for each, at in asked]
+        return web.json_response(await asyncio.to_thread(self._receiver.homes, peer, given, declined))
 
     async def _authority(self, request: web.Request) -> web.StreamResponse:
         peer = await self._peer(request)
@@ -280,6 +283,10 @@ class FederationServer:
         if frames[0].error is not None:
             raise frames[0].error
         return True
+
+
+def _is_position(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 @attrs.frozen

@@ -57,7 +57,7 @@ MARK_EVERY: Final = 256
 """Positions of this log after which a stream leaves a mark: what looking up a position of a home may have to read."""
 
 _HOME: Final = struct.Struct("<16sQQI")
-_MOVED: Final = struct.Struct("<QB")
+_MOVED: Final = struct.Struct("<QBQ")
 _CURSOR: Final = struct.Struct("<QIQ")
 _STREAM: Final = struct.Struct(">16sII")
 
@@ -107,7 +107,7 @@ class HomeRow:
     """Whose replica a capsule is, as of which position there, and which part is the next of the copy under way.
 
     ``moved`` is the position of this log at which the home of this one capsule was given to the zone, or (``here``)
-    taken from it; 0 if it was not.
+    taken from it; 0 if it was not.  ``came`` is the position of the zone's log at which it was last taken from there.
     """
 
     zone: bytes
@@ -116,18 +116,19 @@ class HomeRow:
     step: int = 0
     moved: int = 0
     here: bool = False
+    came: int = 0
 
     def encode(self) -> bytes:
         packed = _HOME.pack(self.zone, self.position, self.copy, self.step)
-        return packed + _MOVED.pack(self.moved, self.here) if self.moved else packed
+        return packed + _MOVED.pack(self.moved, self.here, self.came) if self.moved else packed
 
     @classmethod
     def decode(cls, data: bytes) -> HomeRow:
         row = _HOME.unpack_from(data)
         if len(data) == _HOME.size:
             return cls(*row)
-        moved, here = _MOVED.unpack_from(data, _HOME.size)
-        return cls(*row, moved, bool(here))
+        moved, here, came = _MOVED.unpack_from(data, _HOME.size)
+        return cls(*row, moved, bool(here), came)
 
 
 @attrs.frozen
@@ -225,7 +226,27 @@ def reached(state: Overlay, zone: ZoneRow, capsule: bytes) -> int:
     home = home_row(state, capsule)
     if home is None or home.here:
         return zone.base
+    if (
+        home.moved
+    ):  # what that zone did to it comes in its stream, from before it took this one's place as well
+        return home.position
     return max(home.position, zone.base) if row.ino <= zone.returned else home.position
+
+
+def begins_at(state: Reader | Overlay, zone: bytes, row: ZoneRow) -> int:
+    """The position of this log from which a zone whose place this store took has to be told of it; 0 if it took none.
+
+    That is where it took its place, or before the first home of a single capsule it took from that zone: what was
+    done with those until then is this store's own, and may not have been shipped.
+    """
+    if not row.taken:
+        return 0
+    root = state.get(CAPSULE, bytes(ROOT))
+    if root is None or not CapsuleRow.decode(root).flags & MOVED:
+        return row.promoted
+    homes = (HomeRow.decode(value) for _, value in state.scan(HOME, b""))
+    taken = (home.moved - 1 for home in homes if home.here and home.zone == zone and home.moved > row.parted)
+    return min((row.promoted, *taken))
 
 
 def sent_capsules(state: Reader | Overlay, zone: bytes) -> Iterator[tuple[bytes, int]]:
@@ -361,7 +382,7 @@ def _put_home(state: Overlay, capsule: bytes, home: HomeRow) -> None:
     """A capsule is a zone's replica; if its home was given to that zone, that stays known."""
     before = home_row(state, capsule)
     if before is not None and before.zone == home.zone and before.moved and not before.here:
-        home = attrs.evolve(home, moved=before.moved)
+        home = attrs.evolve(home, moved=before.moved, came=before.came)
     state.put(HOME, capsule, home.encode())
 
 
@@ -370,7 +391,9 @@ def given(state: Overlay, context: Context, link: bytes, event: ev.HomeGiven) ->
     row = state.edit(event.capsule)
     row.link = link
     row.flags |= REPLICA
-    state.put(HOME, event.capsule, HomeRow(event.zone, 0, moved=context.position).encode())
+    before = home_row(state, event.capsule)
+    came = before.came if before is not None and before.zone == event.zone else 0
+    state.put(HOME, event.capsule, HomeRow(event.zone, 0, moved=context.position, came=came).encode())
     if row.key:
         state.put(ZONE_KEY, U32.pack(row.key), event.zone)
     state.edit(bytes(ROOT)).flags |= MOVED
@@ -381,7 +404,8 @@ def taken(state: Overlay, context: Context, link: bytes, event: ev.HomeTaken) ->
     row = state.edit(event.capsule)
     row.link = link
     row.flags |= REPLICA
-    home = HomeRow(event.zone, event.position, moved=context.position, here=True)
+    position = event.position
+    home = HomeRow(event.zone, position, moved=context.position, here=True, came=position)
     state.put(HOME, event.capsule, home.encode())
     state.put(SENT, event.zone + event.capsule, U64.pack(context.position))
     state.edit(bytes(ROOT)).flags |= MOVED

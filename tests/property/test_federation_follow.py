@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,8 +39,14 @@ def directories(store: Store, path: str) -> list[str]:
     return [name for name, stat in below(store, path) if stat.kind == Kind.DIRECTORY]
 
 
-def act(store: Store, top: str, chance: random.Random) -> None:
-    """Something that happens below a directory, if it can."""
+def act(
+    store: Store,
+    top: str,
+    chance: random.Random,
+    targets: Sequence[str] = ("paris",),
+    without: Container[str] = (),
+) -> None:
+    """Something that happens below a directory, if it can; ``targets`` are those of policies that change."""
     everything = [name for name, _ in below(store, top) if name != top]
     some = chance.choice(everything) if everything else None
     into = f"{chance.choice(directories(store, top))}/{chance.choice(NAMES).decode()}"
@@ -62,6 +69,8 @@ def act(store: Store, top: str, chance: random.Random) -> None:
         ]
     )
     try:
+        if kind in without:
+            return
         if kind == "put":
             store.put(chance.randbytes(chance.choice([0, 10, 5000, 200_000])), name=into)
         elif kind == "mkdir":
@@ -82,7 +91,7 @@ def act(store: Store, top: str, chance: random.Random) -> None:
         elif kind == "clone":
             store.clone(some, into)
         elif kind == "lane":
-            store.set_policy(some, shared("paris", priority=chance.choice([0, 50])))
+            store.set_policy(some, shared(*targets, priority=chance.choice([0, 50])))
         elif kind == "size":
             store.resize(some, chance.choice([0, 7, 70_000]))
         else:
