@@ -226,10 +226,10 @@ def _segment(packet: bytes) -> tuple[Flow, int, int, bytes] | str:
 
 # --- TLS 1.3 -------------------------------------------------------------------------------------------
 
-_SUITES: Final[Mapping[int, tuple[type[hashes.HashAlgorithm], int, type[AESGCM | ChaCha20Poly1305]]]] = {
-    0x1301: (hashes.SHA256, 16, AESGCM),
-    0x1302: (hashes.SHA384, 32, AESGCM),
-    0x1303: (hashes.SHA256, 32, ChaCha20Poly1305),
+_SUITES: Final[Mapping[int, tuple[hashes.HashAlgorithm, int, type[AESGCM | ChaCha20Poly1305]]]] = {
+    0x1301: (hashes.SHA256(), 16, AESGCM),
+    0x1302: (hashes.SHA384(), 32, AESGCM),
+    0x1303: (hashes.SHA256(), 32, ChaCha20Poly1305),
 }
 _CHANGE_CIPHER_SPEC, _ALERT, _HANDSHAKE, _DATA = 20, 21, 22, 23
 _CLIENT_HELLO, _SERVER_HELLO, _FINISHED, _KEY_UPDATE = 1, 2, 20, 24
@@ -246,11 +246,11 @@ def secrets(log: str) -> dict[tuple[str, bytes], bytes]:
     return {(label, bytes.fromhex(random)): bytes.fromhex(secret) for label, random, secret in lines}
 
 
-def expand_label(hash_: type[hashes.HashAlgorithm], secret: bytes, label: str, length: int) -> bytes:
+def expand_label(hash_: hashes.HashAlgorithm, secret: bytes, label: str, length: int) -> bytes:
     """HKDF-Expand-Label without a context (RFC 8446 §7.1)."""
     name = b"tls13 " + label.encode()
     info = struct.pack("!HB", length, len(name)) + name + b"\0"
-    return HKDFExpand(hash_(), length, info).derive(secret)
+    return HKDFExpand(hash_, length, info).derive(secret)
 
 
 class _Keys:

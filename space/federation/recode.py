@@ -119,7 +119,7 @@ class Recoder:
 
 def _transformed(name: str, transform: Transform, capsule: bytes, content: Buffer) -> bytes:
     try:
-        made = transform(capsule, bytes(content))
+        made: object = transform(capsule, bytes(content))
     except SpaceError:
         raise
     except Exception as error:  # noqa: BLE001 - it is the owner's, and may raise anything

@@ -193,11 +193,11 @@ def prepare(path: Path, plan: Plan) -> tuple[str, str]:
             oslo.set_policy(made, plan.policy(kind))
         for kind in ("zone", "global"):
             secret = plan.secret(kind)
-            parent, name = oslo._parent_of(secret.path)
+            parent, last = oslo._parent_of(secret.path)
             oslo.create(
                 Kind.FILE,
                 parent=parent,
-                name=name,
+                name=last,
                 size=CONTENT_BYTES,
                 block_size=4096,
                 policy=plan.policy(kind),

@@ -159,8 +159,8 @@ def sealed(suite: int, secret: bytes, number: int, kind: int, content: bytes, pa
 def test_labels_are_those_of_the_specification() -> None:
     """The key and nonce of RFC 8448 §3 (server handshake traffic) come from its secret."""
     secret = bytes.fromhex("b67b7d690cc16c4e75e54213cb2d37b4e9c912bcded9105d42befd59d391ad38")
-    assert expand_label(hashes.SHA256, secret, "key", 16).hex() == "3fce516009c21727d0f2e4e86ee403bc"
-    assert expand_label(hashes.SHA256, secret, "iv", 12).hex() == "5d313eb2671276ee13000b30"
+    assert expand_label(hashes.SHA256(), secret, "key", 16).hex() == "3fce516009c21727d0f2e4e86ee403bc"
+    assert expand_label(hashes.SHA256(), secret, "iv", 12).hex() == "5d313eb2671276ee13000b30"
 
 
 def test_bodies_are_joined() -> None:
