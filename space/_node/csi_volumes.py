@@ -310,7 +310,14 @@ class VolumeTree:
     def _one(self, commands: Sequence[cmd.Command]) -> Receipt:
         """Carries out as one command what a call is for; durable when it returns."""
         request = self._request(cmd.Together(commands))
-        return _accepted(self._store.execute_all([request], durability=Durability.DURABLE))[0]
+        (receipt,) = _accepted(self._store.execute_all([request], durability=Durability.DURABLE))
+        return self._noted(receipt)
+
+    def _noted(self, receipt: Receipt) -> Receipt:
+        """A call has one command: if an earlier attempt at it was carried out, no other one will be."""
+        if receipt.repeated:
+            self._local.signatures = None
+        return receipt
 
     def _beside(self, commands: Sequence[cmd.Command]) -> Receipt:
         """As :meth:`_one`, of what harms nobody if it is carried out late or again."""
@@ -333,8 +340,15 @@ class VolumeTree:
             del self._local.signatures
 
     def _request(self, command: cmd.Command) -> Request:
-        signature = next(getattr(self._local, "signatures", iter(())), (b"", 0))
-        return Request(command, ACTOR, *signature)
+        """A command with a number of the call under way, if that has some left.
+
+        Raises:
+            ConflictError: an earlier attempt at the call was carried out; status STALE.
+        """
+        signatures = getattr(self._local, "signatures", iter(()))
+        if signatures is None:
+            raise ConflictError("this was done, and has been undone since", status=Status.STALE)
+        return Request(command, ACTOR, *next(signatures, (b"", 0)))
 
     def _changed(self, known: _Known, commands: Sequence[cmd.Command]) -> None:
         """Changes a volume that was looked at.
@@ -369,7 +383,7 @@ class VolumeTree:
             self._cut(lambda: self._store.execute_all([request], durability=Durability.BUFFERED))
         )
         self._store.sync()
-        return receipt
+        return self._noted(receipt)
 
     # --- volumes ---------------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,7 +157,7 @@ def test_snapshots_of_one_volume_are_found_among_many(volumes: VolumeTree) -> No
     one, other = volumes.create(wanted("one")), volumes.create(wanted("other"))
     for number in range(5):
         volumes.snapshot(other.id, f"o{number}")
-    mine = [volumes.snapshot(one.id, f"m{number}").id for number in range(3)]
+    mine = sorted(volumes.snapshot(one.id, f"m{number}").id for number in range(3))
     assert [each.id for each in volumes.snapshots("", 2, one.id)] == mine[:2]
     assert [each.id for each in volumes.snapshots(mine[1], 2, one.id)] == mine[2:]
     assert why(volumes.snapshot, other.id, "m0") is Status.EXISTS
@@ -257,3 +258,108 @@ def test_block_devices_are_whole_blocks(store: Store, volumes: VolumeTree) -> No
     made = volumes.create(wanted(block=True))
     assert store.stat(store.resolve(f"/csi/volumes/{made.id}/data")).block_size == check.BLOCK_BYTES
     assert volumes.usage(made.id) == {"used": 0, "capacity": MIB, "files": 0}
+
+
+# --- several that are asked at once ----------------------------------------------------------------
+
+
+CLIENT = b"c" * 16
+
+
+class Between(VolumeTree):
+    """Volumes that somebody else changes once, after they were looked at and before they are changed."""
+
+    def __init__(self, store: Store, other: Callable[[], object]) -> None:
+        super().__init__(store)
+        self._other: Callable[[], object] | None = other
+
+    def _changed(self, known: Any, commands: Any) -> None:
+        other, self._other = self._other, None
+        if other is not None:
+            other()
+        super()._changed(known, commands)
+
+
+def test_who_is_overtaken_looks_again(store: Store, volumes: VolumeTree) -> None:
+    """What changes between a look at a volume and a change to it is seen, and decides: nothing is undone or lost."""
+    for node in ("one", "two"):
+        volumes.register(node, "z", 0)
+    made = volumes.create(wanted())
+    late = Between(store, lambda: volumes.publish(made.id, "one", WRITER))
+    assert why(late.publish, made.id, "two", WRITER) is Status.NOT_PERMITTED
+    assert list(volumes.volume(made.id).published) == ["one"]
+    late = Between(store, lambda: volumes.modify(made.id, {"history": "2d"}))
+    late.expand(made.id, 2 * MIB, 0)
+    found = volumes.volume(made.id)
+    assert (found.capacity, found.mutable) == (2 * MIB, {"history": "2d"})
+    volumes.unpublish(made.id, "")
+    late = Between(store, lambda: volumes.publish(made.id, "two", WRITER))
+    assert why(late.delete, made.id) is Status.NOT_PERMITTED
+    late = Between(store, lambda: volumes.unpublish(made.id, "two"))
+    late.unpublish(made.id, "")
+    late = Between(store, lambda: volumes.delete(made.id))
+    late.delete(made.id)
+    assert volumes.volumes("", 10) == []
+
+
+def test_an_attempt_that_comes_late_changes_nothing(store: Store, volumes: VolumeTree) -> None:
+    """A second attempt at a call is not carried out, whatever has happened since; the next call is."""
+    other = VolumeTree(store)
+    volumes.register("one", "z", 0)
+    with volumes.signed(CLIENT, 1):
+        made = volumes.create(wanted())
+    with volumes.signed(CLIENT, 2):
+        volumes.publish(made.id, "one", WRITER)
+    with volumes.signed(CLIENT, 3):
+        volumes.unpublish(made.id, "one")
+    with other.signed(CLIENT, 2):
+        other.publish(made.id, "one", WRITER)
+    assert volumes.volume(made.id).published == {}
+    with volumes.signed(CLIENT, 4):
+        volumes.delete(made.id)
+    with other.signed(CLIENT, 1):
+        assert why(other.create, wanted()) is Status.STALE
+    assert volumes.volumes("", 10) == []
+    with volumes.signed(CLIENT, 5):
+        again = volumes.create(wanted())
+    assert [each.id for each in volumes.volumes("", 10)] == [again.id]
+    assert why(lambda: volumes.signed(CLIENT, 1 << 60).__enter__()) is Status.INVALID
+
+
+def test_a_volume_and_its_name_go_together(store: Store, volumes: VolumeTree) -> None:
+    """A volume is removed with its name by one command; of a name that leads nowhere, from before, nothing is left."""
+    made = volumes.create(wanted())
+    before = store.position
+    volumes.delete(made.id)
+    assert store.position == before + 1
+    assert store.entries(store.resolve("/csi/names"), after=b"", limit=10) == []
+    made = volumes.create(wanted())
+    store.rm(f"/csi/volumes/{made.id}", recursive=True)
+    again = volumes.create(wanted())
+    assert again.id != made.id
+    assert volumes.create(wanted()).id == again.id
+
+
+def test_where_members_serve_is_known(store: Store, volumes: VolumeTree) -> None:
+    """The address at which a member serves last is found, of each transport; nodes beside it are as they were."""
+    volumes.register("n", "z", 0)
+    volumes.serve_at(2, "nvme", "0.0.0.0:4420", "two:4420")
+    volumes.serve_at(2, "nfs", "0.0.0.0:2049", "two:2049")
+    volumes.serve_at(10, "nvme", "10.0.0.1:4420", "ten:4420")
+    position = store.position
+    volumes.serve_at(2, "nvme", "0.0.0.0:4420", "two:4420")
+    assert store.position == position
+    volumes.serve_at(10, "nvme", "10.0.0.2:4420", "ten:4420")
+    assert VolumeTree(store).served_at("nvme") == {
+        2: ("0.0.0.0:4420", "two:4420"),
+        10: ("10.0.0.2:4420", "ten:4420"),
+    }
+    assert volumes.served_at("nfs") == {2: ("0.0.0.0:2049", "two:2049")}
+
+
+def test_over_the_network_alone(store: Store) -> None:
+    """Where nobody sees the store, a volume of a transport that needs that is not made, and the message says why."""
+    network = VolumeTree(store, shown=False)
+    with pytest.raises(RefusedError, match="no node of the cluster serves volumes through fuse") as caught:
+        network.create(wanted())
+    assert "transport: nfs" in caught.value.hint
