@@ -65,7 +65,8 @@ class Step:
 
 def parse(data: bytes) -> list[Step]:
     """The steps in any bytes; what is left over at the end is a shorter step."""
-    steps, at = [], 0
+    steps: list[Step] = []
+    at = 0
     while at + _HEAD.size <= len(data) and len(steps) < STEPS_MAX:
         what, length = _HEAD.unpack_from(data, at)
         at += _HEAD.size

@@ -10,6 +10,7 @@ import attrs
 import pytest
 
 from space._node.store import Store
+from space.projections.nfs.compound import Stateid
 from space.projections.nfs.nfs4 import Attr, Op
 from space.projections.nfs.rpc import Credentials
 from space.projections.nfs.sessions import Client
@@ -415,7 +416,7 @@ def test_a_claimed_delegation_is_wanted_back(world: World) -> None:
     one = caller(world)
     asked: list[bytes] = []
 
-    def recall(client: Client, stateid: nfs.Stateid, *_: object, **__: object) -> None:
+    def recall(client: Client, stateid: Stateid, handle: bytes, *, truncate: bool, now: float) -> None:
         asked.append(stateid.other)
 
     world.service.callbacks.recall = recall  # type: ignore[method-assign]
