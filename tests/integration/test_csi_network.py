@@ -7,17 +7,13 @@ tests/guest/csi_node.py.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import json
 import os
 import re
 import shutil
 import signal
 import socket
-import socketserver
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -26,8 +22,8 @@ import pytest
 
 from space.projections.csi.pb import csi_pb2 as pb
 from tests import guest_support
-from tests.cli_support import ROOT
 from tests.csi_client import device, tree
+from tests.csi_guest import HOST, PASSED_MIN, SANITY, Answers, forwarding, run
 from tests.csi_support import NEEDS_KERNEL, Machine
 
 pytestmark = [
@@ -38,26 +34,6 @@ pytestmark = [
     ),
 ]
 
-PACKAGES: Final = (
-    "annotated_doc",
-    "attr",
-    "attrs",
-    "blake3",
-    "google",
-    "grpc",
-    "shellingham",
-    "typer",
-    "typing_extensions",
-)
-"""What a node's driver needs."""
-
-HOST: Final = "10.0.2.2"
-"""This machine, for a guest."""
-
-SANITY: Final = os.environ.get("CSI_SANITY") or shutil.which("csi-sanity") or ""
-PASSED_MIN: Final = 94
-"""Of 96: one is pending in the suite, and one is of a limit of volumes, which such a node has none of."""
-
 _MODE: Final = pb.VolumeCapability.AccessMode
 
 
@@ -67,7 +43,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-class Owner(Machine):
+class Owner(Machine, Answers):
     """Owner and controller, and answers to what nodes ask."""
 
     meeting: threading.Barrier
@@ -90,14 +66,6 @@ class Owner(Machine):
         if owner := self.owner:
             os.kill(owner, signal.SIGCONT)
         super().stop()
-
-    def answers(self) -> dict[str, Callable[..., str]]:
-        """What a node can ask."""
-        return {
-            name.removeprefix("on_"): _as_json(getattr(self, name))
-            for name in dir(self)
-            if name.startswith("on_")
-        }
 
     def on_create(self, name: str, transport: str, size: str, source: str = "") -> Any:
         more: dict[str, Any] = {}
@@ -154,46 +122,12 @@ class Owner(Machine):
         self.kill_owner()
 
 
-def _as_json(work: Callable[..., Any]) -> Callable[..., str]:
-    return lambda *words: json.dumps(work(*words))
-
-
 @pytest.fixture
 def owner(tmp_path: Path) -> Iterator[Owner]:
     """A store that is served."""
     with Owner(tmp_path) as made:
         made.serve()
         yield made
-
-
-def run(owner: Owner, home: Path, job: str, *arguments: str, name: str = "worker") -> str:
-    """What a job prints that a node does, which must end well."""
-    home.mkdir(exist_ok=True)
-    packages = home / "share" / "packages"
-    packages.mkdir(parents=True)
-    for each in PACKAGES:
-        _copy(each, packages)
-    ignored = shutil.ignore_patterns("__pycache__", "*.so")
-    shutil.copytree(ROOT / "space", packages / "space", ignore=ignored)
-    (packages / "tests" / "guest").mkdir(parents=True)
-    for each in ("csi_client.py", "csi_killed_worker.py", "guest/csi_node.py"):
-        shutil.copy(ROOT / "tests" / each, packages / "tests" / each)
-    said = guest_support.run([name, job, *arguments], "csi_prelude.sh", "", home, **owner.answers())
-    assert guest_support.facts(said)["ended"] == "well", said
-    return said
-
-
-def _copy(package: str, to: Path) -> None:
-    spec = importlib.util.find_spec(package)
-    assert spec is not None
-    if spec.submodule_search_locations:
-        for found in spec.submodule_search_locations:
-            shutil.copytree(
-                found, to / package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
-            )
-    else:
-        assert spec.origin is not None
-        shutil.copy(spec.origin, to)
 
 
 def test_a_tree_over_nfs(owner: Owner, tmp_path: Path) -> None:
@@ -259,34 +193,6 @@ def test_the_suite_passes(owner: Owner, tmp_path: Path, transport: str) -> None:
     assert failed == 0
     assert passed >= PASSED_MIN, said
     assert not owner.client.ListVolumes().entries
-
-
-@contextlib.contextmanager
-def forwarding(to: Path) -> Iterator[int]:
-    """A port of this machine that leads to a socket of it: guests reach ports only."""
-
-    class Both(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            with socket.socket(socket.AF_UNIX) as other:
-                other.connect(str(to))
-                back = threading.Thread(target=copy, args=(other, self.request))
-                back.start()
-                copy(self.request, other)
-                back.join()
-
-    def copy(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65_536):
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Both) as server:
-        server.daemon_threads = True
-        serving = threading.Thread(target=server.serve_forever)
-        serving.start()
-        yield int(server.server_address[1])
-        server.shutdown()
-        serving.join()
 
 
 def test_a_lost_node_is_shut_out(owner: Owner, tmp_path: Path) -> None:
