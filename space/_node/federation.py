@@ -212,7 +212,8 @@ class Federation:
         for entry in entries:
             if any(isinstance(event, _ABOUT_ZONES) for _, event in entry.events):
                 self._soon(self._look)
-        if not self._stirred:
+        # Waking the loop costs the writer half of what a small write does: not for links that are down.
+        if not self._stirred and any(link.shipper.listens for link in list(self._links.values())):
             self._stirred = True
             self._soon(self._stir)
 

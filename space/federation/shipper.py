@@ -173,6 +173,8 @@ class Shipper:
         self._chance = chance
         self._monotonic = monotonic
         self._wake = asyncio.Event()
+        self.listens = False
+        """Whether :meth:`wake` is of any use: before it connects it has nothing to do, and then it looks by itself."""
         # One thread: what was asked for in a connection that broke has ended before the next one begins.
         self._thread = ThreadPoolExecutor(1, f"space-ship-{target.name}")
         self._moved = 0.0
@@ -321,6 +323,7 @@ class Shipper:
                 for task in done:
                     task.result()
             finally:
+                self.listens = False
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -346,6 +349,7 @@ class Shipper:
     async def _send(self, flight: _Flight, outbox: asyncio.Queue[bytes]) -> None:
         """Hands on shipments as long as there is room for them, and a pulse when there has been none for a while."""
         pulsed = self._monotonic()
+        self.listens = True
         while True:
             self._wake.clear()
             room = flight.bytes < FLIGHT_BYTES_MAX and len(flight.sent) < FLIGHT_SHIPMENTS_MAX
