@@ -338,7 +338,7 @@ def test_a_connection_may_break_anywhere(tmp_path: Path) -> None:
 
 
 def test_a_zone_that_is_away_is_found_again(tmp_path: Path) -> None:
-    """While nobody answers the reason is told; shipping begins when somebody does."""
+    """While nobody answers the reason is told, and no batch need wake the loop; shipping begins when somebody does."""
 
     async def main() -> None:
         with socket.socket() as taken:
@@ -351,9 +351,11 @@ def test_a_zone_that_is_away_is_found_again(tmp_path: Path) -> None:
             async with shipping(shipper):
                 await until(lambda: "onnect" in shipper.status.error)
                 assert not shipper.status.connected
+                assert not shipper.listens
                 server, _ = await _relay_at(port, zones.port)
                 async with server:
                     await until(lambda: shelf.acknowledged_at == 3)
+                    assert shipper.listens
                     await until(lambda: shipper.status.connected and not shipper.status.error)
 
     asyncio.run(main())
