@@ -10,7 +10,7 @@ import typer
 
 from space._errors import UsageError
 from space._node.caller import Document
-from space.cli_session import Session, clean, note
+from space.cli_session import Session, clean, formatted, note
 
 key_app = typer.Typer(no_args_is_help=True, help="Keys of encrypted content: ls, rotate, destroy.")
 
@@ -51,9 +51,20 @@ def _lines(found: Document) -> Iterator[str]:
 
 
 @key_app.command("rotate")
-def rotate(context: typer.Context, sole: Sole = False) -> None:
-    """Make another master key, and wrap every data key by it; content stays as it is."""
+def rotate(
+    context: typer.Context,
+    capsules: Annotated[
+        list[str] | None, typer.Argument(metavar="[CAPSULE…]", help="UUIDs, or paths in the tree.")
+    ] = None,
+    sole: Sole = False,
+) -> None:
+    """Make another master key, which wraps every data key; or, for capsules, encrypt them again under new data keys."""
     session: Session = context.obj
+    if capsules:
+        if sole:
+            raise UsageError("--sole is about the master key", hint="leave out the capsules, or --sole")
+        _renew(session, capsules)
+        return
     with session.service() as service:
         found = service.keys_rotate(sole=sole)
     lines = [f"master key {found['master']} wraps {found['rewrapped']} data keys now, in {found['file']}"]
@@ -61,6 +72,16 @@ def rotate(context: typer.Context, sole: Sole = False) -> None:
     if session.json:
         return
     note("copy the file to where its backup is; with the old one alone, content cannot be read any more")
+
+
+def _renew(session: Session, capsules: list[str]) -> None:
+    with session.service() as service:
+        done = [service.keys_renew(capsule=each) for each in capsules]
+    session.show({"capsules": done}, "\n".join(map(_renewed, done)))
+
+
+def _renewed(found: Document) -> str:
+    return f"{found['capsule']}: {formatted(found['bytes'])} encrypted again, under key {found['key']}"
 
 
 def _erased(found: Document) -> Iterator[str]:

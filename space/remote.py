@@ -48,7 +48,7 @@ ONCE: Final = frozenset(
     | {"csi_snapshot", "csi_delete_snapshot", "csi_snapshot_group", "csi_delete_group"}
 )
 UNREPEATABLE: Final = frozenset(
-    {"import_tree", "export_tree", "mount", "serve_nvme", "keys_rotate", "keys_destroy"}
+    {"import_tree", "export_tree", "mount", "serve_nvme", "keys_rotate", "keys_renew", "keys_destroy"}
 )
 
 _T = TypeVar("_T")

@@ -13,6 +13,7 @@ and with the old master key the last way to it is erased.
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -57,8 +58,8 @@ ATTEMPTS_MAX: Final = 16
 NAMED_MAX: Final = 8
 """Capsules an error names."""
 
-_KEY_AT: Final = 16  # key id inside a frame record (docs/formats/frames.md)
-_NO_KEY: Final = bytes(4)
+_STORED_AND_KEY: Final = struct.Struct(f"<4xI8xI{FRAME_RECORD_BYTES - 20}x")
+"""Stored length and key id of a frame record (docs/formats/frames.md)."""
 
 OnProgress = Callable[[Progress], None]
 
@@ -131,12 +132,12 @@ class Book:
                 self.changed = position
 
     def _written(self, event: ev.ExtentWritten) -> None:
-        for at in range(_KEY_AT, len(event.frames), FRAME_RECORD_BYTES):
-            key = event.frames[at : at + U32.size]
-            if key == _NO_KEY:
-                self.plain.add(event.capsule)
-            else:
-                self.of[event.capsule].add(int.from_bytes(key, "little"))
+        keys = frame_keys(event.frames)
+        if 0 in keys:
+            self.plain.add(event.capsule)
+            keys.discard(0)
+        if keys:
+            self.of[event.capsule] |= keys
 
     def _cloned(self, event: ev.CapsuleCloned) -> None:
         if event.manifest:
@@ -159,6 +160,11 @@ class Book:
             for key in keys:
                 found.setdefault(key, []).append(capsule)
         return found
+
+
+def frame_keys(frames: bytes) -> set[int]:
+    """Data keys of packed frames; 0 where stored bytes are not encrypted."""
+    return {key for stored, key in _STORED_AND_KEY.iter_unpack(frames) if stored}
 
 
 def read_book(store: Store, on_progress: OnProgress | None = None) -> Book:

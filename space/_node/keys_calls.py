@@ -34,6 +34,14 @@ class KeyCalls:
 
         return rotate([self.store], Nobody(), sole=sole)
 
+    def keys_renew(self, *, capsule: str) -> Document:
+        """Another data key for a capsule, under which its present content is encrypted again."""
+        from space._node.keys_data import rekey
+
+        return rekey(
+            self.store, self.store.resolve(capsule), lambda done: self._caller.progress({"bytes": done})
+        )
+
     def keys_destroy(self, *, capsules: list[str], with_clones: bool = False, sole: bool = False) -> Document:
         """Destroys the data keys of capsules."""
         from space._node.keys import Nobody, destroy

@@ -12,6 +12,7 @@ from space._errors import RefusedError
 from space._node import keys
 from space._node.store import Store
 from space.events import commands as cmd
+from space.events.ids import CapsuleId
 from space.policy.model import Encryption
 from tests.federation_support import Two, shared, two_zones
 
@@ -27,7 +28,7 @@ def zones(tmp_path: Path) -> Iterator[Two]:
         yield two
 
 
-def occupy(store: Store, number: int) -> bytes:
+def occupy(store: Store, number: int) -> CapsuleId:
     """Gives a number to another key of a store."""
     key = cmd.NewKey(number, 1, store.wrap_key(number, 1, os.urandom(32)))
     made = store.new_id()

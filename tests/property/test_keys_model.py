@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Machine:
     def do(self, step: tuple[Any, ...]) -> None:
         """One step, and a look at everything."""
         verb, *arguments = step
-        {
+        steps: dict[str, Callable[..., object]] = {
             "put": self.put,
             "clone": self.clone,
             "write": self.write,
@@ -71,7 +72,8 @@ class Machine:
             "kill": self.kill,
             "checkpoint": self.checkpoint,
             "replay": lambda: self.store.replay(verify=True),
-        }[verb](*arguments)
+        }
+        steps[verb](*arguments)
         self.look()
 
     def put(self, shared: bool) -> None:
@@ -220,7 +222,7 @@ def _everywhere(content: bytes, key: int, store: Store) -> list[bytes]:
     return rows
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.lists(STEPS, min_size=3, max_size=14))
 def test_readable_until_destroyed_and_never_again(steps: list[tuple[Any, ...]]) -> None:
     """Whatever happens in whatever order, content is read until its key is destroyed, and from then on by nobody."""

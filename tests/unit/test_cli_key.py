@@ -69,6 +69,19 @@ def test_the_master_key_is_changed(run: Run) -> None:
     assert "where its backup is" in words.err
 
 
+def test_capsules_get_other_data_keys(run: Run) -> None:
+    """A capsule is encrypted again under another key; --sole is not about that."""
+    before = run("key", "ls", "--json").json["keys"]
+    (done,) = run("key", "rotate", "/a", "--json").json["capsules"]
+    assert keys(done) == {"capsule", "key", "before", "bytes", "position"}
+    assert (done["before"], done["bytes"]) == (before[0]["key"], 6)
+    assert len(run("key", "ls", "--json").json["keys"]) == 2
+    assert run("get", "/a").out == run("get", "/copy").out == "secret"
+    assert "encrypted again, under key" in run("key", "rotate", "/a").out
+    assert run("key", "rotate", "/a", "--sole").status == 2
+    assert run("key", "rotate", "/none").status == 3
+
+
 def test_destroying_asks_and_names_clones(run: Run) -> None:
     """Without --yes and anybody to ask: wrong usage; a clone: refused; then content is refused, and the rest works."""
     assert "--yes" in run("key", "destroy", "/a").complaint()

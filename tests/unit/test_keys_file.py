@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,11 @@ def test_killed_while_it_is_replaced(
 ) -> None:
     """Killed at any step, the file has all old keys or all new ones, and the next look leaves nothing else."""
     file = made(tmp_path, ONE)
-    calls = {"os.link": os.link, "pathlib.Path.rename": Path.rename, "os.fsync": os.fsync}
+    calls: dict[str, Callable[..., Any]] = {
+        "os.link": os.link,
+        "pathlib.Path.rename": Path.rename,
+        "os.fsync": os.fsync,
+    }
 
     def kill(*arguments: Any) -> None:
         if after:

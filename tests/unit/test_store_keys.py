@@ -11,14 +11,17 @@ import pytest
 
 import space
 from space._errors import ConflictError, NotFoundError, RefusedError, UnavailableError
-from space._node import keys
+from space._node import keys, keys_data
 from space._node.beside import open_beside
+from space._node.keys_data import rekey
 from space._node.keys_file import MASTER_KEY_ENVIRONMENT, MasterFile
 from space._node.store import Store
 from space.content.keys import load_master_keys, master_fingerprint
 from space.events import commands as cmd
 from space.events.ids import CapsuleId
 from space.policy.model import Policy
+from space.projections import content_map
+from tests.store_support import texture
 
 SECRET = Policy.from_document({"encryption": "aes-256-gcm", "compression": "none"})
 XTS = Policy.from_document({"encryption": "aes-256-xts"})
@@ -110,7 +113,7 @@ def test_destroyed_is_gone_from_the_disk(store: Store) -> None:
     data_key = store._keyring.unwrap(number, 1, row)
     had = [*masters(store)]
     rotate(store)
-    rows = [row, store._wrapped_key(number, 1)]
+    rows: list[bytes | None] = [row, store._wrapped_key(number, 1)]
     had += masters(store)
     done = destroy(store, "/a")
     assert (done["keys"], done["erased"], done["zones"], done["plain"]) == ([number], True, [], [])
@@ -307,3 +310,105 @@ def test_killed_at_any_step(
         assert again.replay(verify=True).equal
         assert len(masters(again)) == 1
     assert old.hex().encode() not in every_byte(killed)
+
+
+# --- another data key --------------------------------------------------------------------------------
+
+
+def test_another_data_key_encrypts_the_present_again(store: Store) -> None:
+    """Content is the same under another key, holes are holes; the past and a clone have the old one; both go."""
+    size = 3 << 20
+    content = bytearray(texture(size))
+    capsule = store.put(bytes(content), name="/big", policy=SECRET).id
+    store.execute(cmd.Deallocate(capsule, 1 << 20, 1 << 20))
+    store.write(capsule, (1 << 20) + 100, bytes(8192) + b"after zeros")
+    store.clone("/big", "/copy")
+    old, moment, before = store.stat(capsule).key, f"@{store.position}", store.get("/big")
+    seen: list[int] = []
+    done = rekey(store, capsule, seen.append)
+    new = store.stat(capsule).key
+    assert (done["key"], done["before"]) == (new, old)
+    assert new != old
+    assert seen[-1] == done["bytes"] < size - (1 << 20) + (16 << 10)
+    assert store.get("/big") == store.get("/copy") == before
+    assert keys_in_use(store, "/big") == {new}
+    assert keys_in_use(store, "/copy") == {old}
+    with store.at(moment) as past:
+        assert past.get("/big") == before
+    store.rm("/copy")
+    assert destroy(store, "/big", with_clones=True)["keys"] == sorted([old, new])
+    with store.at(moment) as past, pytest.raises(RefusedError, match="was destroyed"):
+        past.get("/big")
+
+
+def keys_in_use(store: Store, name: str) -> set[int]:
+    """Keys of the frames a capsule is made of now."""
+    with store._read() as txn:
+        found = content_map.extents(txn, store.resolve(name), 0, content_map.OFFSET_MAX)
+        return set().union(*(keys.frame_keys(extent.frames) for extent in found))
+
+
+def test_what_was_plain_is_encrypted(store: Store) -> None:
+    """Content from before the policy encrypted is under the key afterwards; the past of it stays plain."""
+    store.set_policy("/plain", SECRET)
+    rekey(store, store.resolve("/plain"))
+    assert 0 not in keys_in_use(store, "/plain")
+    assert store.get("/plain") == b"for everybody"
+
+
+def test_another_data_key_while_it_is_written(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who writes between a look and the rewriting wins, and it is looked again; who does so for ever has to pause."""
+    capsule = store.resolve("/a")
+    read, writes = store.read, [3]
+
+    def raced(*arguments: Any) -> bytes:
+        found = read(*arguments)
+        if writes[0]:
+            writes[0] -= 1
+            store.write(capsule, 0, b"F%d" % writes[0])
+        return found
+
+    monkeypatch.setattr(store, "read", raced)
+    rekey(store, capsule)
+    assert store.get("/a") == b"F0rst secret"
+    assert keys_in_use(store, "/a") == {store.stat(capsule).key}
+    writes[0] = 1000
+    capsule = store.resolve("/b")
+    monkeypatch.setattr("space._node.keys_data.ATTEMPTS_MAX", 3)
+    with pytest.raises(UnavailableError, match="all the time"):
+        rekey(store, capsule)
+
+
+def test_another_data_key_after_a_kill(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the first of two pieces, the next run goes on with the same key and leaves nothing under the old."""
+    capsule = store.put(texture(2 << 20), name="/big", policy=SECRET).id
+    first = keys_data._encrypted_again
+
+    def dies(*arguments: Any) -> int:
+        if arguments[2]:
+            raise Killed
+        return first(*arguments)
+
+    monkeypatch.setattr(keys_data, "_encrypted_again", dies)
+    with pytest.raises(Killed):
+        rekey(store, capsule)
+    monkeypatch.undo()
+    assert len(keys_in_use(store, "/big")) == 2
+    assert store.get("/big") == texture(2 << 20)
+    half = store.stat(capsule).key
+    assert rekey(store, capsule)["key"] == half
+    assert keys_in_use(store, "/big") == {half}
+    assert rekey(store, capsule)["key"] != half
+
+
+def test_what_cannot_get_another_data_key(store: Store) -> None:
+    """A capsule without a key, and one that is shipped to zones, are refused, and nothing happens."""
+    before = store.position
+    with pytest.raises(NotFoundError, match="never encrypted"):
+        rekey(store, store.resolve("/plain"))
+    assert store.position == before
+    store.set_policy("/a", Policy.from_document(
+        {"encryption": "aes-256-gcm", "sovereignty": "global", "federation": {"targets": ["paris"]}}
+    ))  # fmt: skip
+    with pytest.raises(RefusedError, match="shipped to zones"):
+        rekey(store, store.resolve("/a"))
