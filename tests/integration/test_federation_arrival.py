@@ -16,7 +16,6 @@ import pytest
 from space._errors import CorruptionError, NotFoundError, RefusedError, SpaceError
 from space._node.federation_arrival import describe, set_policy
 from space._node.federation_audit import audit
-from space._node.federation_home import Sealer
 from space._node.federation_promote import promote
 from space._node.federation_status import status
 from space._node.federation_zones import Zones
@@ -26,6 +25,7 @@ from space.content.frames import EncryptionCode, FrameRef, unpack_frames
 from space.content.keys import Keyring
 from space.content.pipeline import ContentReader
 from space.events.ids import ZONES, CapsuleId
+from space.federation.sealing import seal_key
 from space.policy.model import ArrivalPolicy, Compression, Encryption, Policy
 from space.projections import content_map
 from tests.federation_pump import Pumped, pumped
@@ -329,14 +329,13 @@ def test_a_key_that_does_not_open_refuses_the_shipment(
 
 def test_a_frame_of_another_key_refuses_the_shipment(zones: Pumped, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frame that its key does not open never gets into the log: here the data key that came with it is another."""
-    seal = Sealer.__call__
-
-    def other(sealer: Sealer, number: int, version: int, wrapped: bytes, for_home: bool) -> bytes:
-        return seal(sealer, number, version, zones.oslo.wrap_key(number, version, bytes(32)), for_home)
-
     set_policy(zones.paris, GCM)
     file = put(zones, shared("paris", encryption=Encryption.AES_256_GCM))
-    monkeypatch.setattr(Sealer, "__call__", other)
+
+    def other(data_key: bytes, *arguments: Any, **options: Any) -> bytes:
+        return seal_key(bytes(len(data_key)), *arguments, **options)
+
+    monkeypatch.setattr("space._node.federation_home.seal_key", other)
     stands(zones, file, CorruptionError, "does not read")
 
 
