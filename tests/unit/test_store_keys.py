@@ -131,9 +131,9 @@ def test_destroyed_is_gone_from_the_disk(store: Store) -> None:
         for each in (data_key, *had):
             assert each not in content
             assert each.hex().encode() not in content
-        for each in rows:
-            assert each is not None
-            assert store._keyring.wrapped_by(number, 1, each) == 0
+        for wrapped in rows:
+            assert wrapped is not None
+            assert store._keyring.wrapped_by(number, 1, wrapped) == 0
         store.close()
         store = space.open(store.path)
     store.close()
