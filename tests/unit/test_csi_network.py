@@ -15,7 +15,8 @@ from space._errors import ConflictError, RefusedError, SpaceError, Status, Unava
 from space._node import csi_host, csi_network
 from space._node.csi_host import LinuxHost, Note, Notes
 from space._node.csi_mounts import Mount
-from space.projections.csi.model import Reach
+from space.projections.csi import check
+from space.projections.csi.model import Mounting, Reach, Volume
 
 pytestmark = [pytest.mark.unit, pytest.mark.requires("py:google.protobuf")]
 
@@ -360,3 +361,39 @@ def test_a_silent_server_is_asked_once(tmp_path: Path, sysfs: Sysfs, monkeypatch
     monkeypatch.setattr(csi_host, "STATS_SECONDS", 60)
     assert host._asked(ID, lambda: 5) == 5
     host.close()
+
+
+def test_a_tree_of_several_servers_is_mounted_through_a_relay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mount goes to the port of this machine that leads to all servers, which is noted; that of one goes to it."""
+    mounted: list[tuple[tuple[str, ...], int]] = []
+
+    def mount(reach: Reach, point: str, *, relay: int, **_: object) -> None:
+        mounted.append((reach.servers, relay))
+
+    monkeypatch.setattr(csi_network, "mount_nfs", mount)
+    ports: dict[tuple[str, ...], int] = {("h:1", "i:1"): 4711}
+    host = LinuxHost(tmp_path / "notes", lambda: "", "a@", relay=lambda servers: ports[tuple(servers)])
+    for name, servers in (("several", "h:1,i:1"), ("one", "h:1")):
+        volume = Volume(ID, "", 0, False, 0, parameters={"transport": "nfs"})
+        host._stage(volume, str(tmp_path / name), Mounting(), Reach("nfs", servers, share=f"/{ID}"))
+    assert mounted == [(("h:1", "i:1"), 4711), (("h:1",), 0)]
+    assert host.relays() == ports
+    host.close()
+
+
+def test_servers_in_a_publish_context() -> None:
+    """Each server of a list is an address; one that is none, or more than a cluster has, is refused."""
+    volume = Volume(ID, "", 0, False, 0, parameters={"transport": "nfs"})
+
+    def servers(text: str) -> tuple[str, ...]:
+        found = check.reach({"transport": "nfs", "server": text, "share": f"/{ID}"}, volume)
+        assert found is not None
+        return found.servers
+
+    assert servers("h:1") == ("h:1",)
+    assert servers("h:1,[::1]:2,i:3") == ("h:1", "[::1]:2", "i:3")
+    for wrong in ("h:1,", ",h:1", "h:1,,i:1", "h:1, i:1", "h:1,i", ",".join(["h:1"] * 65)):
+        with pytest.raises(UsageError):
+            servers(wrong)
