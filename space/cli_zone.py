@@ -186,6 +186,32 @@ def _loss_lines(loss: Document) -> list[str]:
     return [clean(line) for line in lines]
 
 
+@zone_app.command("move")
+def move(
+    context: typer.Context,
+    capsule: Annotated[str, typer.Argument(metavar="CAPSULE", help="An id, or a path.")],
+    name: Name,
+) -> None:
+    """Give the home of a capsule, or of a directory with all in it, to a zone that has it.
+
+    Nothing changes it here any more; it stays where it is, and follows that zone.
+    """
+    session: Session = context.obj
+    with session.service() as service:
+        result = service.zone_move(capsule=capsule, name=name)
+    session.show(result, f"{result['capsules']} capsules have their home in zone {clean(name)} now")
+
+
+@zone_app.command("take-back")
+def take_back(context: typer.Context, name: Name) -> None:
+    """Take back homes that were given to a zone and that it has not taken; it will not take them any more."""
+    session: Session = context.obj
+    with session.service() as service:
+        result = service.zone_take_back(name=name)
+    more = f"; zone {clean(name)} has taken {result['taken']}" if result["taken"] else ""
+    session.show(result, f"{result['capsules']} capsules have their home here again{more}")
+
+
 @zone_app.command("branches")
 def branches(context: typer.Context) -> None:
     """List what this zone had not shipped when others took its place: directories below /zones/.branches."""

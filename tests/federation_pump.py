@@ -80,15 +80,31 @@ class Pumped:
     """Two zones, ``oslo`` and ``paris``; ``there`` ships to paris and ``back`` to oslo."""
 
     def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
-        self.oslo = stack.enter_context(space.open(path / "oslo"))
-        self.paris = stack.enter_context(space.open(path / "paris"))
+        self._path = path
+        self._open()
         for store, name in ((self.oslo, "oslo"), (self.paris, "paris")):
             Zones(store).init(name, "metro", f"https://{name}:1")
         introduce(self.oslo, self.paris, "https://paris:1")
         introduce(self.paris, self.oslo, "https://oslo:1")
         self.there, self.back = Pump(self.oslo, self.paris), Pump(self.paris, self.oslo)
-        stack.callback(self.there.close)
-        stack.callback(self.back.close)
+        stack.callback(self._close)
+
+    def _open(self) -> None:
+        self.oslo, self.paris = space.open(self._path / "oslo"), space.open(self._path / "paris")
+
+    def _close(self) -> None:
+        for pump in (self.there, self.back):
+            pump.close()
+        for store in (self.oslo, self.paris):
+            store.close()
+
+    def reopen(self) -> None:
+        """Both processes end and begin again."""
+        self._close()
+        self._open()
+        self.there, self.back = Pump(self.oslo, self.paris), Pump(self.paris, self.oslo)
+        self.there.connect()
+        self.back.connect()
 
     def settle(self) -> None:
         """Lets both connect until they agree, and ship all there is."""

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
 
-from space._errors import RefusedError, SpaceError, UnavailableError
+from space._errors import SpaceError, UnavailableError
 from space._node import views
 from space._node.caller import Document
+from space._node.federation_move import hand_over
 from space._node.federation_shards import ShardZone, shard_zones, spread
 from space._node.federation_shelf import StoreShelf
 from space._node.federation_zones import Zone, Zones
@@ -343,9 +344,9 @@ def _carry_out(
         case Evacuate() as action if nodes is not None:
             return _evacuate(store, nodes, action)
         case Migrate() as action:
-            raise RefusedError(
-                "a zone takes over as a whole, and not one capsule of it",
-                hint=f"space zone promote {'' if own is None else own.name}, in zone {action.zone}",
+            noted = [_recorded(action, action.capsule, action.zone)]
+            return hand_over(
+                store, Zones(store), CapsuleId(action.capsule), action.zone, actor=ACTOR, noted=noted
             )
         case action:
             raise UnavailableError(f"nobody here can carry out {type(action).__name__}")

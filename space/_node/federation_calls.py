@@ -133,6 +133,18 @@ class FederationCalls:
 
         return promote(self.store, self._zones, name, again=again)
 
+    def zone_move(self, *, capsule: str, name: str) -> Document:
+        """Gives the home of a capsule, or of all in a directory, to another zone."""
+        from space._node.federation_move import hand_over
+
+        return hand_over(self.store, self._zones, capsule, name)
+
+    def zone_take_back(self, *, name: str) -> Document:
+        """Takes back homes that were given to another zone and that it has not taken."""
+        from space._node.federation_move import take_back
+
+        return take_back(self.store, self._zones, name)
+
     def zone_branches(self) -> list[Document]:
         """What homes that were lost had not shipped."""
         from space._node.federation_promote import branches

@@ -56,18 +56,50 @@ Ask = Callable[[Given, int], list[Residence]]
 """Asks the zone how capsules are there; before it answers it declines what was given away up to a position."""
 
 
+def hand_over(
+    store: Store,
+    zones: Zones,
+    capsule: str | CapsuleId,
+    name: str,
+    *,
+    actor: str | None = None,
+    noted: Sequence[cmd.Command] = (),
+) -> Document:
+    """:meth:`move`, where something ships, and to its end.
+
+    Raises:
+        UnavailableError: nothing ships here; or the zone has not taken the homes after half a minute.
+        SpaceError: as :meth:`move`.
+    """
+    if store.federation is None and store.nodes is None:
+        raise UnavailableError(
+            "nothing ships to other zones in this process", hint="start it: space federation serve"
+        )
+    done = move(store, zones, capsule, name, actor=actor, noted=noted)
+    if not done.pop("taken"):
+        raise UnavailableError(
+            f"zone {name} gets {done['capsules']} capsules, and has not taken their home after {WAIT_SECONDS:.0f} s",
+            hint=f"it does when the rest has come there; or take them back: space zone take-back {name}",
+        )
+    return done
+
+
 def move(
     store: Store,
     zones: Zones,
-    path: str,
+    capsule: str | CapsuleId,
     name: str,
     *,
+    actor: str | None = None,
+    noted: Sequence[cmd.Command] = (),
     wait_seconds: float = WAIT_SECONDS,
     asked: Ask | None = None,
 ) -> Document:
     """Gives the home of a capsule, or a directory with all that is in it, to a zone, and waits until it took it.
 
     Args:
+        actor: on whose behalf.
+        noted: what the log is to say in the same batch.
         wait_seconds: how long to wait; 0 does not.
         asked: how the zone is asked; over the network.
 
@@ -81,15 +113,17 @@ def move(
     """
     zone = zones.find(name)
     ask_there = asked or asking(zones, zone)
+    top = bytes(store.resolve(capsule))
     with store._read() as txn:
-        capsules = _below(txn, zones, zone, bytes(store.resolve(path)))
-    for capsule, residence in _answers(ask_there, dict.fromkeys(capsules, 0), 0):
+        capsules = _below(txn, zones, zone, top)
+    for each, residence in _answers(ask_there, dict.fromkeys(capsules, 0), 0):
         if residence is Residence.ABSENT:
             raise UnavailableError(
-                f"capsule {CapsuleId(capsule)} is not in zone {name} yet, or cannot be opened there",
+                f"capsule {CapsuleId(each)} is not in zone {name} yet, or cannot be opened there",
                 hint="space federation status shows what is on its way",
             )
-    receipt = store.execute(cmd.GiveHomes(zone.id, capsules))
+    give = cmd.GiveHomes(zone.id, capsules)
+    receipt = store.execute(cmd.Together([*noted, give]) if noted else give, actor=actor)
     return {
         "zone": name,
         "capsules": len(capsules),

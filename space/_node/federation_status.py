@@ -184,9 +184,18 @@ def _zone(
         "rpo_seconds": None if rpo_ns is None else rpo_ns / 1e9,
         "rpo_ok": link.pop("rpo_ok"),
         **link,
+        "moving": _moving(store, zone),
         "received": _received(store, zone, note),
         **({"capsules": listed} if capsules else {}),
     }
+
+
+def _moving(store: Store, zone: Zone) -> int:
+    """Capsules whose home was given to a zone that has told of none of them since."""
+    from space._node.federation_move import pending
+
+    with store._read() as txn:
+        return len(pending(txn, zone.id))
 
 
 def _quiet(store: Store, note: Document) -> Document:

@@ -717,6 +717,7 @@ _JOINABLE: Final = frozenset(
         cmd.Clone,
         cmd.Undelete,
         cmd.RecordAction,
+        cmd.GiveHomes,
     }
 )
 _TRIED: Final = Context(shipments.TRIED, 0, 0)

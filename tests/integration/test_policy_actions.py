@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import space
+from space._errors import NotFoundError, RefusedError
 from space._node import federation_actions as actions
 from space._node.federation import Federation
 from space._node.federation_actions import ACTOR
@@ -19,6 +20,8 @@ from space._node.federation_shelf import StoreShelf
 from space._node.federation_zones import Zones
 from space._node.heat import Rate
 from space._node.store import Store
+from space.events.ids import CapsuleId
+from space.federation import compiler
 from space.federation.shelf import Room
 from space.policy.model import Policy, Shards, Sovereignty
 from tests.cli_support import Outcome, finish, start
@@ -131,18 +134,49 @@ def test_a_full_target_makes_a_candidate_one(
     assert any({"ActionTaken", "PolicyChanged"} <= set(each) for each in kinds.values())
 
 
-def test_a_home_is_not_moved(stores: dict[str, Store], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Migrate is planned where room is short, and refused with what people can do; nothing of it is in the log."""
-    home = stores["berlin"]
+def test_a_home_moves_to_where_there_is_room(
+    stores: dict[str, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Migrate is planned where room is short: the zone with a replica becomes the home, and the log says why."""
+    home, paris = stores["berlin"], stores["paris"]
     own = Zones(home).own()
     assert own is not None
     monkeypatch.setattr(StoreShelf, "room", lambda self: Room(5 if self._zone == own.id else 50, 100))
     capsule = home.put(b"x", name="/x", policy=TO_PARIS).id
     monkeypatch.setattr(actions, "_replicas", lambda *_: {bytes(capsule): frozenset({"paris"})})
-    (refused,) = actions.apply(home)
-    assert (refused["action"], refused["done"]) == ("Migrate", False)
-    assert "space zone promote berlin, in zone paris" in refused["error"]
-    assert log_of(home) == []
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not _has(paris, capsule) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (done,) = actions.apply(home)
+    assert (done["action"], done["done"], done["error"]) == ("Migrate", True, "")
+    assert log_of(home) == [("Migrate", "paris", done["reason"])]
+    paris.write(capsule, 0, b"y")
+    with pytest.raises(RefusedError, match="its home is zone paris"):
+        home.write(capsule, 0, b"z")
+    assert planned(home) == []
+
+
+def test_a_home_is_not_moved_where_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Migrate that cannot be carried out changes nothing, and says why."""
+    with space.open(tmp_path / "alone") as store, space.open(tmp_path / "other") as other:
+        Zones(store).init("berlin", "geo", "")
+        Zones(other).init("paris", "geo", "")
+        Zones(store).add("paris", "https://127.0.0.1:1", Zones(other).keys().offer()[0], None, offline=True)
+        capsule = store.put(b"x", name="/x", policy=TO_PARIS).id
+        action = compiler.Migrate(bytes(capsule), "paris", "it has room")
+        monkeypatch.setattr(actions, "_planned", lambda *_: [actions.Planned(action, store.policy(capsule))])
+        (failed,) = actions.apply(store)
+        assert not failed["done"]
+        assert "nothing ships" in failed["error"]
+        assert log_of(store) == []
+        store.write(capsule, 0, b"y")
+
+
+def _has(store: Store, capsule: CapsuleId) -> bool:
+    try:
+        return store.get(capsule) == b"x"
+    except NotFoundError:
+        return False
 
 
 class Cluster:
