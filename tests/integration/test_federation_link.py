@@ -355,7 +355,7 @@ def test_a_zone_that_is_away_is_found_again(tmp_path: Path) -> None:
                 server, _ = await _relay_at(port, zones.port)
                 async with server:
                     await until(lambda: shelf.acknowledged_at == 3)
-                    assert shipper.listens
+                    await until(lambda: shipper.listens)
                     await until(lambda: shipper.status.connected and not shipper.status.error)
 
     asyncio.run(main())
