@@ -222,7 +222,7 @@ def _everywhere(content: bytes, key: int, store: Store) -> list[bytes]:
     return rows
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.lists(STEPS, min_size=3, max_size=14))
 def test_readable_until_destroyed_and_never_again(steps: list[tuple[Any, ...]]) -> None:
     """Whatever happens in whatever order, content is read until its key is destroyed, and from then on by nobody."""
