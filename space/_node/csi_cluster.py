@@ -467,7 +467,9 @@ class CsiNode:
             volumes = self._volumes()
             calls = VolumeCalls(volumes, self._room, "", incarnation=self._node.config.cluster.hex())
             signed = (
-                volumes.signed(terms.client, terms.sequence) if terms.client else contextlib.nullcontext()
+                volumes.signed(_caller(terms.client), terms.sequence)
+                if terms.client
+                else contextlib.nullcontext()
             )
             with signed:
                 return _CALLS[method](calls, **arguments)
@@ -590,3 +592,8 @@ def _is_behind(followed: Any, position: int) -> bool:
     if type(followed) is not list:
         return False
     return any(type(each) is int and each < position for each in followed)
+
+
+def _caller(client: bytes) -> bytes:
+    """Who a caller is where its calls about volumes are numbered, of which one may take several numbers."""
+    return CapsuleId(client).derive(b"csi calls")
