@@ -2,8 +2,9 @@
 
     python -m tests.capture_clients < PLAN
 
-The plan is JSON: ``nfs`` (port, and files with the content to be written there) and ``nvme`` (port, subsystem and, for
-each namespace, content).  Everything is read back, and ``done`` is written.
+The plan is JSON: ``before`` and ``after`` (commands), and in between ``nfs`` (port, and files with the content to be
+written there) and ``nvme`` (port, subsystem and, for each namespace, content).  Everything is read back, and the last
+line is ``done``.
 """
 
 from __future__ import annotations
@@ -13,10 +14,18 @@ import json
 import sys
 from typing import Any, Final
 
+from space.cli import run
 from tests.nfs_client import Client
 from tests.nvme_initiator import Host
 
 BLOCK_BYTES: Final = 4096
+
+
+def by_command(commands: list[list[str]]) -> None:
+    """What users type, in one process: to start one for each takes longer than all they do."""
+    for command in commands:
+        status = run(command)
+        assert status == 0, command
 
 
 def over_nfs(plan: dict[str, Any]) -> None:
@@ -46,6 +55,8 @@ async def over_nvme(plan: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     wanted = json.load(sys.stdin)
+    by_command(wanted["before"])
     over_nfs(wanted["nfs"])
     asyncio.run(over_nvme(wanted["nvme"]))
+    by_command(wanted["after"])
     sys.stdout.write("done\n")
