@@ -28,7 +28,7 @@ from space.federation.sealing import is_for_home
 from space.federation.selection import Selection
 from space.statemachine import zones as rows
 from space.statemachine.handover import GIVEN_MAX
-from space.statemachine.tables import CAPSULE, HOME, KEY, MOVED, U32, CapsuleRow, Overlay, Reader
+from space.statemachine.tables import KEY, U32, Overlay, Reader
 
 if TYPE_CHECKING:
     from space._node.federation_zones import Zone, Zones
@@ -219,22 +219,6 @@ def _taken(ask_there: Ask, given: Given, wait_seconds: float) -> bool:
 # --- back ------------------------------------------------------------------------------------------
 
 
-def pending(txn: Reader, zone: bytes) -> dict[bytes, int]:
-    """Capsules whose home was given to a zone that has told of none of them since, and where in this log."""
-    root = txn.get(CAPSULE, bytes(ROOT))
-    if root is None or not CapsuleRow.decode(root).flags & MOVED:
-        return {}
-    state = Overlay(txn)
-    found = {}
-    for capsule, value in txn.scan(HOME, b""):
-        home = rows.HomeRow.decode(value)
-        row = state.capsule(capsule)
-        untold = home.zone == zone and home.moved and not (home.here or home.position)
-        if untold and row is not None and rows.home_of(state, capsule, row) == zone:
-            found[capsule] = home.moved
-    return found
-
-
 def take_back(store: Store, zones: Zones, name: str, *, asked: Ask | None = None) -> Document:
     """Takes back every home that was given to a zone and that it has not taken; it declines them first.
 
@@ -247,7 +231,7 @@ def take_back(store: Store, zones: Zones, name: str, *, asked: Ask | None = None
     """
     zone = zones.find(name)
     with store._read() as txn:
-        found = pending(txn, zone.id)
+        found = rows.given_to(Overlay(txn), zone.id)
     position = max(found.values(), default=0)
     back = [
         capsule

@@ -18,6 +18,7 @@ from space._node.federation_keys import ZONE
 from space._node.federation_nodes import OFFICE, links_elsewhere, merged
 from space.events.codec import batch_rows
 from space.statemachine import zones as rows
+from space.statemachine.tables import Overlay
 
 if TYPE_CHECKING:
     from space._node.federation_zones import Zone
@@ -192,10 +193,8 @@ def _zone(
 
 def _moving(store: Store, zone: Zone) -> int:
     """Capsules whose home was given to a zone that has told of none of them since."""
-    from space._node.federation_move import pending
-
     with store._read() as txn:
-        return len(pending(txn, zone.id))
+        return len(rows.given_to(Overlay(txn), zone.id))
 
 
 def _quiet(store: Store, note: Document) -> Document:

@@ -362,11 +362,13 @@ class RewrapKeys:
     """Lets data keys have these rows (key, version, wrapped), which master key ``master`` (a fingerprint) wraps.
 
     With ``last``, that is the master key from then on: refused (STALE) while a row is wrapped by another one.
+    Refused as well where the master key is not ``before`` any more: one change of it at a time.
     """
 
     master: int
     rows: Sequence[tuple[int, int, bytes]]
     last: bool = False
+    before: int = 0
 
 
 @attrs.frozen
@@ -607,15 +609,16 @@ class GiveHomes:
 class TakeHome:
     """The capsule's home is this store from now on; only in a :class:`ReceiveShipment`, from the home it has had.
 
-    ``policy`` is its policy from then on, ``key`` the number of its data key (0: none), ``epoch`` the one in which its
-    home was given away.  It is passed over where key or epoch are others here, where the capsule is not wholly here,
-    or where the store has declined to take it (:class:`DeclineHomes`).
+    ``policy`` is its policy from then on, ``key`` the number of its data key (0: none); its home was given away at
+    position ``given``, in that ``epoch``.  It is passed over where key or epoch are others here, where the capsule is
+    not wholly here, and where the store has taken or declined (:class:`DeclineHomes`) what was given then.
     """
 
     capsule: bytes
     policy: bytes
     key: int
     epoch: int
+    given: int
 
 
 @attrs.frozen

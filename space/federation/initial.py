@@ -3,7 +3,8 @@
 It is the start of each lane's stream, and so goes by the same cursors: a lane is opened at the position of the copy,
 all lanes before anything is copied, and then what is in it comes step by step.  The highest lane begins with what an
 earlier life of the zone left there and is shipped no longer, and with the directories of all lanes, from the top; so
-every other capsule gets its names when it comes.
+every other capsule gets its names when it comes.  The lowest ends with the homes that were given to the zone and that
+it has told nothing of: it may have come to where they were given, or not.
 
 The order of the steps depends on nothing but the moment: after a break, the same moment gives the same steps, and the
 copy goes on behind the last one that came.
@@ -32,10 +33,12 @@ from space.federation.translate import (
     steps,
     timed,
 )
+from space.statemachine import zones
 from space.statemachine.tables import CAPSULE, ENTRY, POLICY, U32, CapsuleRow
 
 _WITHDRAWN: Final = 1 << 31
-"""Number of a step that withdraws, in marks: no copy has so many parts."""
+_GIVEN: Final = _WITHDRAWN + 1
+"""Numbers of steps that withdraw, and that give homes, in marks: no copy has so many parts."""
 
 
 def initial(
@@ -64,7 +67,14 @@ def initial(
             time_ns,
             lane,
             (),
-            copies=_copies(translator, moment, (position, time_ns), lane, left if lane == top else None),
+            copies=_copies(
+                translator,
+                moment,
+                (position, time_ns),
+                lane,
+                left if lane == top else None,
+                last=lane == min(lanes),
+            ),
             writes=frozenset([lane_key(lane)]),
             alone=lane == top,
             first=True,
@@ -74,12 +84,25 @@ def initial(
 
 
 def _copies(
-    translator: Translator, moment: Moment, at: tuple[int, int], lane: int, left: list[bytes] | None
+    translator: Translator,
+    moment: Moment,
+    at: tuple[int, int],
+    lane: int,
+    left: list[bytes] | None,
+    *,
+    last: bool,
 ) -> Copies:
-    """What comes in one lane; ``left`` is what has to go first, in the highest lane."""
+    """What comes in one lane; ``left`` is what has to go first, in the highest lane; the ``last`` one gives homes."""
     first = _First(translator, moment, at, lane)
 
     def made(after: Mark | None) -> Iterator[Step]:
+        given = None if after is None or after[1] != _GIVEN else after[0]
+        if given is None:
+            yield from copied(after)
+        if last:
+            yield from first.homes(given, at[1])
+
+    def copied(after: Mark | None) -> Iterator[Step]:
         if left is None:
             yield from steps(resumed(first.others(), after))
             return
@@ -145,9 +168,30 @@ class _First:
     def _is_other(self, scope: Scope, capsule: bytes) -> bool:
         return scope.lane(capsule) == self._lane and scope.row(capsule).kind != DIRECTORY
 
+    def homes(self, after: bytes | None, time_ns: int) -> Iterator[Step]:
+        """Homes that were given to the zone, from the one after a capsule on."""
+        scope = self._fresh()
+        zone = zones.zone_row(scope.state, self._translator.zone)
+        rest = [capsule for capsule in self._given(scope) if after is None or capsule > after]
+        for start in range(0, len(rest) if zone is not None else 0, STEP_PARTS):
+            assert zone is not None
+            some = rest[start : start + STEP_PARTS]
+            commands = [self._translator.handed_over(scope, capsule, zone.epoch) for capsule in some]
+            yield Step(commands, (some[-1], _GIVEN), time_ns)
+
+    def _given(self, scope: Scope) -> list[bytes]:
+        """Capsules the zone may have to take the home of; in scope, as if it were here still."""
+        given = zones.given_to(scope.state, self._translator.zone)
+        return sorted(capsule for capsule in given if scope.lane(capsule) is not None)
+
     def _fresh(self) -> Scope:
-        """A scope that has remembered nothing yet."""
-        return self._translator.scope(self._moment)
+        """A scope that has remembered nothing yet, but shows what is given to the zone."""
+        scope = self._translator.scope(self._moment)
+        for capsule in zones.given_to(scope.state, self._translator.zone):
+            lane = self._translator.selection.lane(scope.state, scope.row(capsule).policy)
+            if lane is not None and scope.alive(capsule):
+                scope.show(capsule, lane)
+        return scope
 
     def _below_root(self, scope: Scope, *, directories: bool) -> Iterator[tuple[bytes, bytes, bytes]]:
         """Directories, or everything else, with a name each, from the top: (directory, name, capsule)."""

@@ -78,6 +78,7 @@ class Scope:
         self._lanes: dict[bytes, int | None] = {}
         self._alive: dict[bytes, bool] = {}
         self._named: dict[bytes, bool] = {}  # files that are not where they last got a name
+        self._shown: dict[bytes, int] = {}
 
     def _moved_with(self) -> bytes | None:
         """Id of the zone that sees it, if homes of single capsules moved: else no name in its directories counts."""
@@ -113,6 +114,8 @@ class Scope:
         row = self.state.capsule(capsule)
         if row is None or capsule == ROOT or capsule in self._without:
             return None
+        if capsule in self._shown:
+            return self._shown[capsule]
         lane = self._selection.lane(self.state, row.policy)
         if lane is None or zones.home_of(self.state, capsule, row) is not None:
             return None
@@ -141,8 +144,8 @@ class Scope:
         return [] if gone else self.names(capsule)
 
     def show(self, capsule: bytes, lane: int) -> None:
-        """Has a capsule in scope, in a lane, whoever its home is: in the batch in which that goes over."""
-        self._lanes[capsule] = lane
+        """Has a capsule in scope, in a lane, whoever its home is: while that goes over."""
+        self._shown[capsule] = self._lanes[capsule] = lane
 
     def lost(self, capsule: bytes) -> None:
         """Takes it from whoever found its only name in a directory that is not alive, that a capsule is not."""

@@ -156,6 +156,14 @@ class Translator:
         """What the zone may see of a moment."""
         return Scope(moment.state, self.selection, self.home)
 
+    def handed_over(self, scope: Scope, capsule: bytes, epoch: int) -> cmd.TakeHome:
+        """Gives the zone the home of a capsule: it becomes what policies called the home, and this zone the target."""
+        row = scope.row(capsule)
+        policy = self.selection.policy(scope.state, row.policy)
+        document: bytes = msgpack.packb(moved(policy, self.home_name, self.selection.zone).to_document())
+        home = zones.home_row(scope.state, capsule)
+        return cmd.TakeHome(capsule, document, row.key, epoch, 0 if home is None else home.moved)
+
     def translate(self, before: Moment, after: Moment, batch: Batch) -> list[Part]:
         """The parts of a batch, highest lane first; none if it means nothing to the zone."""
         if is_quiet(batch.events):
@@ -805,18 +813,13 @@ class _Translation:
 
     def _homes(self) -> None:
         """Gives the homes of capsules away, at the very end.  Of one that is copied in parts it would be too early."""
-        state, translator = self._after.state, self._translator
-        zone = zones.zone_row(state, translator.zone)
+        translator = self._translator
+        zone = zones.zone_row(self._after.state, translator.zone)
         for capsule in self._given:
             lane = self._after.lane(capsule)
             if lane is None or zone is None or capsule in self._beside:
                 continue
-            row = self._after.row(capsule)
-            policy = translator.selection.policy(state, row.policy)
-            document = msgpack.packb(
-                moved(policy, translator.home_name, translator.selection.zone).to_document()
-            )
-            self._tell(lane, capsule, cmd.TakeHome(capsule, document, row.key, zone.epoch))
+            self._tell(lane, capsule, translator.handed_over(self._after, capsule, zone.epoch))
 
     # --- lanes -------------------------------------------------------------------------------------
 

@@ -400,14 +400,15 @@ class _Delivery:
 
     def _take_home(self, command: cmd.TakeHome) -> None:
         """What comes from its home has it here from now on.  Else it stays fenced there, until it is taken back."""
-        capsule, position = bytes(command.capsule), self._command.through_position
+        capsule = bytes(command.capsule)
         row, home = self._tried.capsule(capsule), zones.home_row(self._tried, capsule)
         if row is None or row.deleted or row.key != command.key or not self._is_home(capsule, row):
             return
         if (home is not None and home.copy) or command.epoch != self._row.epoch:
             return
-        if position > self._row.declined:
-            self._happen(ev.HomeTaken(capsule, self._zone, position))
+        came = home.came if home is not None and home.zone == self._zone else 0
+        if max(self._row.declined, came) < command.given <= self._command.through_position:
+            self._happen(ev.HomeTaken(capsule, self._zone, command.given))
             self._happen(*self._rule(cmd.SetPolicy(capsule, command.policy)))
 
     # --- names -----------------------------------------------------------------------------------
@@ -555,10 +556,16 @@ class _Delivery:
             raise _refuse(
                 Status.INVALID, f"not a part of a copy: position {copied.position}, step {copied.step}"
             )
-        row = self._tried.capsule(copied.capsule)
+        row, home = self._tried.capsule(copied.capsule), zones.home_row(self._tried, copied.capsule)
         if row is not None:
+            if (
+                home is not None
+                and home.here
+                and home.zone == self._zone
+                and not self._is_home(copied.capsule, row)
+            ):
+                return False  # its home was taken from there, which has not heard of it
             self._ours(copied.capsule)
-        home = zones.home_row(self._tried, copied.capsule)
         if copied.step == 0:
             reached = zones.reached(self._tried, self._row, copied.capsule)
             unfinished = home is not None and home.copy != 0

@@ -249,6 +249,23 @@ def begins_at(state: Reader | Overlay, zone: bytes, row: ZoneRow) -> int:
     return min((row.promoted, *taken))
 
 
+def given_to(state: Overlay, zone: bytes) -> dict[bytes, int]:
+    """Capsules whose home was given to a zone that has told of none of them since, and where in this log.
+
+    Not those given before the zone took this store's place: then it is their home whether it took it or not.
+    """
+    row, root = zone_row(state, zone), state.capsule(ROOT)
+    if row is None or root is None or not root.flags & MOVED:
+        return {}
+    found = {}
+    for capsule, value in state.scan(HOME, b""):
+        home, there = HomeRow.decode(value), state.capsule(capsule)
+        untold = home.zone == zone and home.moved > row.parted and not (home.here or home.position)
+        if untold and there is not None and home_of(state, capsule, there) == zone:
+            found[capsule] = home.moved
+    return found
+
+
 def sent_capsules(state: Reader | Overlay, zone: bytes) -> Iterator[tuple[bytes, int]]:
     """Capsules a zone was sent and not told to delete since, each with the position it was last sent as of."""
     for key, value in state.scan(SENT, zone):

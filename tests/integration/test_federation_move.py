@@ -171,6 +171,24 @@ def test_a_copy_of_what_moved_is_written_over_it(two: Pumped) -> None:
     sound(two)
 
 
+def test_a_first_copy_gives_what_was_given(two: Pumped) -> None:
+    """A stream that begins after a home was given away copies the capsule, and gives its home then."""
+    given(two, "/all")
+    two.there.run()
+    two.paris.write(two.paris.resolve(f"{THERE}/all/f"), 0, b"in paris alone")
+    given(two, f"{THERE}/all/f", back=True)
+    assert homes(two, "/all/f") == []
+    two.restart("paris")  # it has shipped nothing yet, and has to copy all it may
+    two.settle()
+    assert homes(two, "/all/f") == ["oslo"]
+    assert homes(two, "/all") == homes(two, "/all/dir/g") == ["paris"]
+    assert both(two, "/all/f") == [b"in paris alone"] * 2
+    two.oslo.write(two.oslo.resolve("/all/f"), 0, b"IN OSLO")
+    two.settle()
+    assert both(two, "/all/f") == [b"IN OSLOs alone"] * 2
+    sound(two)
+
+
 @pytest.mark.parametrize("stop", range(7))
 def test_it_goes_on_wherever_it_stops(tmp_path: Path, stop: int) -> None:
     """Processes end after any step: there is never more than one home, and in the end there is exactly one."""
@@ -359,9 +377,9 @@ def test_a_home_takes_nobody_elses(two: Pumped) -> None:
     assert two.there.homes({bytes(mine): 5}, 0) == [Residence.HOME]
     assert two.there.homes({bytes(16): 5}, 0) == [Residence.ABSENT]
     with pytest.raises(SpaceError, match="shipment only"):
-        two.paris.execute(cmd.TakeHome(mine, b"", 0, 0))
+        two.paris.execute(cmd.TakeHome(mine, b"", 0, 0, 1))
     oslo = two.back.zone.id
-    take = cmd.TakeHome(bytes(mine), b"", 0, 0)
+    take = cmd.TakeHome(bytes(mine), b"", 0, 0, 1)
     cursor = two.there.receiver.cursors(two.there.peer)["cursors"][0]
     at = (cursor["position"], cursor["position"] + 1)
     two.paris.execute(cmd.ReceiveShipment(oslo, 0, cursor["lane"], *at, 0, [take], cursor["step"]))
@@ -391,9 +409,7 @@ def test_over_the_network(tmp_path: Path) -> None:
         zones.links["paris"].cut()
         until(lambda: not zones.status("oslo")["zones"][0]["connected"])
         with pytest.raises(UnavailableError):
-            take_back(oslo, Zones(oslo), "nobody") if False else hand_over(
-                oslo, Zones(oslo), "/all/b", "paris"
-            )
+            hand_over(oslo, Zones(oslo), "/all/b", "paris")
         oslo.write(oslo.resolve("/all/b"), 0, b"not given away without an answer")
 
 
