@@ -88,7 +88,7 @@ def _erased(found: Document) -> Iterator[str]:
     if found["erased"]:
         yield "the old master key is erased here; copies of it elsewhere are yours to destroy"
     for each in found["kept"]:
-        yield clean(f"NOT erased: {each}")
+        yield clean(f"NOT gone: {each}")
 
 
 @key_app.command("destroy")

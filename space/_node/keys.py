@@ -28,6 +28,7 @@ from space._errors import (
     Status,
     UnavailableError,
 )
+from space._node.keys_file import FILES
 from space.content.frames import FRAME_RECORD_BYTES
 from space.content.keys import (
     MASTER_KEYS_MAX,
@@ -41,7 +42,7 @@ from space.events import commands as cmd
 from space.events import types as ev
 from space.events.codec import decode_batch
 from space.events.commands import Durability, Request
-from space.events.ids import ID_BYTES, CapsuleId, format_time
+from space.events.ids import ID_BYTES, ROOT, CapsuleId, format_time
 from space.projections.feed import Progress
 from space.statemachine import zones
 from space.statemachine.apply import clone_id, manifest_nodes
@@ -51,6 +52,9 @@ from space.statemachine.tables import CAPSULE, HOME, KEY, SENT, U32, ZONE_KEY, C
 if TYPE_CHECKING:
     from space._node.caller import Document
     from space._node.store import Store
+
+SHELF: Final = b".shards"
+"""The directory of layouts (:mod:`space._node.federation_shelf`)."""
 
 ATTEMPTS_MAX: Final = 16
 """How often rows are looked through for those that came meanwhile: each time there are fewer, and few at first."""
@@ -103,12 +107,22 @@ class Made:
 
 @attrs.define
 class Book:
-    """Which keys every capsule has or had, what became of them, and when the master key was last changed."""
+    """What the log says of keys.
+
+    Attributes:
+        keys: every data key.
+        of: those each capsule has or had.
+        plain: capsules of which something was stored without a key.
+        sharded: names (ids in text) of capsules that have or had a layout of shards here, which holds their keys.
+        changed: position at which the master key was last changed.
+    """
 
     keys: dict[int, Made] = attrs.field(factory=dict)
     of: defaultdict[bytes, set[int]] = attrs.field(factory=lambda: defaultdict(set))
     plain: set[bytes] = attrs.field(factory=set)
+    sharded: set[bytes] = attrs.field(factory=set)
     changed: int = 0
+    _shelves: list[set[bytes]] = attrs.field(factory=lambda: [set(), set()])
 
     def read(self, position: int, time_ns: int, actor: str, event: ev.Event) -> None:
         """Takes note of the next event."""
@@ -118,6 +132,8 @@ class Book:
             case ev.KeyCreated():
                 self.keys.setdefault(event.key, Made(event.capsule, position, time_ns))
                 self.of[event.capsule].add(event.key)
+            case ev.NameLinked():
+                self._linked(event)
             case ev.CapsuleCloned():
                 self._cloned(event)
             case ev.RangeCopied():
@@ -138,6 +154,16 @@ class Book:
             keys.discard(0)
         if keys:
             self.of[event.capsule] |= keys
+
+    def _linked(self, event: ev.NameLinked) -> None:
+        """Directories of layouts: ``/.shards/HOME/CAPSULE``."""
+        shelf, homes = self._shelves
+        if event.parent == ROOT and event.name == SHELF:
+            shelf.add(event.capsule)
+        elif event.parent in shelf:
+            homes.add(event.capsule)
+        elif event.parent in homes:
+            self.sharded.add(event.name)
 
     def _cloned(self, event: ev.CapsuleCloned) -> None:
         if event.manifest:
@@ -308,22 +334,31 @@ def _changing(stores: Sequence[Store]) -> Iterator[None]:
 
 def _prepare(store: Store, others: Others, shard: int) -> int:
     """Puts the master key that is to be into every file; its fingerprint, or 0 for a shard without master key."""
-    keys = store.master_file.load()
-    if not keys:
-        return 0
-    at = _place(store, keys)
-    if at == len(keys) - 1:
-        if len(keys) == MASTER_KEYS_MAX:
-            raise RefusedError(
-                f"{store.master_file.path} is full: {len(keys)} master keys",
-                hint="take out those no store needs any more; space key ls says which this one needs",
-                status=Status.NOT_PERMITTED,
-            )
-        keys = (*keys, generate_master_key(store._random_bytes))
-        store.master_file.replace(keys)
+    with FILES:
+        keys = store.master_file.load()
+        if not keys:
+            return 0
+        if _place(store, keys) == len(keys) - 1:
+            keys = add_key(store, keys, generate_master_key(store._random_bytes))
     store.load_master_keys()
     others.take(shard, keys[-1])
     return master_fingerprint(keys[-1])
+
+
+def add_key(store: Store, keys: Sequence[bytes], key: bytes) -> tuple[bytes, ...]:
+    """Adds a master key to a file that has ``keys``; :data:`FILES` has to be held.
+
+    Raises:
+        RefusedError: it is full, or cannot be changed.
+    """
+    if len(keys) >= MASTER_KEYS_MAX:
+        raise RefusedError(
+            f"{store.master_file.path} is full: {len(keys)} master keys",
+            hint="take out those no store needs any more; space key ls says which this one needs",
+            status=Status.NOT_PERMITTED,
+        )
+    store.master_file.replace((*keys, key))
+    return (*keys, key)
 
 
 def _place(store: Store, keys: Sequence[bytes]) -> int:
@@ -341,7 +376,7 @@ def _place(store: Store, keys: Sequence[bytes]) -> int:
 
 def _rewrap(store: Store, master: int) -> int:
     """Wraps every data key by another master key, and lets that be the master key; how many there were."""
-    total = 0
+    total, before = 0, store.master
     for _ in range(ATTEMPTS_MAX):
         rows = [_wrapped_anew(store, master, *each) for each in _wrapped_otherwise(store, master)]
         total += len(rows)
@@ -349,9 +384,11 @@ def _rewrap(store: Store, master: int) -> int:
         try:
             for number, part in enumerate(parts, 1):
                 store.execute(
-                    cmd.RewrapKeys(master, part, number == len(parts)), durability=Durability.DURABLE
+                    cmd.RewrapKeys(master, part, number == len(parts), before), durability=Durability.DURABLE
                 )
         except ConflictError:  # keys were made or destroyed meanwhile
+            if store.master != before:
+                raise
             continue
         return total
     raise UnavailableError(
@@ -395,15 +432,16 @@ def erase_old(stores: Sequence[Store]) -> None:
         RefusedError: a file cannot be changed.
     """
     needed: dict[str, list[int]] = {}
-    for store in stores:
-        keys = store.master_file.load()
-        if keys:
-            needed.setdefault(str(store.master_file.path), []).append(_place(store, keys))
-    for store in stores:
-        keys, at = store.master_file.load(), min(needed.pop(str(store.master_file.path), [0]))
-        if at:
-            store.master_file.replace(keys[at:])
-        store.load_master_keys()
+    with FILES:
+        for store in stores:
+            keys = store.master_file.load()
+            if keys:
+                needed.setdefault(str(store.master_file.path), []).append(_place(store, keys))
+        for store in stores:
+            keys, at = store.master_file.load(), min(needed.pop(str(store.master_file.path), [0]))
+            if at:
+                store.master_file.replace(keys[at:])
+            store.load_master_keys()
 
 
 def finish_at_start(store: Store) -> None:
@@ -460,7 +498,7 @@ def destroy(
             if number:
                 _rewrap(each, number)
         store.forget_keys()  # again: a read may have been under way
-        kept = _drop(stores, others, sole=sole)
+        kept = [*_drop(stores, others, sole=sole), *_in_layouts(book, doomed)]
         return {
             "position": store.position,
             "capsules": [str(CapsuleId(each)) for each in doomed],
@@ -499,6 +537,16 @@ def _doomed(
     for each in sharing:
         doomed[each] = book.of[each] & gone
     return doomed
+
+
+def _in_layouts(book: Book, capsules: dict[bytes, set[int]]) -> list[str]:
+    """Layouts of shards hold data keys sealed for this zone, which its own sealing key opens, in words."""
+    return [
+        f"the layout of the shards of {CapsuleId(each)} has its keys, sealed for this zone: "
+        "gone only if it was removed and space gc ran since"
+        for each in capsules
+        if str(CapsuleId(each)).encode() in book.sharded
+    ]
 
 
 def _zones_with(store: Store, capsules: dict[bytes, set[int]]) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -23,6 +24,9 @@ from space.content.keys import load_master_keys
 
 MASTER_KEY_FILE: Final = "master.key"
 MASTER_KEY_ENVIRONMENT: Final = "SPACE_MASTER_KEY_FILE"
+
+FILES: Final = threading.RLock()
+"""Held from reading a file to replacing it: shards may share one, and other nodes have it changed."""
 
 _NEW: Final = ".new"
 _OLD: Final = ".old"

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from space._errors import RefusedError, SpaceError, Status, UnavailableError, UsageError
-from space._node.keys import erase_old
-from space.content.keys import KEY_BYTES, MASTER_KEYS_MAX, master_fingerprint
+from space._node.keys import add_key, erase_old
+from space._node.keys_file import FILES
+from space.content.keys import KEY_BYTES, master_fingerprint
 
 if TYPE_CHECKING:
     from space._node.cluster import ClusterNode
@@ -123,20 +124,14 @@ def _take(store: Store, text: str) -> None:
         key = b""
     if len(key) != KEY_BYTES:
         raise UsageError("not a master key")
-    keys = store.master_file.load()
-    if key in keys:
-        store.load_master_keys()
-        return
-    if len(keys) >= MASTER_KEYS_MAX:
-        raise RefusedError(
-            f"{store.master_file.path} is full: {len(keys)} master keys", status=Status.NOT_PERMITTED
-        )
-    if keys:
-        store.master_file.replace((*keys, key))
-    else:
-        raise RefusedError(
-            f"there is no master key at {store.master_file.path}, and this cluster has one",
-            hint="give the node the cluster's master key first",
-            status=Status.NOT_PERMITTED,
-        )
+    with FILES:
+        keys = store.master_file.load()
+        if not keys:
+            raise RefusedError(
+                f"there is no master key at {store.master_file.path}, and this cluster has one",
+                hint="give the node the cluster's master key first",
+                status=Status.NOT_PERMITTED,
+            )
+        if key not in keys:
+            add_key(store, keys, key)
     store.load_master_keys()

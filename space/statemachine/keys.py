@@ -53,8 +53,10 @@ def _master_of(row: bytes) -> int:
 def rewrap(state: Overlay, command: cmd.RewrapKeys, payload: PayloadPlacer) -> Decision:
     """A row is replaced by one of the same key: what was destroyed meanwhile does not come back."""
     master, before = command.master, state.counter(MASTER)
-    if not 0 < master <= U63_MAX or len(command.rows) > REWRAPPED_MAX:
+    if not 0 < master <= U63_MAX or master == command.before or len(command.rows) > REWRAPPED_MAX:
         return Rejected(Status.INVALID, f"not rows of a master key: {len(command.rows)} of {master}")
+    if before != command.before:
+        return Rejected(Status.STALE, "the master key was changed meanwhile")
     rows: dict[bytes, bytes] = {}
     for key, version, wrapped in command.rows:
         number = U32.pack(key) + U32.pack(version)
@@ -72,7 +74,7 @@ def rewrap(state: Overlay, command: cmd.RewrapKeys, payload: PayloadPlacer) -> D
     if rows:
         packed = b"".join(ev.REWRAPPED.pack(*_number(key), row) for key, row in rows.items())
         events.append(ev.KeysRewrapped(bytes(ROOT), master, packed))
-    if command.last and master != before:
+    if command.last:
         events.append(ev.MasterKeyChanged(bytes(ROOT), master, before))
     return events
 

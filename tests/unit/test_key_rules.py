@@ -71,7 +71,10 @@ def test_the_master_key_is_changed_with_the_last_row(world: World) -> None:
     assert changed == ev.MasterKeyChanged(bytes(ROOT), 7, 0)
     assert world.state.counter(MASTER) == 7
     assert (world.key(1), world.key(2)) == (row(7, 1), row(7, 2))
-    assert world.do(cmd.RewrapKeys(7, [], True)) == []
+    assert world.refused(cmd.RewrapKeys(8, [], True)) is Status.STALE  # begun before: one change at a time
+    assert world.refused(cmd.RewrapKeys(7, [], True, 7)) is Status.INVALID
+    world.do(cmd.RewrapKeys(8, [(1, 1, row(8)), (2, 1, row(8))], True, 7))
+    assert world.state.counter(MASTER) == 8
 
 
 def test_keys_of_another_master_key_are_refused(world: World) -> None:

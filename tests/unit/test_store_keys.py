@@ -412,3 +412,14 @@ def test_what_cannot_get_another_data_key(store: Store) -> None:
     ))  # fmt: skip
     with pytest.raises(RefusedError, match="shipped to zones"):
         rekey(store, store.resolve("/a"))
+
+
+def test_layouts_of_shards_are_said(store: Store) -> None:
+    """Keys sealed in a layout of shards are not reached by changing the master key: the answer says it is not gone."""
+    capsule = store.resolve("/a")
+    store.mkdir(f"/.shards/{CapsuleId(bytes(16))}/{capsule}", parents=True)
+    done = destroy(store, "/a")
+    assert done["erased"] is False
+    (kept,) = done["kept"]
+    assert str(capsule) in kept
+    assert destroy(store, "/b")["erased"] is True
