@@ -135,17 +135,23 @@ def recoder(store: Store, keys: ShipmentKeys) -> Recode:
     """
     with store._read() as txn:
         policy, number = _in_force(txn)
-    if policy is not None:
-        key = store._keyring.frame_key(number, KEY_VERSION) if policy.encryption is not None else None
-        transforms = [(name, _transform(name)) for name in policy.transform]
-        return Recoder(policy, key, keys, store._writer, transforms)
-    as_it_came = Recoder(ArrivalPolicy(), None, keys, store._writer)
+        own = rows.arrival_key(txn)
+    wanted = policy or ArrivalPolicy()
+    key = store._keyring.frame_key(number, KEY_VERSION) if wanted.encryption is not None else None
+    transforms = [(name, _transform(name)) for name in wanted.transform]
+    anew = Recoder(wanted, key, keys, store._writer, transforms)
 
-    def renumbered(capsule: bytes, ref: FrameRef, stored: Buffer) -> StoredFrame | None:
-        """The frame under its key's number here."""
-        return as_it_came(capsule, ref, stored) if ref.encryption and keys.moved(ref.key_id) else None
+    def recode(capsule: bytes, ref: FrameRef, stored: Buffer) -> StoredFrame | None:
+        """The frame as the policy has it, and under its key's number here."""
+        moved = bool(ref.encryption) and keys.moved(ref.key_id)
+        if ref.encryption and ref.key_id == own and not moved:  # no other zone has that key
+            raise RefusedError(
+                f"a shipment with a frame under key {own}, which is this zone's own",
+                status=Status.NOT_PERMITTED,
+            )
+        return anew(capsule, ref, stored) if policy is not None or moved else None
 
-    return renumbered
+    return recode
 
 
 def _in_force(txn: Reader) -> tuple[ArrivalPolicy | None, int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final, final
 
-from space._errors import CorruptionError, RefusedError, SpaceError, Status
+from space._errors import CorruptionError, RefusedError, SpaceError
 from space.content import codecs
 from space.content.frames import FLAG_SHARED, Buffer, CompressionCode, EncryptionCode, FrameRef, pack_frames
 from space.content.keys import FrameKey
@@ -74,11 +74,6 @@ class Recoder:
         """
         key = None
         if ref.encryption:
-            if self._key is not None and ref.key_id == self._key.key_id:
-                raise RefusedError(
-                    f"a shipment with a frame under key {ref.key_id}, which is this zone's own",
-                    status=Status.NOT_PERMITTED,
-                )
             key = self._key_of(ref.key_id, ref.key_version)
             if key is None:
                 return None

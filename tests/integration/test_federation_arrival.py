@@ -14,7 +14,7 @@ import attrs
 import pytest
 
 from space._errors import CorruptionError, NotFoundError, RefusedError, SpaceError
-from space._node.federation_arrival import describe, set_policy
+from space._node.federation_arrival import ShipmentKeys, describe, recoder, set_policy
 from space._node.federation_audit import audit
 from space._node.federation_promote import promote
 from space._node.federation_status import status
@@ -24,6 +24,7 @@ from space.content.cache import FrameCache
 from space.content.frames import EncryptionCode, FrameRef, unpack_frames
 from space.content.keys import Keyring
 from space.content.pipeline import ContentReader
+from space.events import commands as cmd
 from space.events.ids import ZONES, CapsuleId
 from space.federation.sealing import seal_key
 from space.policy.model import ArrivalPolicy, Compression, Encryption, Policy
@@ -431,6 +432,42 @@ def test_a_function_that_is_not_there_is_refused(zones: Pumped, monkeypatch: pyt
     zones.there.connect()
     with pytest.raises(RefusedError, match="not installed"):
         zones.there.run()
+
+
+@pytest.mark.parametrize("policy", [GCM, ArrivalPolicy(compression=Compression.ZSTD), ArrivalPolicy()])
+def test_numbers_of_keys_are_drawn_without_asking(
+    zones: Pumped, monkeypatch: pytest.MonkeyPatch, policy: ArrivalPolicy
+) -> None:
+    """A key of the home with the number of the zone's own is another key, and arrives as any other does."""
+    set_policy(zones.paris, GCM)
+    number = describe(zones.paris)["key"]
+    assert number is not None
+    set_policy(zones.paris, policy)
+    with monkeypatch.context() as patch:
+        key = cmd.NewKey(number, 1, zones.oslo.wrap_key(number, 1, bytes(range(32))))
+        patch.setattr(zones.oslo, "new_key", lambda _: key)
+        file = put(zones, shared("paris", encryption=Encryption.AES_256_GCM))
+    zones.settle()
+    assert zones.oslo.stat(file).key == number
+    assert zones.paris.stat(file).key != number
+    assert zones.paris.get(file) == TEXT
+    assert not zones.paris.verify().findings
+
+
+@pytest.mark.parametrize("policy", [GCM, ArrivalPolicy(compression=Compression.ZSTD), ArrivalPolicy()])
+def test_nobody_ships_frames_under_the_key_of_the_zone(zones: Pumped, policy: ArrivalPolicy) -> None:
+    """A frame under the number of that key, without a key of the home's of that number, is refused; also afterwards."""
+    set_policy(zones.paris, GCM)
+    number = describe(zones.paris)["key"]
+    assert number is not None
+    if policy.encryption is None:
+        set_policy(zones.paris, policy)
+    recode = recoder(zones.paris, ShipmentKeys(zones.paris, zones.there.peer.id))
+    encrypting = Policy(encryption=Encryption.AES_256_GCM)
+    (frame,) = zones.paris._writer.encode(TEXT[:100], encrypting, (number, 1))
+    assert frame.stored is not None
+    with pytest.raises(RefusedError, match="this zone's own"):
+        recode(bytes(16), frame.ref, frame.stored)
 
 
 # --- setting it --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from space._errors import CorruptionError, PolicyFileError, RefusedError, UsageError
+from space._errors import CorruptionError, PolicyFileError, UsageError
 from space.content.frames import FLAG_SHARED, FrameRef, pack_frames, unpack_frames
 from space.content.keys import FrameKey
 from space.events import commands as cmd
@@ -104,14 +104,6 @@ def test_a_frame_that_another_key_made_is_refused(cipher: Encryption) -> None:
     came = write(there, Policy(encryption=cipher), FrameKey(7, 1, b"x" * 32))
     with pytest.raises(CorruptionError, match="a frame that does not read"):
         recoded(ArrivalPolicy(compression=Compression.ZSTD), came, here)
-
-
-def test_nobody_ships_frames_under_a_key_of_this_zone() -> None:
-    """Who ships cannot know that key, so a frame that names it is refused without a look."""
-    there, here = MemoryZone("there", 1), MemoryZone("here", 2)
-    came = write(there, Policy(encryption=Encryption.AES_256_GCM), OURS)
-    with pytest.raises(RefusedError, match="this zone's own"):
-        recoded(ArrivalPolicy(encryption=Encryption.AES_256_GCM), came, here)
 
 
 # --- the policy --------------------------------------------------------------------------------------
