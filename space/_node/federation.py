@@ -336,7 +336,7 @@ class Federation:
         """What the other nodes of a cluster are told: whether this one ships, and what it knows of other zones."""
         links = self.link_documents() if self.ships else {}
         far = {zone.hex(): {key: link[key] for key in DISTANCE} for zone, link in links.items()}
-        return {"ships": self.ships, "notes": self._notes, "links": far}
+        return {"ships": self.ships, "notes": self._known_notes(), "links": far}
 
     async def _watch_links(self) -> None:
         """Looks every second whether promises are kept, and keeps what is known of the zones."""
@@ -345,20 +345,25 @@ class Federation:
             await asyncio.to_thread(self._look_at_links)
 
     def _look_at_links(self) -> None:
-        notes = merged(self._notes, self._offices) if self._store.nodes is not None else {}
+        notes = self._known_notes()
         for link in list(self._links.values()):
             try:
                 link.source.look_at_promises()
             except SpaceError as error:
                 log.warning("the promises to zone %s cannot be looked at: %s", link.zone.name, error)
             notes.setdefault(str(uuid.UUID(bytes=link.zone.id)), {}).update(link.source.note())
+        if notes != self._notes:
+            self._notes = notes
+            save_notes(self._store.path, notes)
+
+    def _known_notes(self) -> dict[str, Document]:
+        """What is known of the other zones here and on the other nodes, with what they just said."""
+        notes = merged(self._notes, self._offices)
         for zone, heard in self._receiver.heard_all().items():
             mine = notes.setdefault(str(uuid.UUID(bytes=zone)), {})
             if heard["heard_ns"] > (mine.get("heard_ns") or 0):
                 mine.update(heard)
-        if notes != self._notes:
-            self._notes = notes
-            save_notes(self._store.path, notes)
+        return notes
 
     def heard_of(self, zone: bytes) -> Document:
         """What a zone last said of its log."""

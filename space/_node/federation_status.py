@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 NOTES_FILE: Final = "links.json"
 """What was last known of the other zones; only shown, and made anew where it is lost."""
 
-ASK_SECONDS: Final = 1.0
-"""How long another node of a cluster may take to say what it knows."""
-
 MARK_EVERY: Final = 256
 """Batches from one sum to the next: what is counted again for one question."""
 
@@ -117,7 +114,7 @@ def heard_note(store: Store, zone: Zone) -> Document:
         heard = {**heard, **running.heard_of(zone.id)}
     if store.nodes is None:
         return heard
-    return merged({_text(zone): heard}, store.nodes.ask(OFFICE, seconds=ASK_SECONDS)[0])[_text(zone)]
+    return merged({_text(zone): heard}, store.nodes.ask(OFFICE)[0])[_text(zone)]
 
 
 def _links(store: Store) -> tuple[int, dict[bytes, Document]]:

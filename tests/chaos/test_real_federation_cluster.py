@@ -245,9 +245,11 @@ def test_a_zone_of_nodes_takes_over(zones: tuple[Zone, Zone], tmp_path: Path) ->
     put(oslo, "/dir/a", b"one, in oslo", tmp_path)
     oslo.in_step()
     comes(paris, "/zones/oslo/dir/a", b"one, in oslo", tmp_path)
+    follower = paris.cluster.client(paris.cluster.followers()[0], 60.0)
+    eventually("what oslo said is known", lambda: follower.zone_predict(name="oslo")["heard"])
     oslo.kill_all()
 
-    told = paris.cluster.client(paris.cluster.followers()[0], 60.0).zone_promote(name="oslo")
+    told = follower.zone_promote(name="oslo")
     assert told["epoch"] == 1
     assert told["heard"] is not None
     put(paris, "/zones/oslo/dir/b", b"two, in paris", tmp_path)

@@ -83,6 +83,9 @@ class Log:
     def reached(self, peer: Peer, capsules: Sequence[str]) -> Document:
         return {"capsules": [[0, False] for _ in capsules]}
 
+    def homes(self, peer: Peer, capsules: Sequence[tuple[str, int]], declined: int) -> Document:
+        return {"capsules": [0 for _ in capsules]}
+
     def take_authority(self, peer: Peer, pem: bytes, signature: bytes) -> Document:
         if not self.home.signed(pem, signature):
             raise RefusedError("not signed")

@@ -17,7 +17,7 @@ import pytest
 import space
 from space._errors import ConflictError, NotFoundError, RefusedError, SpaceError
 from space._node.federation_audit import audit
-from space._node.federation_promote import branches, promote
+from space._node.federation_promote import branches, predict, promote
 from space._node.federation_zones import Zones
 from space._node.store import Store
 from space.events import commands as cmd
@@ -350,6 +350,23 @@ def test_a_forged_shipment_is_damage_for_people(tmp_path: Path) -> None:
     for part in (str(mine), f"position {position + 1}", "sovereignty zone"):
         assert part in told
     assert "--repair" in space_command("--data", path, "verify", "--sovereignty", "--repair", status=2)
+
+
+def test_what_a_home_said_outlives_who_heard_it(zones: Two) -> None:
+    """What is missing is still known when the process that was told has ended and the home is gone for good."""
+    shipping(zones)
+    (oslo,) = Zones(zones.paris).others()
+    heard = until(lambda: predict(zones.paris, oslo)["heard_position"])
+    running = zones.paris.federation
+    assert running is not None
+    running._look_at_links()
+    zones.oslo.close()
+    zones.reopen("paris")
+    zones.serve("paris")
+    running = zones.paris.federation
+    assert running is not None
+    running._look_at_links()
+    assert predict(zones.paris, oslo)["heard_position"] == heard
 
 
 def test_two_processes_to_and_fro(tmp_path: Path) -> None:
