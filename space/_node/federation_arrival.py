@@ -60,19 +60,25 @@ class ShipmentKeys:
         return here
 
     def moved(self, number: int) -> bool:
-        """Whether a key of the home has another number here."""
+        """Whether a key has another number here than at the zone that ships."""
         return self.here(number) != number
 
     def here(self, number: int) -> int:
-        """The number here of a key of the home."""
+        """The number here of a key of the zone that ships."""
         if number not in self._here:
-            other = _other_number(self._home, number)
             with self._store._read() as txn:
-                moved = (
-                    _is_taken(txn, number, self._home) and txn.get(ZONE_KEY, U32.pack(other)) == self._home
-                )
-            self._here[number] = other if moved else number
+                self._here[number] = self._looked_up(txn, number)
         return self._here[number]
+
+    def _looked_up(self, txn: Reader, number: int) -> int:
+        if _is_taken(txn, number, self._home):
+            other = _other_number(self._home, number)
+            return other if txn.get(ZONE_KEY, U32.pack(other)) == self._home else number
+        if not _is_known(txn, number) and (own := rows.own_zone(txn)) is not None:
+            # Or one of this zone's own that got another number there, and comes back from where its home is now.
+            ours = {int(U32.unpack_from(key)[0]) for key, _ in txn.scan(KEY, b"")}
+            return next((each for each in ours if _other_number(own[0], each) == number), number)
+        return number
 
     def _free(self, number: int, version: int, data_key: bytes) -> int:
         with self._store._read() as txn:
@@ -112,8 +118,11 @@ class ShipmentKeys:
 
 def _is_taken(txn: Reader, number: int, home: bytes) -> bool:
     """Whether a number stands for a key that did not come from this zone."""
-    known = next(txn.scan(KEY, U32.pack(number)), None) is not None
-    return known and txn.get(ZONE_KEY, U32.pack(number)) != home
+    return _is_known(txn, number) and txn.get(ZONE_KEY, U32.pack(number)) != home
+
+
+def _is_known(txn: Reader, number: int) -> bool:
+    return next(txn.scan(KEY, U32.pack(number)), None) is not None
 
 
 def _other_number(home: bytes, number: int) -> int:
