@@ -149,15 +149,23 @@ def _below(txn: Reader, zones: Zones, zone: Zone, top: bytes) -> list[bytes]:
             f"{len(found)} capsules are in that directory, and {GIVEN_MAX} can move at a time",
             hint="move what is in it first",
         )
+    others = {each.name for each in zones.others()} - {zone.name}
     for capsule in found:
-        _check(scope, selection, zone, capsule)
+        _check(scope, selection, zone, capsule, others)
     return found
 
 
-def _check(scope: Scope, selection: Selection, zone: Zone, capsule: bytes) -> None:
+def _check(scope: Scope, selection: Selection, zone: Zone, capsule: bytes, others: set[str]) -> None:
     row = scope.state.capsule(capsule)
     if row is None or scope.moved(capsule):
         return  # which is decided, and said, where all else is
+    third = sorted(others.intersection(selection.policy(scope.state, row.policy).federation_targets))
+    if third:
+        raise RefusedError(
+            f"the policy of capsule {CapsuleId(capsule)} lets zone {third[0]} have it as well, which would follow the "
+            f"wrong zone",
+            hint=f"take {third[0]} out of its federation.targets, and put it back in zone {zone.name}",
+        )
     if scope.lane(capsule) is not None and not selection.sealed(scope.state, row.policy):
         return
     raise RefusedError(

@@ -46,7 +46,7 @@ from space.federation.exchange import (
 )
 from space.replication.certificates import days_left
 from space.statemachine import zones as rows
-from space.statemachine.tables import CAPSULE, HOME, CapsuleRow, Reader
+from space.statemachine.tables import CAPSULE, HOME, CapsuleRow, Overlay, Reader
 
 if TYPE_CHECKING:
     from space._node.federation_nodes import Nodes
@@ -302,8 +302,9 @@ class Zones:
             places = (zone_root(zone.id), zone_capsules(zone.id))
             found = 0
             for capsule, data in txn.scan(HOME, b""):
-                if rows.HomeRow.decode(data).zone == zone.id and capsule not in places:
-                    found += _inode(txn, capsule) > taken
+                home = rows.HomeRow.decode(data)
+                if home.zone == zone.id and capsule not in places:
+                    found += _is_of(txn, capsule, home) if home.moved else _inode(txn, capsule) > taken
             lost = 0 if row is None else row.lost
             for capsule, position in rows.sent_capsules(txn, zone.id) if lost else ():
                 found += position <= lost and txn.get(HOME, capsule) is None
@@ -418,6 +419,13 @@ class Zones:
             "fingerprints": authority.fingerprints,
             "authority_days": days_left(authority.expires, now=self._now()),
         }
+
+
+def _is_of(txn: Reader, capsule: bytes, home: rows.HomeRow) -> bool:
+    """Whether a capsule whose home moved has it in that zone now."""
+    state = Overlay(txn)
+    row = state.capsule(capsule)
+    return row is not None and rows.home_of(state, capsule, row) == home.zone
 
 
 def _inode(state: Reader, capsule: bytes) -> int:

@@ -565,6 +565,8 @@ class _Delivery:
                 and not self._is_home(copied.capsule, row)
             ):
                 return False  # its home was taken from there, which has not heard of it
+            if copied.step == 0 and self._is_nobodys(row, home):
+                return True
             self._ours(copied.capsule)
         if copied.step == 0:
             reached = zones.reached(self._tried, self._row, copied.capsule)
@@ -577,6 +579,10 @@ class _Delivery:
                 Status.STALE, f"part {home.step} of the copy of {capsule_text(copied.capsule)} is missing"
             )
         return True
+
+    def _is_nobodys(self, row: CapsuleRow, home: zones.HomeRow | None) -> bool:
+        """Whether a capsule is one that another zone had here once, and withdrew: its home may have moved since."""
+        return bool(row.deleted) and home is not None and home.zone != self._zone and not home.moved
 
     def _empty(self, directory: bytes) -> None:
         """What an older replica of a directory held loses its name in it; what is still there comes with its own.
@@ -600,6 +606,9 @@ class _Delivery:
         fixed = (int(command.kind), command.rdev, command.block_size, command.target)
         if fixed != (row.kind, row.rdev, row.block_size, row.target):
             raise _refuse(Status.STALE, f"capsule {capsule_text(capsule)} was something else before")
+        nobodys = self._is_nobodys(row, zones.home_row(self._tried, capsule))
+        if nobodys:
+            self._happen(self._homed(capsule, 0))
         if row.deleted:
             self._happen(*self._rule(cmd.Undelete(capsule, *self._apart(capsule))))
         self._empty(capsule)
@@ -611,7 +620,7 @@ class _Delivery:
         self._happen(*(ev.XattrRemoved(capsule, name) for name in names))
         self._happen(*self._rule(cmd.SetAttributes(capsule, command.mode, command.uid, command.gid)))
         self._happen(*self._rule(cmd.SetPolicy(capsule, command.policy or b"")))
-        if command.key is not None:
+        if command.key is not None and not (nobodys and command.key.key == row.key):
             self._happen(self._key(capsule, command.key))
 
 

@@ -299,9 +299,18 @@ def test_what_cannot_move_stays(two: Pumped) -> None:
         given(two, "/nothing")
     with pytest.raises(NotFoundError):
         move(two.oslo, Zones(two.oslo), "/all/f", "rome", wait_seconds=0, asked=two.there.homes)
+    lima = two.back.zone
+    two.oslo.execute(
+        cmd.AddZone(bytes(16)[:-1] + b"l", "lima", lima.kind, "", lima.authorities, lima.sealing)
+    )
+    two.oslo.set_policy("/all/f", shared("paris", "lima"))
+    with pytest.raises(RefusedError, match="lets zone lima have it as well"):
+        given(two, "/all/f")
+    two.oslo.set_policy("/all/f", shared("paris"))
     given(two, "/all/f")
     with pytest.raises(RefusedError, match="its home is zone paris"):
         given(two, "/all/f")
+    assert Zones(two.oslo).replicas(two.there.zone) == 1
     with pytest.raises(UnavailableError, match="nothing ships"):
         hand_over(two.oslo, Zones(two.oslo), "/all/dir/g", "paris")
 

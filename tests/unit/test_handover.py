@@ -255,6 +255,21 @@ def test_a_key_may_be_named_by_the_new_home(old: State) -> None:
     folds_again(old)
 
 
+def test_what_another_zone_withdrew_may_come_from_its_new_home(new: State) -> None:
+    """A capsule that its home withdrew here is nobody's: whoever is its home by now may ship it again."""
+    copy = cmd.Copied(
+        C, 5, 0, True, [made(3), cmd.PlaceCapsule(C, [(bytes(zone_root(OTHER)), b"c")])], (0,) * 4
+    )
+    theirs = shipment(0, 5, copy, zone=OTHER)
+    assert "is not the home of" in str(new.refused(theirs))
+    new.done(shipment(3, 4, cmd.WithdrawCapsule(C)))
+    new.done(theirs)
+    assert home(new, C) == OTHER
+    assert "is not the home of" in str(new.refused(shipment(4, 5, cmd.Resize(C, 1))))
+    new.done(shipment(5, 6, cmd.Resize(C, 1), zone=OTHER))
+    folds_again(new)
+
+
 def test_policies_of_what_moves() -> None:
     """The new home becomes what the old one was, and nobody else may have more or less; there and back is the same."""
     policy = Policy(
