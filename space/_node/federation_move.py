@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from space._node.federation_zones import Zone, Zones
     from space._node.store import Store
 
-WAIT_SECONDS: Final = 30.0
+WAIT_SECONDS: Final = 60.0
 """How long the zone may take to get what is left and take the homes, before that is called unfinished."""
 
 ASK_EVERY_SECONDS: Final = 0.1
@@ -68,7 +68,7 @@ def hand_over(
     """:meth:`move`, where something ships, and to its end.
 
     Raises:
-        UnavailableError: nothing ships here; or the zone has not taken the homes after half a minute.
+        UnavailableError: nothing ships here; or the zone has not taken the homes after a minute.
         SpaceError: as :meth:`move`.
     """
     if store.federation is None and store.nodes is None:
