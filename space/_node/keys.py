@@ -218,6 +218,7 @@ def listing(store: Store, on_progress: OnProgress | None = None) -> Document:
     current = _current(store)
     keys: list[Document] = []
     wrapped: Counter[int] = Counter()
+    ciphers: dict[int, str] = {}
     with store._read() as txn:
         names = {number: zone.name for number, zone in zones.zones(txn).items()}
         for number, row in txn.scan(KEY, b""):
@@ -232,7 +233,7 @@ def listing(store: Store, on_progress: OnProgress | None = None) -> Document:
                     "version": version,
                     "state": _state(store, book, made, row, master),
                     "master": master_name(master) if master else None,
-                    "encryption": _encryption(store, txn, made),
+                    "encryption": _encryption(store, txn, made, ciphers),
                     "capsule": str(CapsuleId(made.capsule)) if made else None,
                     "capsules": len(users.get(key, ())),
                     "zone": names.get(zone) if zone else None,
@@ -267,9 +268,15 @@ def _state(store: Store, book: Book, made: Made | None, row: bytes, master: int)
     return "usable" if master else "locked"
 
 
-def _encryption(store: Store, txn: Any, made: Made | None) -> str | None:
+def _encryption(store: Store, txn: Any, made: Made | None, known: dict[int, str]) -> str | None:
+    """What the policy of the capsule a key was made for says; ``known`` is by policy."""
     data = txn.get(CAPSULE, made.capsule) if made else None
-    return None if data is None else str(store._policy(txn, CapsuleRow.decode(data).policy).encryption.value)
+    if data is None:
+        return None
+    policy = CapsuleRow.decode(data).policy
+    if policy not in known:
+        known[policy] = str(store._policy(txn, policy).encryption.value)
+    return known[policy]
 
 
 def _moment(found: tuple[Any, ...] | None) -> Document | None:
