@@ -400,9 +400,35 @@ def job_kill_owner(node: Node, transport: str) -> None:
     """Under a writer the owner is killed, twice: the writer waits and goes on, and no acknowledged byte is lost."""
     node.start()
     volume = ask("create", "served", transport, str(32 * MIB))
-    target = publish_of(node, volume, transport)
-    path = target / "file" if transport == "nfs" else target
-    if transport == "nfs":
+    path = place_of(publish_of(node, volume, transport), transport)
+    with writing(path) as written:
+        for _ in range(2):
+            wait_more(written)
+            ask("again")
+        wait_more(written)
+    node.unpublish(volume)
+    node.check_nothing_left()
+
+
+def job_restart(node: Node) -> None:
+    """Under a writer the driver is killed that its mount goes through: it waits, and goes on with another driver."""
+    node.start()
+    volume = ask("create", "relayed", "nfs", str(32 * MIB))
+    path = place_of(publish_of(node, volume, "nfs"), "nfs")
+    with writing(path) as written:
+        for _ in range(2):
+            wait_more(written)
+            node.kill()
+            node.start()
+        wait_more(written)
+    node.unpublish(volume)
+    node.check_nothing_left()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """While a program writes and synchronizes, and tells in a file how often; then all it told of last is there."""
+    if not path.exists():
         path.touch()
     stop, written = Path("/tmp/stop"), Path("/tmp/written")
     program = (
@@ -414,10 +440,7 @@ def job_kill_owner(node: Node, transport: str) -> None:
         "    pathlib.Path('/tmp/new').write_text(str(n)); os.rename('/tmp/new', '/tmp/written')\n"
     )
     writer = subprocess.Popen([sys.executable, "-c", program, str(path)])
-    for _ in range(2):
-        wait_more(written)
-        ask("again")
-    wait_more(written)
+    yield written
     stop.touch()
     assert writer.wait(WAIT_SECONDS) == 0
     total = int(written.read_text())
@@ -425,8 +448,6 @@ def job_kill_owner(node: Node, transport: str) -> None:
     with opened(path, os.O_RDONLY) as descriptor:
         for number in range(max(0, total - 4096), total):
             assert os.pread(descriptor, 4096, number % 4096 * 4096) == number.to_bytes(8, "big") * 512, number
-    node.unpublish(volume)
-    node.check_nothing_left()
 
 
 def wait_more(written: Path) -> None:
