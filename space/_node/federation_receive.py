@@ -205,6 +205,8 @@ class _Adoption:
         if isinstance(command, cmd.ReceiveShipment | cmd.Copied | cmd.Together):
             inside: list[Command] = [self.adopted(each) for each in command.commands]
             return attrs.evolve(command, commands=inside)
+        if isinstance(command, cmd.TakeHome) and command.key:
+            return attrs.evolve(command, key=self._data_keys.here(command.key))
         key = getattr(command, "key", None)
         if isinstance(key, cmd.NewKey):
             return attrs.evolve(command, key=self._key(key))

@@ -26,7 +26,18 @@ from space.events.registry import U32_MAX, U63_MAX
 from space.statemachine import keys, zones
 from space.statemachine.apply import Context, apply, clone_id
 from space.statemachine.decision import Decision, PayloadPlacer, Rejected, Rules, capsule_text, inside
-from space.statemachine.tables import ENTRY, KEY, REPLICA, U32, XATTR, ZONE_KEY, CapsuleRow, EntryRow, Overlay
+from space.statemachine.tables import (
+    ENTRY,
+    KEY,
+    MOVED,
+    REPLICA,
+    U32,
+    XATTR,
+    ZONE_KEY,
+    CapsuleRow,
+    EntryRow,
+    Overlay,
+)
 from space.statemachine.zones import ZoneRow
 
 TRIED: Final = U63_MAX
@@ -351,14 +362,18 @@ class _Delivery:
         known = self._tried.get(KEY, number + U32.pack(key.version))
         taken = next(self._tried.scan(KEY, number), None) is not None
         source = self._tried.get(ZONE_KEY, number)
-        came_back = (
-            source is None and known is not None and bool(self._row.lost)
-        )  # what left from here, with its key
+        left = bool(self._row.lost) or self._has_moved()
+        came_back = source is None and known is not None and left  # what left from here, with its key
         if taken and source != self._zone and not came_back:
             raise _refuse(Status.STALE, f"key {key.key} exists already: encrypt with another")
         if known is None and keys.outdated(self._tried, key.wrapped):
             raise _refuse(Status.STALE, "the master key was changed meanwhile: try again")
         return ev.KeyCreated(capsule, key.key, key.version, bytes(key.wrapped) if known is None else known)
+
+    def _has_moved(self) -> bool:
+        """Whether homes of single capsules were ever given or taken here."""
+        root = self._tried.capsule(ROOT)
+        return root is not None and bool(root.flags & MOVED)
 
     def _create(self, command: cmd.CreateCapsule) -> None:
         self._check_names([command.parent] if command.parent else [])

@@ -404,15 +404,13 @@ def _put_home(state: Overlay, capsule: bytes, home: HomeRow) -> None:
 
 
 def given(state: Overlay, context: Context, link: bytes, event: ev.HomeGiven) -> None:
-    """The capsule is a replica of the zone from now on; its key is one that zone may name."""
+    """The capsule is a replica of the zone from now on."""
     row = state.edit(event.capsule)
     row.link = link
     row.flags |= REPLICA
     before = home_row(state, event.capsule)
     came = before.came if before is not None and before.zone == event.zone else 0
     state.put(HOME, event.capsule, HomeRow(event.zone, 0, moved=context.position, came=came).encode())
-    if row.key:
-        state.put(ZONE_KEY, U32.pack(row.key), event.zone)
     state.edit(bytes(ROOT)).flags |= MOVED
 
 
