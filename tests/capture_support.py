@@ -113,7 +113,8 @@ class Line:
 
     def _carry(self) -> None:
         home, other = self._devices
-        while not self._over.is_set():
+        ready = [home, other]
+        while ready or not self._over.is_set():  # to the last packet of those that have ended
             ready, _, _ = select.select([home, other], [], [], 0.1)
             for device in ready:
                 for packet in _packets(device):
