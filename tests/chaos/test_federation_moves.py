@@ -15,7 +15,7 @@ pytestmark = pytest.mark.requires("py:aiohttp")
 
 RUNS: Final = int(os.environ.get("SPACE_FEDERATION_MOVES_RUNS", "15"))
 FIRST_SEED: Final = int(os.environ.get("SPACE_CHAOS_SEED", "0"))
-RUNS_FOR_EVERYTHING: Final = 15
+RUNS_FOR_EVERYTHING: Final = 60
 """From so many runs on, whatever can happen has happened."""
 
 HAPPENS: Final = (

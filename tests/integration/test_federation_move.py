@@ -12,13 +12,14 @@ import pytest
 
 import space
 from space._errors import ConflictError, NotFoundError, RefusedError, SpaceError, UnavailableError
+from space._node.federation_arrival import set_policy as set_arrival
 from space._node.federation_audit import audit
 from space._node.federation_move import Residence, hand_over, move, take_back
 from space._node.federation_promote import branches, promote
 from space._node.federation_status import status
 from space._node.federation_zones import Zones
 from space.events import commands as cmd
-from space.policy.model import Encryption, Policy, Sovereignty
+from space.policy.model import ArrivalPolicy, Encryption, Policy, Sovereignty
 from space.statemachine import zones as rows
 from space.statemachine.tables import Overlay
 from tests.federation_pump import Pumped, pumped
@@ -144,6 +145,29 @@ def test_there_and_back_again(two: Pumped) -> None:
     two.settle()
     assert both(two, "/all/clone") == [b"PPPOOOo"] * 2
     assert two.oslo.policy(two.oslo.resolve("/all/secret")).federation_targets == ("paris",)
+    sound(two)
+
+
+def test_what_arrived_encrypted_moves(two: Pumped) -> None:
+    """What is encrypted anew where it arrives moves there and back, and is read in both zones all the time."""
+    secret = shared("paris", encryption=Encryption.AES_256_GCM)
+    for store in (two.oslo, two.paris):
+        set_arrival(store, ArrivalPolicy(encryption=Encryption.AES_256_GCM))
+    two.oslo.put(b"in oslo", name="/all/secret", policy=secret)
+    two.oslo.put(b"in oslo", name="/all/plain")
+    two.settle()
+    for path in ("/all/secret", "/all/plain"):
+        given(two, path)
+        two.settle()
+        two.paris.write(two.paris.resolve(THERE + path), 3, b"PARIS")
+        two.settle()
+        assert both(two, path) == [b"in PARIS"] * 2
+        given(two, THERE + path, back=True)
+        two.settle()
+        two.oslo.write(two.oslo.resolve(path), 0, b"IN")
+        two.settle()
+        assert both(two, path) == [b"IN PARIS"] * 2
+        assert homes(two, path) == ["oslo"]
     sound(two)
 
 
