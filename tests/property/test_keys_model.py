@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 import space
 from space._errors import RefusedError
 from space._node import keys
+from space._node.keys_data import rekey
 from space._node.keys_file import MasterFile
 from space._node.store import Store
 from space.content.keys import load_master_keys
 from space.policy.model import Policy
+from space.projections import content_map
 
 SECRET = Policy.from_document({"encryption": "aes-256-gcm", "compression": "none"})
 SHARED = Policy.from_document({"encryption": "aes-256-gcm", "dedupe": True, "compression": "none"})
@@ -30,7 +32,7 @@ DEPTH = 12
 STEPS = st.one_of(
     st.tuples(st.just("put"), st.booleans()),
     st.tuples(st.sampled_from(("clone", "write", "read past")), st.integers(0, 7)),
-    st.tuples(st.just("destroy"), st.integers(0, 7), st.integers(0, 2 * DEPTH)),
+    st.tuples(st.sampled_from(("destroy", "renew")), st.integers(0, 7), st.integers(0, 2 * DEPTH)),
     st.tuples(st.just("rotate"), st.integers(0, 2 * DEPTH)),
     st.tuples(st.sampled_from(("close", "kill", "checkpoint", "replay"))),
 )
@@ -49,7 +51,9 @@ class Machine:
         self.store: Store = space.open(home / "0")
         self.content: dict[str, bytes] = {}
         self.moments: dict[str, int] = {}
-        self.domain: dict[str, int] = {}
+        self.domain: dict[str, set[int]] = {}  # keys of what is there, by name
+        self.then: dict[str, set[int]] = {}  # and at the moment that is remembered
+        self.ever: dict[str, set[int]] = {}
         self.gone: set[int] = set()
         self.data_keys: dict[int, bytes] = {}
         self.masters: set[bytes] = set()
@@ -67,6 +71,7 @@ class Machine:
             "write": self.write,
             "read past": self.read_past,
             "destroy": self.destroy,
+            "renew": self.renew,
             "rotate": self.rotate,
             "close": self.close,
             "kill": self.kill,
@@ -84,27 +89,51 @@ class Machine:
         row = self.store._wrapped_key(key, 1)
         assert row is not None
         self.data_keys[key] = self.store._keyring.unwrap(key, 1, row)
-        self.content[name], self.domain[name], self.moments[name] = content, key, self.store.position
+        self.content[name] = content
+        self.domain[name], self.ever[name] = {key}, {key}
+        self._remember(name)
         self.masters.update(load_master_keys(self.store.master_file.path))
 
     def clone(self, number: int) -> None:
         if (source := self._named(number)) is not None:
             name = f"/{len(self.content):02d}"
             self.store.clone(source, name)
-            self.content[name], self.domain[name] = self.content[source], self.domain[source]
-            self.moments[name] = self.store.position
+            self.content[name] = self.content[source]
+            self.domain[name], self.ever[name] = set(self.domain[source]), set(self.ever[source])
+            self._remember(name)
 
     def write(self, number: int) -> None:
         name = self._named(number)
-        if name is not None and self.domain[name] not in self.gone:
+        if name is not None and self.store.stat(self.store.resolve(name)).key not in self.gone:
             self.store.write(self.store.resolve(name), 3, b"OVERWRITTEN")
             self.content[name] = self.content[name][:3] + b"OVERWRITTEN" + self.content[name][14:]
-            self.moments[name] = self.store.position
+            self._learn(name)
+            self._remember(name)
+
+    def _remember(self, name: str) -> None:
+        self.moments[name], self.then[name] = self.store.position, set(self.domain[name])
+
+    def _learn(self, name: str) -> None:
+        """Which keys the content of a name is under by now."""
+        with self.store._read() as txn:
+            found = content_map.extents(txn, self.store.resolve(name), 0, content_map.OFFSET_MAX)
+            self.domain[name] = set().union(*(keys.frame_keys(extent.frames) for extent in found))
+        self.ever[name] |= self.domain[name] | {self.store.stat(self.store.resolve(name)).key}
+
+    def renew(self, number: int, kill_at: int) -> None:
+        name = self._named(number)
+        if name is None or self.domain[name] & self.gone:
+            return
+        if self.store.stat(self.store.resolve(name)).key in self.gone:
+            return
+        with contextlib.suppress(Killed):
+            self._dying(kill_at, lambda: rekey(self.store, self.store.resolve(name)))
+        self._learn(name)
 
     def read_past(self, number: int) -> None:
         if (name := self._named(number)) is not None:
             with self.store.at(f"@{self.moments[name]}") as past:
-                self._check(past, name)
+                self._check(past, name, self.then[name])
 
     def rotate(self, kill_at: int) -> None:
         with contextlib.suppress(Killed):
@@ -123,14 +152,10 @@ class Machine:
         try:
             self._dying(kill_at, work)
         except Killed:
-            if self._is_gone(name):
-                self.gone.add(self.domain[name])
+            self.gone.update(key for key in self.ever[name] if self.store._wrapped_key(key, 1) == b"")
             return
-        self.gone.add(self.domain[name])
+        self.gone |= self.ever[name]
         self.hunt()
-
-    def _is_gone(self, name: str) -> bool:
-        return self.store._wrapped_key(self.domain[name], 1) == b""
 
     def _dying(self, kill_at: int, work: Any) -> None:
         """Does it, unless killed before or after one of its steps; then the next process begins."""
@@ -182,10 +207,10 @@ class Machine:
     def look(self) -> None:
         """What is not destroyed is read, what is destroyed is refused."""
         for name in self.content:
-            self._check(self.store, name)
+            self._check(self.store, name, self.domain[name])
 
-    def _check(self, reading: Any, name: str) -> None:
-        if self.domain[name] in self.gone:
+    def _check(self, reading: Any, name: str, under: set[int]) -> None:
+        if under & self.gone:
             with pytest.raises(RefusedError, match="was destroyed"):
                 reading.get(name)
         else:
@@ -195,7 +220,10 @@ class Machine:
         """No file has a master key but the current one, and that opens no row a destroyed key ever had."""
         (current,) = load_master_keys(self.store.master_file.path)
         content = b"".join(path.read_bytes() for path in self.store.path.rglob("*") if path.is_file())
-        hidden = [*(self.masters - {current}), *(self.data_keys[key] for key in self.gone)]
+        hidden = [
+            *(self.masters - {current}),
+            *(self.data_keys[key] for key in self.gone & set(self.data_keys)),
+        ]
         for each in hidden:
             assert each not in content
             assert each.hex().encode() not in content
