@@ -199,16 +199,24 @@ def test_every_node_has_the_keys_and_any_can_be_asked(oslo: Nodes, paris: Store)
         in_step(oslo.store(node))
         assert oslo.store(node).get("/zones/paris/mine/b") == b"to any node"
     assert paris.get("/zones/oslo/all/a") == b"from any node"
-    ships = oslo.sender()
+    until(partial(say_the_same, oslo), "all nodes say the same")
     for node in oslo.ports:
-        found_ = oslo.status(node)
-        assert (found_["node"], found_["sender"], found_["running"]) == (node, ships, True)
-        told = {name: value for name, _, value in samples(found_)}
-        assert told["space_federation_sender"] == float(node == ships)
-        assert told["space_federation_connected"] == 1.0
         assert until(partial(rtt_ns, oslo.store(node)), "how far the other zone is")
     (taken,) = status(paris)["zones"]
-    assert taken["at"] == f"https://127.0.0.1:{oslo.ports[ships]}"
+    assert taken["at"] in oslo.url.split(",")
+
+
+def say_the_same(oslo: Nodes) -> bool:
+    """Whether every node says who ships, and knows that it is connected; one of them that it is itself."""
+    said = {node: oslo.status(node) for node in oslo.ports}
+    told = {node: {name: value for name, _, value in samples(each)} for node, each in said.items()}
+    (sender, *others) = {each["sender"] for each in said.values()}
+    return (
+        not others
+        and all((each["node"], each["running"]) == (node, True) for node, each in said.items())
+        and all(each["space_federation_connected"] == 1.0 for each in told.values())
+        and [node for node, each in told.items() if each["space_federation_sender"]] == [sender]
+    )
 
 
 def test_another_node_ships_and_takes_on(oslo: Nodes, paris: Store) -> None:
@@ -239,11 +247,11 @@ def test_another_node_ships_and_takes_on(oslo: Nodes, paris: Store) -> None:
 
 
 def test_who_leads_need_not_federate(oslo: Nodes, paris: Store) -> None:
-    """Where the leader does not federate the first of the others ships, and takes what is shipped."""
+    """Where the leader does not federate another node ships, and takes what is shipped."""
     first = oslo.sender()
     oslo.end_federation(first)
     rest = sorted(set(oslo.ports) - {first})
-    until(lambda: oslo.status(first)["sender"] == rest[0], "another node ships")
+    until(lambda: oslo.status(first)["sender"] in rest, "another node ships")
     oslo.store(first).put(b"shipped by another", name="/a", policy=shared("paris"))
     paris.put(b"taken by another", name="/b", policy=shared("oslo"))
     in_step(oslo.store(first))
@@ -253,10 +261,18 @@ def test_who_leads_need_not_federate(oslo: Nodes, paris: Store) -> None:
     assert not oslo.status(first)["running"]
 
 
+def rolled(zones: Zones) -> bool:
+    """Whether the zone has another authority; asked again it goes on."""
+    try:
+        return not zones.roll_over(force=False)["nodes_without"]
+    except UnavailableError:
+        return False
+
+
 def test_a_rollover_reaches_nodes_that_are_there_and_those_that_come_back(oslo: Nodes, paris: Store) -> None:
     """A new authority is on every node before the old one ends; a node that is away holds it up, or asks later."""
     before = fingerprints(oslo)
-    assert oslo.zones(2).roll_over(force=False)["nodes_without"] == []
+    until(lambda: rolled(oslo.zones(2)), "all nodes answer in time")
     after = fingerprints(oslo)
     assert len(after) == 1
     assert after != before
@@ -266,12 +282,12 @@ def test_a_rollover_reaches_nodes_that_are_there_and_those_that_come_back(oslo: 
     with pytest.raises(UnavailableError, match=f"node {away}"):
         oslo.zones(there).roll_over(force=False)
     assert fingerprints(oslo) == after
-    assert oslo.zones(there).renew()["nodes_without"] == [away]
-    assert oslo.zones(there).roll_over(force=True)["nodes_without"] == [away]
+    assert away in oslo.zones(there).renew()["nodes_without"]
+    assert away in oslo.zones(there).roll_over(force=True)["nodes_without"]
     assert len(fingerprints(oslo)) == 2
     oslo.start(away)
     oslo.all_federate()
-    assert len(fingerprints(oslo)) == 1
+    until(lambda: len(fingerprints(oslo)) == 1, "every node has the new keys")
     oslo.store(away).put(b"known by its new key", name="/a", policy=shared("paris"))
     in_step(oslo.store(away))
     assert paris.get("/zones/oslo/a") == b"known by its new key"
