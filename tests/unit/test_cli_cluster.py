@@ -481,13 +481,15 @@ def test_a_csi_view_in_a_configuration() -> None:
 def test_an_nfs_view_in_a_configuration() -> None:
     """What is exported, where and how, as the node takes it; what cannot be is refused."""
     text = "views:\n- view: nfs\n  sources: [/a]\n  listen: 127.0.0.1:2049\n  squash: none\n  lease: 10\n"
-    text += "  clients: [10.0.0.0/8:ro]\n"
+    text += "  clients: [10.0.0.0/8:ro]\n  refer: [oslo=192.0.2.7]\n"
     (view,) = serve_config.parse(text, "f.yaml")["views"]
     options = view.nfs()
     assert (view.kind, options.sources, options.listen) == ("nfs", ("/a",), ("127.0.0.1", 2049))
     assert (options.offer.squash.value, options.offer.config().grace_seconds) == ("none", 10)
     assert options.offer.rules[0].read_only
-    for old, new in (("none", "some"), ("10\n", "1\n"), ("10.0.0.0", "10.0.0"), ("127.0.0.1:", "")):
+    assert [name for name, _ in options.offer.referrals] == ["oslo"]
+    wrongs = (("none", "some"), ("10\n", "1\n"), ("10.0.0.0", "10.0.0"), ("127.0.0.1:", ""), ("oslo=", ""))
+    for old, new in wrongs:
         (wrong,) = serve_config.parse(text.replace(old, new, 1), "f.yaml")["views"]
         with pytest.raises(UsageError):
             wrong.nfs()

@@ -43,6 +43,7 @@ def test_options_have_bounds() -> None:
     assert options(lease=5, grace=0).config().grace_seconds == 0
     assert options(squash="all").squash is Squash.ALL
     assert options(clients=["10.0.0.0/8:ro"]).rules[0].read_only
+    assert [name for name, _ in options(refer=["oslo=192.0.2.7"]).referrals] == ["oslo"]
     for wrong in (
         {"lease": 4},
         {"lease": 91},
@@ -50,6 +51,7 @@ def test_options_have_bounds() -> None:
         {"grace": 601},
         {"squash": "some"},
         {"clients": ["x"]},
+        {"refer": ["oslo"]},
     ):
         with pytest.raises(UsageError):
             options(**wrong)
@@ -84,3 +86,10 @@ def test_the_past_is_another_server(store: Store) -> None:
         assert then.number != now.number
         assert nfs_view.handle_key(past) == nfs_view.handle_key(store)
         assert nfs_view._moment(past) != nfs_view._moment(store)
+
+
+def test_the_past_refers_to_nobody(store: Store) -> None:
+    """What another zone has now is not what was there at a past moment."""
+    refer = options(refer=["oslo=192.0.2.7"])
+    with open_beside(store.path, f"@{store.last}") as past, pytest.raises(UsageError, match="past moment"):
+        nfs_view.serve(past, ["/a"], listen=("127.0.0.1", 0), options=refer, ready=lambda _: None)
