@@ -41,15 +41,12 @@ log: Final = logging.getLogger("space.csi")
 class VolumeCalls:
     """What the driver asks, as plain data: each public method is one call, named ``csi_`` and its name."""
 
-    def __init__(
-        self, volumes: VolumeTree, room: Callable[[], int], mount: str, incarnation: str = ""
-    ) -> None:
-        """``mount`` is where the volumes are shown, and ``incarnation`` another one where what was there is gone."""
+    def __init__(self, volumes: VolumeTree, room: Callable[[], int], mount: str) -> None:
         self._volumes = volumes
         self._room = room
         self._mount = mount
         # not its id: in a container of its own each has the same
-        self._incarnation = incarnation or os.urandom(8).hex()
+        self._incarnation = os.urandom(8).hex()
 
     def about(self) -> Document:
         """The process, which start of it this is, and where it shows the volumes."""

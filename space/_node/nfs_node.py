@@ -228,7 +228,7 @@ class NfsViews(NodeViews[NfsOptions]):
                 ready_ms = round((time.monotonic() - begun) * 1000, 1)
                 running.ready.set_result({**running.view, "ready_ms": ready_ms})
             log.info("NFS is served at %s in epoch %d", running.view["target"], epoch)
-            await _until_over(tenure, over, config.lease_seconds)
+            await until_over(tenure, over, config.lease_seconds)
             running.view = {}
 
     def _resign(self) -> None:
@@ -265,7 +265,7 @@ class NfsViews(NodeViews[NfsOptions]):
         }
 
 
-async def _until_over(tenure: Tenure, over: asyncio.Event, lease_seconds: float) -> None:
+async def until_over(tenure: Tenure, over: asyncio.Event, lease_seconds: float) -> None:
     """Returns when this is no longer the server, or cannot know for as long as a lease, or is told to end."""
     while not await _wait(over, LOOK_SECONDS):
         if tenure.is_over:
