@@ -428,8 +428,12 @@ def _drop(stores: Sequence[Store], others: Others, *, sole: bool) -> list[str]:
     """Erases old master keys on every node; where that was not done, in words."""
     if stores[0].master_file.shared and not sole:
         return [f"{stores[0].master_file.path}: other stores may use it (--sole if none does)"]
-    erase_old(stores)
-    return others.drop(sole=sole)
+    kept = []
+    try:
+        erase_old(stores)
+    except RefusedError as error:  # the change itself is done
+        kept.append(f"{Exception.__str__(error)}: take out the lines before the last")
+    return [*kept, *others.drop(sole=sole)]
 
 
 def erase_old(stores: Sequence[Store]) -> None:

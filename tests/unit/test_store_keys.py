@@ -235,6 +235,27 @@ def test_a_shared_file_keeps_its_old_keys(tmp_path: Path, monkeypatch: pytest.Mo
         assert len(load_master_keys(file)) == 1
 
 
+def test_a_file_that_only_its_owner_changes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file cannot be written, a line added by hand is the new key, and what is to be taken out is said."""
+    (old,) = masters(store)
+
+    def refuse(*_: object) -> None:
+        raise RefusedError("the file cannot be changed")
+
+    monkeypatch.setattr(MasterFile, "replace", refuse)
+    with pytest.raises(RefusedError, match="cannot be changed"):
+        rotate(store)
+    assert store.master == 0
+    new = bytes(range(32))
+    store.master_file.path.write_text(f"{old.hex()}\n{new.hex()}\n")
+    done = rotate(store)
+    assert done["erased"] is False
+    assert "take out the lines before the last" in done["kept"][0]
+    assert store.master == master_fingerprint(new)
+    store.master_file.path.write_text(f"{new.hex()}\n")
+    assert reads(store, "/a") == b"first secret"
+
+
 def test_one_change_at_a_time(store: Store) -> None:
     """While keys are being changed, another change is not available."""
     with store.changing_keys, pytest.raises(UnavailableError, match="changed already"):
