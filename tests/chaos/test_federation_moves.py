@@ -5,10 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
+from space._errors import SpaceError
+from space._node import federation_follow
+from space.events import commands as cmd
+from space.federation import translate
+from space.statemachine import decide
+from space.statemachine.decision import Decision, PayloadPlacer
+from space.statemachine.tables import Overlay, Reader
 from tests.chaos.federation_moves_sim import simulate
 
 pytestmark = pytest.mark.requires("py:aiohttp")
@@ -27,6 +34,8 @@ HAPPENS: Final = (
     "files",
     "shipments",
 )
+
+CONTROL_SEEDS: Final = (0, 4, 5)
 
 
 @pytest.mark.timeout(6 * 3600)
@@ -51,3 +60,38 @@ def test_a_swarm_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_was_found_once_stays_fixed(seed: int) -> None:
     """Runs that broke a promise while this was written."""
     simulate(seed)
+
+
+def _never_said(self: Any) -> None:
+    return None
+
+
+def _declines_nothing(state: Overlay, command: cmd.DeclineHomes, payload: PayloadPlacer) -> Decision:
+    return []
+
+
+def _leaves_it_fenced(self: Any, txn: Reader, capsule: bytes) -> bool:
+    return False
+
+
+@pytest.mark.parametrize(
+    "broken", ["the home is never given", "what is declined is taken", "what was given is fenced"]
+)
+def test_it_would_be_noticed(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one promise broken, one of the same seeds fails."""
+    match broken:
+        case "the home is never given":
+            monkeypatch.setattr(translate._Translation, "_homes", _never_said)
+        case "what is declined is taken":
+            monkeypatch.setitem(decide._RULES, cmd.DeclineHomes, _declines_nothing)
+        case _:
+            monkeypatch.setattr(federation_follow._Fork, "_is_given", _leaves_it_fenced)
+    assert any(map(_fails, CONTROL_SEEDS))
+
+
+def _fails(seed: int) -> bool:
+    try:
+        simulate(seed)
+    except (AssertionError, SpaceError):
+        return True
+    return False
