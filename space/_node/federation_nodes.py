@@ -41,6 +41,9 @@ DISTANCE: Final = ("connected", "rtt_seconds")
 ASK_SECONDS: Final = 5.0
 """How long another node may take: it may have to ask the others itself."""
 
+KEYS_SECONDS: Final = 2.0
+"""How long it may take to give its keys: who asks may be asked itself, and answers though a third one is dead."""
+
 
 class Nodes(Protocol):
     """The nodes a store is replicated on."""

@@ -30,7 +30,7 @@ from space._errors import (
 )
 from space._node.caller import Document
 from space._node.federation_keys import ZONE, ZoneAuthority, ZoneKeys, check_name, settle
-from space._node.federation_nodes import KEYS, RENEW, SETTLE
+from space._node.federation_nodes import KEYS, KEYS_SECONDS, RENEW, SETTLE
 from space.events import commands as cmd
 from space.events.ids import zone_capsules, zone_root
 from space.events.types import URL_CHARACTERS_MAX, ZoneKind
@@ -145,7 +145,7 @@ class Zones:
 
     def _settled(self, own: Zone, nodes: Nodes) -> ZoneKeys:
         def ask() -> Iterable[object]:
-            return nodes.ask(KEYS)[0].values()
+            return nodes.ask(KEYS, seconds=KEYS_SECONDS)[0].values()
 
         with _SETTLING:
             return settle(self._store.path, ZoneAuthority.parse(own.authorities), ask, now=self._now())
