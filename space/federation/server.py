@@ -13,7 +13,7 @@ import json
 import logging
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeGuard
 
 import aiohttp
 import attrs
@@ -196,13 +196,10 @@ class FederationServer:
         peer = await self._peer(request)
         async with asyncio.timeout(SILENCE_SECONDS):
             found = parse_document(await request.read())
-        asked, declined = found.get("capsules"), found.get("declined")
-        pairs = isinstance(asked, list) and all(isinstance(each, list) and len(each) == 2 for each in asked)
-        if not pairs or not all(isinstance(each, str) and _is_position(at) for each, at in asked):
-            raise UsageError("not a question about capsules", hint="is the other zone newer?")
+        declined = found.get("declined")
         if not _is_position(declined):
             raise UsageError("not a position", hint="is the other zone newer?")
-        given = [(each, at) for each, at in asked]
+        given = _given(found.get("capsules"))
         return web.json_response(await asyncio.to_thread(self._receiver.homes, peer, given, declined))
 
     async def _authority(self, request: web.Request) -> web.StreamResponse:
@@ -285,8 +282,24 @@ class FederationServer:
         return True
 
 
-def _is_position(value: Any) -> bool:
+def _is_position(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < 1 << 63
+
+
+def _given(asked: Any) -> list[tuple[str, int]]:
+    """Capsules, each with where its home was given away.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    found = []
+    for each in asked if isinstance(asked, list) else [None]:
+        if not (
+            isinstance(each, list) and len(each) == 2 and isinstance(each[0], str) and _is_position(each[1])
+        ):
+            raise UsageError("not a question about capsules", hint="is the other zone newer?")
+        found.append((each[0], each[1]))
+    return found
 
 
 @attrs.frozen

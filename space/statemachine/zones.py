@@ -124,11 +124,11 @@ class HomeRow:
 
     @classmethod
     def decode(cls, data: bytes) -> HomeRow:
-        row = _HOME.unpack_from(data)
+        row = cls(*_HOME.unpack_from(data))
         if len(data) == _HOME.size:
-            return cls(*row)
+            return row
         moved, here, came = _MOVED.unpack_from(data, _HOME.size)
-        return cls(*row, moved, bool(here), came)
+        return attrs.evolve(row, moved=moved, here=bool(here), came=came)
 
 
 @attrs.frozen
