@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 import space
-from space._errors import ConflictError, NotFoundError, RefusedError, SpaceError, UnavailableError
+from space._errors import ConflictError, NotFoundError, RefusedError, SpaceError, UnavailableError, UsageError
 from space._node.federation_arrival import set_policy as set_arrival
 from space._node.federation_audit import audit
-from space._node.federation_move import Residence, hand_over, move, take_back
+from space._node.federation_move import Residence, hand_over, move, parse_residences, take_back
 from space._node.federation_promote import branches, promote
 from space._node.federation_status import status
 from space._node.federation_zones import Zones
 from space.events import commands as cmd
+from space.federation.server import _given
 from space.policy.model import ArrivalPolicy, Encryption, Policy, Sovereignty
 from space.statemachine import zones as rows
 from space.statemachine.tables import Overlay
@@ -480,3 +481,21 @@ def test_by_commands(tmp_path: Path) -> None:
         assert "0 capsules" in space_command("--data", data["oslo"], "zone", "take-back", "paris")
         for path in data.values():
             assert "0 not allowed" in space_command("--data", path, "verify", "--sovereignty")
+
+
+@pytest.mark.parametrize(
+    "asked", [None, 5, "x", ["00" * 16], [["00" * 16]], [["00" * 16, -1]], [[5, 5]], [[1, True]]]
+)
+def test_bad_questions(asked: Any) -> None:
+    """What is no question about homes is refused, whatever it is."""
+    with pytest.raises(UsageError, match="not a question about capsules"):
+        _given(asked)
+
+
+@pytest.mark.parametrize(
+    "answer", [{}, {"capsules": 1}, {"capsules": [1]}, {"capsules": [1, 7]}, {"capsules": [1, "2"]}]
+)
+def test_bad_answers(answer: dict[str, Any]) -> None:
+    """A zone that answers something else about two capsules has not answered."""
+    with pytest.raises(UnavailableError):
+        parse_residences(answer, 2)
