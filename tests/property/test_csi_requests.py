@@ -89,6 +89,9 @@ class Network:
     def forget(self, volume: str) -> None:
         """Done."""
 
+    def settle(self) -> None:
+        """Done."""
+
 
 class World:
     """All services over a store with a tree, a device, and a snapshot of each."""
