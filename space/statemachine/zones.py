@@ -57,7 +57,7 @@ MARK_EVERY: Final = 256
 """Positions of this log after which a stream leaves a mark: what looking up a position of a home may have to read."""
 
 _HOME: Final = struct.Struct("<16sQQI")
-_MOVED: Final = struct.Struct("<QBQ")
+_MOVED: Final = struct.Struct("<QBQQ")
 _CURSOR: Final = struct.Struct("<QIQ")
 _STREAM: Final = struct.Struct(">16sII")
 
@@ -107,7 +107,8 @@ class HomeRow:
     """Whose replica a capsule is, as of which position there, and which part is the next of the copy under way.
 
     ``moved`` is the position of this log at which the home of this one capsule was given to the zone, or (``here``)
-    taken from it; 0 if it was not.  ``came`` is the position of the zone's log at which it was last taken from there.
+    taken from it; 0 if it was not.  ``came`` is the position of the zone's log at which it was last taken from there,
+    and ``since`` the position of this log at which that was.
     """
 
     zone: bytes
@@ -117,18 +118,19 @@ class HomeRow:
     moved: int = 0
     here: bool = False
     came: int = 0
+    since: int = 0
 
     def encode(self) -> bytes:
         packed = _HOME.pack(self.zone, self.position, self.copy, self.step)
-        return packed + _MOVED.pack(self.moved, self.here, self.came) if self.moved else packed
+        return packed + _MOVED.pack(self.moved, self.here, self.came, self.since) if self.moved else packed
 
     @classmethod
     def decode(cls, data: bytes) -> HomeRow:
         row = cls(*_HOME.unpack_from(data))
         if len(data) == _HOME.size:
             return row
-        moved, here, came = _MOVED.unpack_from(data, _HOME.size)
-        return attrs.evolve(row, moved=moved, here=bool(here), came=came)
+        moved, here, came, since = _MOVED.unpack_from(data, _HOME.size)
+        return attrs.evolve(row, moved=moved, here=bool(here), came=came, since=since)
 
 
 @attrs.frozen
@@ -245,7 +247,7 @@ def begins_at(state: Reader | Overlay, zone: bytes, row: ZoneRow) -> int:
     if root is None or not CapsuleRow.decode(root).flags & MOVED:
         return row.promoted
     homes = (HomeRow.decode(value) for _, value in state.scan(HOME, b""))
-    taken = (home.moved - 1 for home in homes if home.here and home.zone == zone and home.moved > row.parted)
+    taken = (home.since - 1 for home in homes if home.zone == zone and home.since > row.parted)
     return min((row.promoted, *taken))
 
 
@@ -399,7 +401,7 @@ def _put_home(state: Overlay, capsule: bytes, home: HomeRow) -> None:
     """A capsule is a zone's replica; if its home was given to that zone, that stays known."""
     before = home_row(state, capsule)
     if before is not None and before.zone == home.zone and before.moved and not before.here:
-        home = attrs.evolve(home, moved=before.moved, came=before.came)
+        home = attrs.evolve(home, moved=before.moved, came=before.came, since=before.since)
     state.put(HOME, capsule, home.encode())
 
 
@@ -409,8 +411,10 @@ def given(state: Overlay, context: Context, link: bytes, event: ev.HomeGiven) ->
     row.link = link
     row.flags |= REPLICA
     before = home_row(state, event.capsule)
-    came = before.came if before is not None and before.zone == event.zone else 0
-    state.put(HOME, event.capsule, HomeRow(event.zone, 0, moved=context.position, came=came).encode())
+    if before is None or before.zone != event.zone:
+        before = HomeRow(event.zone, 0)
+    home = attrs.evolve(before, position=0, copy=0, step=0, moved=context.position, here=False)
+    state.put(HOME, event.capsule, home.encode())
     state.edit(bytes(ROOT)).flags |= MOVED
 
 
@@ -419,8 +423,8 @@ def taken(state: Overlay, context: Context, link: bytes, event: ev.HomeTaken) ->
     row = state.edit(event.capsule)
     row.link = link
     row.flags |= REPLICA
-    position = event.position
-    home = HomeRow(event.zone, position, moved=context.position, here=True, came=position)
+    at, there = context.position, event.position
+    home = HomeRow(event.zone, there, moved=at, here=True, came=there, since=at)
     state.put(HOME, event.capsule, home.encode())
     state.put(SENT, event.zone + event.capsule, U64.pack(context.position))
     state.edit(bytes(ROOT)).flags |= MOVED
