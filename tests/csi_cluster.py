@@ -98,7 +98,7 @@ class Cluster:
         return next(iter(self.nodes.values())).url
 
     def ask(self, *numbers: int) -> Any:
-        """The calls of nodes, of all of them if none is named."""
+        """The calls of nodes, of all of them if none is named; a caller has one at a time, so each thread its own."""
         chosen = [f"unix://{self.directories[each]}/control.sock" for each in numbers or self.directories]
         return connect(",".join(chosen), caller=Caller())
 

@@ -80,6 +80,7 @@ ABOUT: Final = b"csi.about"
 ON_NODE: Final = b"csi.on."
 HAS_VOLUME: Final = b"csi.has."
 TURN: Final = b"csi.turn."
+TURNED: Final = b"csi.turned"
 SERVES: Final = b"csi.serves."
 """Of the directory of all nodes, with the number of a member of the cluster: where that one serves volumes."""
 
@@ -123,8 +124,11 @@ class _Known:
     def next_turn(self) -> list[cmd.Command]:
         """Commands that are refused unless the volume is as it was looked at."""
         named = [TURN + str(number).encode() for number in (self.turn, self.turn + 1)]
-        before = [cmd.RemoveXattr(self.directory, named[0])] if self.turn else []
-        return [*before, cmd.SetXattr(self.directory, named[1], b"", create=True)]
+        if self.turn:
+            before: cmd.Command = cmd.RemoveXattr(self.directory, named[0])
+        else:  # what the first turn sets stays: who looked before it cannot take it once more when it has gone
+            before = cmd.SetXattr(self.directory, TURNED, b"", create=True)
+        return [before, cmd.SetXattr(self.directory, named[1], b"", create=True)]
 
 
 class Cut(Protocol):

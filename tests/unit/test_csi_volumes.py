@@ -292,6 +292,17 @@ def test_who_is_overtaken_looks_again(store: Store, volumes: VolumeTree) -> None
     late.expand(made.id, 2 * MIB, 0)
     found = volumes.volume(made.id)
     assert (found.capacity, found.mutable) == (2 * MIB, {"history": "2d"})
+    other = volumes.create(wanted("other"))
+
+    def twice() -> None:
+        volumes.expand(other.id, 3 * MIB, 0)
+        volumes.publish(other.id, "two", WRITER)
+
+    Between(store, twice).modify(other.id, {"history": "2d"})
+    found = volumes.volume(other.id)
+    assert (found.capacity, found.mutable, list(found.published)) == (3 * MIB, {"history": "2d"}, ["two"])
+    volumes.unpublish(other.id, "")
+    volumes.delete(other.id)
     volumes.unpublish(made.id, "")
     late = Between(store, lambda: volumes.publish(made.id, "two", WRITER))
     assert why(late.delete, made.id) is Status.NOT_PERMITTED
