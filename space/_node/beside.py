@@ -144,7 +144,9 @@ class PastBeside(Reading):
 
     def _new_reader(self) -> ContentReader:
         self._keyring = Keyring(
-            self._wrapped_key, store_key=store_key(self._store_id), master_keys=MasterFile.of(self.path).load()
+            self._wrapped_key,
+            store_key=store_key(self._store_id),
+            master_keys=MasterFile.of(self.path).load(),
         )
         cache = FrameCache(CACHE_BYTES)
         return ContentReader(

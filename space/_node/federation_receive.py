@@ -29,13 +29,16 @@ from space.events.ids import ID_BYTES
 from space.federation.arrival import Recode, arrived
 from space.federation.exchange import VERSION, Peer
 from space.federation.sealing import is_for_home, open_key
+from space.federation.selection import Selection
 from space.federation.server import Received
 from space.federation.shipment import Shipment, decode_shipment
 from space.statemachine import zones as rows
+from space.statemachine.tables import CAPSULE, POLICY, U32, CapsuleRow
 
 if TYPE_CHECKING:
     from space._node.federation_zones import Zone, Zones
     from space._node.store import Store
+    from space.statemachine.store import ReadTransaction
 
 POSITION_MAX: Final = (1 << 63) - 1
 
@@ -90,10 +93,12 @@ class ZoneReceiver:
             row = rows.zone_row(txn, peer.id)
             streams = rows.cursors(txn, peer.id)
             promoted = 0 if row is None else rows.begins_at(txn, peer.id, row)
+            own = promoted > 0 and _has_own(txn, peer.name)
         return {
             "epoch": 0 if row is None else row.epoch,
             "base": 0 if row is None else row.base,
             "promoted": promoted,
+            "own": own,
             "cursors": [
                 {
                     "shard": shard,
@@ -242,3 +247,15 @@ def _ids(capsules: Sequence[str]) -> list[bytes]:
     if len(found) > ASKED_MAX or any(len(each) != ID_BYTES for each in found):
         raise UsageError(f"not the ids of 1 to {ASKED_MAX} capsules", hint="is the other zone newer?")
     return found
+
+
+def _has_own(txn: ReadTransaction, zone: str) -> bool:
+    """Whether anything that was never another zone's is to go to a zone."""
+    selection = Selection(zone)
+    numbers = (U32.unpack(key)[0] for key, _ in txn.scan(POLICY, b""))
+    meant = {each for each in numbers if zone in selection.policy(txn, each).federation_targets}
+    meant = {each for each in meant if selection.lane(txn, each) is not None}
+    return bool(meant) and any(
+        CapsuleRow.decode(value).policy in meant and rows.home_row(txn, capsule) is None
+        for capsule, value in txn.scan(CAPSULE, b"")
+    )

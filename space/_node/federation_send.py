@@ -82,7 +82,7 @@ class ZoneSource:
 
     def connected(self, identity: Document, cursors: Document) -> None:
         epoch, origin, found = _understood(cursors)
-        self._settle(epoch, _number(cursors.get("promoted")), found)
+        self._settle(epoch, _number(cursors.get("promoted")), found, own=cursors.get("own") is True)
         ahead = max((cursor.position for cursor in found.values()), default=0)
         if ahead > self._store.last:
             raise RefusedError(
@@ -94,8 +94,11 @@ class ZoneSource:
             if anew or self._streams is None or not self._streams.reconnected(found):
                 self._begin(found, origin, epoch)
 
-    def _settle(self, epoch: int, promoted: int, cursors: Mapping[int, Cursor]) -> None:
+    def _settle(self, epoch: int, promoted: int, cursors: Mapping[int, Cursor], *, own: bool) -> None:
         """Sees that both zones agree who took whose place, and gives way if the other one did.
+
+        With ``own`` the other one has something for this zone that it did not take over: where nothing ever came of
+        it, that zone's log is told from its beginning.
 
         Raises:
             SpaceError: they do not agree, or what was not shipped cannot be set aside.
@@ -108,7 +111,7 @@ class ZoneSource:
                 self._store._read() as txn
             ):  # what of its own it had not shipped, in lanes that brought nothing yet
                 came = [each.position - bool(each.resume) for _, _, each in rows.cursors(txn, self._zone.id)]
-            begins = max(1, min((promoted, *came)))
+            begins = max(1, min((promoted, *came))) if came or not own else 1
             with self._lock:
                 self._forget()
                 follow(self._store, self._zone, Promotion(epoch, begins, lanes), self._ask_reached)

@@ -469,6 +469,18 @@ def test_what_is_sealed_goes_back_sealed(two: Pumped) -> None:
     assert two.oslo.get("/all/moved") == two.oslo.get("/all/clone") == b"for oslo alone"
 
 
+def test_what_was_never_shipped_comes_after_a_promotion(two: Pumped) -> None:
+    """What a zone has of its own for the old home goes there once that follows, also if nothing ever went before."""
+    two.paris.put(b"of paris", name="/own", policy=shared("oslo"))
+    two.paris.write(two.paris.resolve("/own"), 3, b"PARIS")
+    promoted(two.paris, "oslo")
+    two.paris.write(two.paris.resolve("/zones/oslo/all/f1"), 0, b"x")
+    two.settle()
+    assert two.oslo.get("/zones/paris/own") == b"of PARIS"
+    assert two.oslo.get("/all/f1") == two.paris.get("/zones/oslo/all/f1")
+    assert two.back.shipped_bytes < 10_000  # nothing it had comes again
+
+
 def test_a_home_that_is_written_to_gives_way(two: Pumped) -> None:
     """Writes that come while what was not shipped is set aside are in the branch, or refused; none is lost."""
     done = threading.Event()

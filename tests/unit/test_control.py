@@ -114,7 +114,14 @@ def test_every_operation_can_be_checked() -> None:
         assert all(each.kind is each.KEYWORD_ONLY for each in parameters), name
         hints = hints_of(method)
         assert set(hints) == {each.name for each in parameters}
-        assert {kind for kinds in hints.values() for kind in kinds} <= {str, int, bool, list, dict, type(None)}
+        assert {kind for kinds in hints.values() for kind in kinds} <= {
+            str,
+            int,
+            bool,
+            list,
+            dict,
+            type(None),
+        }
         returned = inspect.signature(method).return_annotation
         assert returned in {"Document", "list[Document]", "Iterator[Document]"}, name
 
