@@ -229,15 +229,17 @@ class _Fork:
         """The position of this log at which the other zone has a capsule; 0 if it has all there can be.
 
         What came of it came in order, so that is the last position it came to, whatever lane brought it there.  One
-        whose home came from that zone was there as it was then.  One whose home was given to it differs only if it
-        was not taken: it has not changed here since, unless it was taken back with all the zone had.
+        whose home came from that zone was there as it was then, also if it was given back since.  One whose home was
+        given to it differs only if it was not taken: it has not changed here since, unless it was taken back with all
+        the zone had.
         """
         home = rows.home_row(txn, capsule)
         reached = self._reached.get(capsule, _NOT_ASKED).position
         if home is None or not home.moved or home.zone != self._zone.id:
             return max(self._all_there, reached)
         if self._scope(txn).moved(capsule):
-            return max(self._all_there, reached) if 0 < reached < WHOLE else 0
+            known = max(reached, home.since)
+            return max(self._all_there, known) if 0 < known < WHOLE else 0
         return max(self._all_there, reached if reached < WHOLE else 0, home.moved if home.here else 0)
 
     def _changed(self, txn: Reader) -> dict[bytes, int]:
@@ -331,11 +333,13 @@ class _Fork:
         kept the names it has in directories whose home is there, which nobody here gives or takes.
         """
         home = rows.home_row(scope.state, capsule)
-        if home is None or not home.here or home.zone != self._zone.id:
+        if home is None or not home.since or home.zone != self._zone.id:
+            return then
+        if not (home.here or scope.moved(capsule)):  # taken over since
             return then
         if any(scope.moved(parent) for parent, _ in (*then.names, *now.names)):
             then = attrs.evolve(then, names=now.names)
-        if self._reached.get(capsule, _NOT_ASKED).position >= home.moved:
+        if self._reached.get(capsule, _NOT_ASKED).position >= home.since:
             return then
         policy = self._selection.policy(scope.state, then.row.policy)
         before = moved(policy, self._own_name, self._zone.name)

@@ -212,8 +212,10 @@ def _arrival(state: Overlay, zone: rows.ZoneRow | None, capsule: bytes) -> Arriv
     if row is None or zone is None:
         return Arrival(there=False)
     home = rows.home_row(state, capsule)
-    if home is not None and home.moved:  # what came here has all there was
-        return Arrival(WHOLE if home.here else home.position, True, row.mtime, row.ctime)
+    if (
+        home is not None and home.moved
+    ):  # what came here has all there was; of what went there again, until it came
+        return Arrival(WHOLE if home.here else home.position or home.came, True, row.mtime, row.ctime)
     return Arrival(rows.reached(state, zone, capsule), True, row.mtime, row.ctime)
 
 

@@ -405,6 +405,49 @@ def test_a_home_is_not_taken_after_a_promotion(two: Pumped) -> None:
     sound(two)
 
 
+def test_what_was_done_to_a_home_that_was_given_back_is_set_aside(two: Pumped) -> None:
+    """What a zone did to a home it took and gave back, none of which came, is a branch when its place is taken."""
+    two.paris.mkdir("/mine")
+    two.paris.set_policy("/mine", shared("oslo"))
+    two.back.run()
+    given(two, "/all/f")
+    two.there.run()
+    paris = two.paris
+    paris.write(paris.resolve(f"{THERE}/all/f"), 0, b"not shipped")
+    paris.execute(cmd.SetXattr(paris.resolve(f"{THERE}/all/f"), b"user.x", b"not shipped"))
+    given(two, f"{THERE}/all/f", back=True)
+    promote(two.oslo, Zones(two.oslo), "paris")
+    two.settle()
+    assert homes(two, "/all/f") == ["oslo"]
+    assert both(two, "/all/f") == [b"one"] * 2
+    assert list(paris.xattrs(paris.resolve(f"{THERE}/all/f"))) == []
+    assert paris.policy(paris.resolve(f"{THERE}/all/f")).federation_targets == ("paris",)
+    (branch,) = branches(paris)
+    assert [each["path"] for each in branch["files"]] == ["all/f"]
+    assert paris.get(f"{branch['path']}/all/f") == b"not shipped"
+    sound(two)
+
+
+def test_what_was_taken_before_a_promotion_is_not_set_aside(two: Pumped) -> None:
+    """Where a zone gave back what it has not told of, and the other one had taken all of it, nothing is set aside."""
+    two.paris.mkdir("/mine")
+    two.paris.set_policy("/mine", shared("oslo", priority=50))
+    two.back.run()
+    for _ in range(2):
+        given(two, "/all/f")
+        two.there.run()
+        two.paris.write(two.paris.resolve(f"{THERE}/all/f"), 0, b"PARIS")
+        given(two, f"{THERE}/all/f", back=True)
+        two.back.run()
+    given(two, "/all/f")
+    promote(two.oslo, Zones(two.oslo), "paris")
+    two.settle()
+    assert homes(two, "/all/f") == ["oslo"]
+    assert both(two, "/all/f") == [b"PARIS"] * 2
+    assert branches(two.paris) == []
+    sound(two)
+
+
 def test_a_home_takes_nobody_elses(two: Pumped) -> None:
     """A zone can give away the home of its own replicas only, and a store that is the home itself is asked in vain."""
     mine = two.paris.put(b"of paris", name="/mine").id
