@@ -448,6 +448,21 @@ def test_what_was_taken_before_a_promotion_is_not_set_aside(two: Pumped) -> None
     sound(two)
 
 
+def test_what_came_of_a_home_before_a_promotion_is_not_set_aside(two: Pumped) -> None:
+    """What the other zone did to a home it took is its own, though it gave the home back before a promotion."""
+    given(two, "/all/f")
+    two.there.run()
+    two.paris.write(two.paris.resolve(f"{THERE}/all/f"), 0, b"PARIS")
+    two.back.run()
+    given(two, f"{THERE}/all/f", back=True)
+    promote(two.paris, Zones(two.paris), "oslo")
+    two.settle()
+    assert homes(two, "/all/f") == ["paris"]
+    assert both(two, "/all/f") == [b"PARIS"] * 2
+    assert branches(two.oslo) == []
+    sound(two)
+
+
 def test_a_home_takes_nobody_elses(two: Pumped) -> None:
     """A zone can give away the home of its own replicas only, and a store that is the home itself is asked in vain."""
     mine = two.paris.put(b"of paris", name="/mine").id
