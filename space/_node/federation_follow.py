@@ -239,7 +239,7 @@ class _Fork:
             return max(self._all_there, reached)
         if self._scope(txn).moved(capsule):
             known = max(reached, home.since)
-            return max(self._all_there, known) if 0 < known and reached < home.moved else 0
+            return max(self._all_there, known) if known > 0 and reached < home.moved else 0
         return max(self._all_there, reached if reached < WHOLE else 0, home.moved if home.here else 0)
 
     def _changed(self, txn: Reader) -> dict[bytes, int]:
