@@ -239,7 +239,8 @@ class _Fork:
             return max(self._all_there, reached)
         if self._scope(txn).moved(capsule):
             known = max(reached, home.since)
-            return max(self._all_there, known) if known > 0 and reached < home.moved else 0
+            untold = not home.position and reached < home.moved  # what that zone has told of, it took
+            return max(self._all_there, known) if known and untold else 0
         return max(self._all_there, reached if reached < WHOLE else 0, home.moved if home.here else 0)
 
     def _changed(self, txn: Reader) -> dict[bytes, int]:
@@ -337,8 +338,11 @@ class _Fork:
             return then
         if not (home.here or scope.moved(capsule)):  # taken over since
             return then
-        if any(scope.moved(parent) for parent, _ in (*then.names, *now.names)):
-            then = attrs.evolve(then, names=now.names)
+        kept = [slot for slot in now.names if scope.moved(slot[0])]
+        if kept or any(scope.moved(parent) for parent, _ in then.names):
+            here = () if then.row.kind == Kind.DIRECTORY else then.names
+            names = [*kept, *(slot for slot in here if not scope.moved(slot[0]))]
+            then = attrs.evolve(then, names=names or now.names)
         if self._reached.get(capsule, _NOT_ASKED).position >= home.since:
             return then
         policy = self._selection.policy(scope.state, then.row.policy)

@@ -472,6 +472,8 @@ class _Delivery:
         home, parent = zones.home_row(self._tried, capsule), self._tried.capsule(name[0])
         if home is None or not home.moved or home.here or parent is None or parent.deleted:
             return False
+        if name == self._apart(capsule):
+            return False
         ours = zones.home_of(self._tried, name[0], parent) is None and name[0] not in (ZONES, BRANCHES)
         return ours and not (self._row.lost and name in gone)
 
@@ -602,12 +604,14 @@ class _Delivery:
     def _empty(self, directory: bytes) -> None:
         """What an older replica of a directory held loses its name in it; what is still there comes with its own.
 
-        What has its home here, and is in a directory that has it there, stays.
+        What has its home here, and is in a directory that has it there, stays; so does what had it here when the
+        directory was copied, and came back by another way since.
         """
         for name, value in [(key[ID_BYTES:], v) for key, v in self._tried.scan(ENTRY, directory)]:
             child = EntryRow.decode(value).capsule
             row, home = self._tried.capsule(child), zones.home_row(self._tried, child)
-            if row is not None and home is not None and home.moved and not self._is_home(child, row):
+            moved = home is not None and home.moved > 0
+            if row is not None and moved and (not self._is_home(child, row) or self._further(child)):
                 continue
             self._ours(child)
             self._happen(ev.NameUnlinked(child, directory, name))

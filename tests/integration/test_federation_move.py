@@ -463,6 +463,78 @@ def test_what_came_of_a_home_before_a_promotion_is_not_set_aside(two: Pumped) ->
     sound(two)
 
 
+def test_what_came_of_a_home_that_was_taken_back_is_not_set_aside(two: Pumped) -> None:
+    """What a zone told of a home it got back, gave away and took back is its own when it takes the other's place."""
+    two.paris.mkdir("/mine")
+    two.paris.set_policy("/mine", shared("oslo", priority=50))
+    given(two, "/all/f")
+    two.settle()
+    two.paris.write(two.paris.resolve(f"{THERE}/all/f"), 0, b"PARIS")
+    given(two, f"{THERE}/all/f", back=True)
+    two.settle()
+    given(two, "/all/f")
+    assert take_back(two.oslo, Zones(two.oslo), "paris", asked=two.there.homes)["capsules"] == 1
+    two.oslo.write(two.oslo.resolve("/all/f"), 0, b"OSLO")
+    two.there.run()
+    promote(two.oslo, Zones(two.oslo), "paris")
+    two.settle()
+    assert homes(two, "/all/f") == ["oslo"]
+    assert both(two, "/all/f") == [b"OSLOS"] * 2
+    assert branches(two.paris) == []
+    sound(two)
+
+
+def test_new_names_of_a_home_that_moved_are_set_aside(two: Pumped) -> None:
+    """A name in a directory of its own that a zone gave to what it had got goes when its place is taken."""
+    two.paris.mkdir("/mine")
+    two.paris.set_policy("/mine", shared("oslo"))
+    given(two, "/all/f")
+    two.settle()
+    parent, name = two.paris._parent_of("/mine/f")
+    two.paris.execute(cmd.Link(two.paris.resolve(f"{THERE}/all/f"), parent, name))
+    promote(two.oslo, Zones(two.oslo), "paris")
+    two.settle()
+    assert [path for path, _ in two.paris.walk(two.paris.resolve("/mine"))] == [b""]
+    assert both(two, "/all/f") == [b"one"] * 2
+    sound(two)
+
+
+def test_a_directory_that_is_taken_back_keeps_what_came_back_before(two: Pumped) -> None:
+    """Lanes overtake each other: a file that was at home again is not lost with an older copy of its directory."""
+    two.oslo.set_policy("/all/f", shared("paris", priority=50))
+    two.settle()
+    given(two, "/all")
+    two.there.run(1)  # the file's lane
+    assert homes(two, "/all/f") == ["paris"]
+    assert take_back(two.oslo, Zones(two.oslo), "paris", asked=two.there.homes)["capsules"] == 3
+    given(two, f"{THERE}/all/f", back=True)
+    two.back.run()
+    two.settle()
+    assert homes(two, "/all/f") == homes(two, "/all") == ["oslo"]
+    assert both(two, "/all/f") == [b"one"] * 2
+    assert both(two, "/all/dir/g") == [b"two"] * 2
+    sound(two)
+
+
+def test_a_directory_is_taken_back_by_a_zone_that_was_taken_over(two: Pumped) -> None:
+    """What is copied to a zone that took the other one's place gets its names there, and no others."""
+    two.paris.mkdir("/mine")
+    two.paris.set_policy("/mine", shared("oslo"))
+    two.settle()
+    promote(two.oslo, Zones(two.oslo), "paris")
+    two.settle()
+    given(two, "/all")
+    two.there.run()
+    given(two, f"{THERE}/all", back=True)
+    assert take_back(two.paris, Zones(two.paris), "oslo", asked=two.back.homes)["capsules"] == 4
+    two.settle()
+    assert homes(two, "/all/dir/g") == ["paris"]
+    assert both(two, "/all/f") == [b"one"] * 2
+    assert both(two, "/all/dir/g") == [b"two"] * 2
+    assert two.oslo.ls("/zones/paris/.capsules") == []
+    sound(two)
+
+
 def test_a_home_takes_nobody_elses(two: Pumped) -> None:
     """A zone can give away the home of its own replicas only, and a store that is the home itself is asked in vain."""
     mine = two.paris.put(b"of paris", name="/mine").id
