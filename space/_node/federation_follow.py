@@ -553,10 +553,8 @@ class _Setting:
 
     def place(self, files: Sequence[Pair]) -> None:
         """Gives everything the names back it had; all are out of the way before the first gets its own."""
-        moved = [each for each in files if _is_elsewhere(each)]
-        for _, _, now in moved:
-            for parent, _ in now.names:
-                self._revive(parent, {capsule for capsule, _, _ in self._directories})
+        seen = [(capsule, then, now.without(self._is_gone)) for capsule, then, now in files]
+        moved = [each for each in seen if _is_elsewhere(each)]
         missing = [(capsule, self._leave_file(capsule, then, now)) for capsule, then, now in moved]
         for capsule, then in self._from_the_top([(capsule, then) for capsule, then, _ in self._directories]):
             self._arrive(capsule, then.names)
@@ -565,13 +563,23 @@ class _Setting:
         for slot in self._parked.values():  # it had no name
             self.commands.append(cmd.Unlink(*slot, directory=None, recursive=True))
 
-    def _revive(self, directory: bytes, coming_back: set[bytes]) -> None:
-        """Brings a deleted directory back, for as long as it takes to get out of it what is not gone."""
+    def _deleted_with(self, directory: bytes) -> bytes | None:
+        """The directory a directory was deleted with, if it was: itself, or one it is in."""
         at, row = directory, self.scope.state.capsule(directory)
         while row is not None and not row.deleted and at != ROOT:
             at = row.parent
             row = self.scope.state.capsule(at)
-        if row is not None and row.deleted and at not in coming_back and at not in self._parked:
+        return at if row is not None and row.deleted else None
+
+    def _is_gone(self, directory: bytes) -> bool:
+        """Whether a directory was deleted and does not come back: nobody sees names in it, which stay."""
+        at = self._deleted_with(directory)
+        return at is not None and at not in self._parked
+
+    def _revive(self, directory: bytes, coming_back: set[bytes]) -> None:
+        """Brings a deleted directory back, for as long as it takes to get out of it what is not gone."""
+        at = self._deleted_with(directory)
+        if at is not None and at not in coming_back and at not in self._parked:
             self._parked[at] = (self._park(), str(CapsuleId(at)).encode())
             self.commands.append(cmd.Undelete(at, *self._parked[at]))
 

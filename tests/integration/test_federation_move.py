@@ -499,6 +499,26 @@ def test_new_names_of_a_home_that_moved_are_set_aside(two: Pumped) -> None:
     sound(two)
 
 
+def test_names_in_a_deleted_directory_keep_nobody_from_following(two: Pumped) -> None:
+    """A zone follows though what it gave away has a name in a directory it deleted, beside something it restores."""
+    oslo = two.oslo
+    oslo.mkdir("/all/gone")
+    for name in ("f", "dir/g"):
+        parent, link = oslo._parent_of(f"/all/gone/{name[-1]}")
+        oslo.execute(cmd.Link(oslo.resolve(f"/all/{name}"), parent, link))
+    two.settle()
+    oslo.rm("/all/gone", recursive=True)
+    two.settle()
+    given(two, "/all/dir/g")
+    oslo.write(oslo.resolve("/all/f"), 0, b"not shipped")
+    promote(two.paris, Zones(two.paris), "oslo")
+    two.settle()
+    assert homes(two, "/all/f") == homes(two, "/all/dir/g") == ["paris"]
+    assert both(two, "/all/f") == [b"one"] * 2
+    assert both(two, "/all/dir/g") == [b"two"] * 2
+    sound(two)
+
+
 def test_a_directory_that_is_taken_back_keeps_what_came_back_before(two: Pumped) -> None:
     """Lanes overtake each other: a file that was at home again is not lost with an older copy of its directory."""
     two.oslo.set_policy("/all/f", shared("paris", priority=50))
