@@ -30,7 +30,7 @@ from space.federation.portable import size
 from space.federation.selection import Selection
 from space.federation.shipment import encode_shipment
 from space.federation.shipper import Outgoing
-from space.federation.stream import Begin, Cursor, Streams, begin
+from space.federation.stream import Begin, Cursor, Note, Streams, begin
 from space.federation.translate import Part, Translator, is_quiet, missing_capsule
 from space.statemachine import zones as rows
 from space.statemachine.tables import POLICY, U32
@@ -106,7 +106,7 @@ class ZoneSource:
         name = self._zone.name
         row = self._row()
         if epoch > row.epoch and promoted > 0:
-            lanes = {lane: cursor.position - bool(cursor.resume) for lane, cursor in cursors.items()}
+            lanes = {lane: _all_up_to(cursor) for lane, cursor in cursors.items()}
             with (
                 self._store._read() as txn
             ):  # what of its own it had not shipped, in lanes that brought nothing yet
@@ -437,6 +437,12 @@ class ZoneSource:
 
 def _number(value: Any) -> int:
     return value if type(value) is int and value >= 0 else -1
+
+
+def _all_up_to(cursor: Cursor) -> int:
+    """The position up to which a lane has brought everything: none while a first copy is under way."""
+    note = Note.decode(cursor.resume)
+    return 0 if note is not None and note.first else cursor.position - (note is not None)
 
 
 def _understood(cursors: Document) -> tuple[int, int, dict[int, Cursor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -481,6 +482,27 @@ def test_what_came_of_a_home_that_was_taken_back_is_not_set_aside(two: Pumped) -
     assert homes(two, "/all/f") == ["oslo"]
     assert both(two, "/all/f") == [b"OSLOS"] * 2
     assert branches(two.paris) == []
+    sound(two)
+
+
+def test_a_first_copy_under_way_says_nothing_of_what_is_not_in_it_yet(two: Pumped) -> None:
+    """A zone's place is taken while its first copy is under way: what it did to a home it took is set aside."""
+    given(two, "/all/f")
+    two.there.run()
+    paris = two.paris
+    paris.write(paris.resolve(f"{THERE}/all/f"), 0, b"not shipped")
+    for number in range(3):  # more than goes at once
+        paris.put(random.Random(number).randbytes(12 << 20), name=f"/large{number}", policy=shared("oslo"))
+    given(two, f"{THERE}/all/f", back=True)
+    two.restart("paris")  # it has shipped nothing yet, and has to copy all it may
+    two.back.connect()
+    two.back.run(1)
+    promote(two.oslo, Zones(two.oslo), "paris")
+    two.settle()
+    assert homes(two, "/all/f") == ["oslo"]
+    assert both(two, "/all/f") == [b"one"] * 2
+    (branch,) = branches(paris)
+    assert paris.get(f"{branch['path']}/all/f") == b"not shipped"
     sound(two)
 
 
