@@ -558,6 +558,24 @@ def test_a_directory_that_is_taken_back_keeps_what_came_back_before(two: Pumped)
     sound(two)
 
 
+def test_a_directory_that_is_taken_back_keeps_what_the_other_zone_took_back(two: Pumped) -> None:
+    """Each zone takes back what it gave to the other one: a directory, and a file in it that is at home elsewhere."""
+    two.oslo.set_policy("/all/f", shared("paris", priority=50))
+    two.settle()
+    given(two, "/all")
+    two.there.run(1)  # the file's lane
+    given(two, f"{THERE}/all/f", back=True)
+    assert take_back(two.paris, Zones(two.paris), "oslo", asked=two.back.homes)["capsules"] == 1
+    two.paris.write(two.paris.resolve(f"{THERE}/all/f"), 0, b"PARIS")
+    assert take_back(two.oslo, Zones(two.oslo), "paris", asked=two.there.homes)["capsules"] == 3
+    two.settle()
+    assert homes(two, "/all/f") == ["paris"]
+    assert homes(two, "/all") == ["oslo"]
+    assert both(two, "/all/f") == [b"PARIS"] * 2
+    assert both(two, "/all/dir/g") == [b"two"] * 2
+    sound(two)
+
+
 def test_a_directory_is_taken_back_by_a_zone_that_was_taken_over(two: Pumped) -> None:
     """What is copied to a zone that took the other one's place gets its names there, and no others."""
     two.paris.mkdir("/mine")
