@@ -685,19 +685,21 @@ class Transport:
         It is never cancelled: uvloop would then close a connection that was just made without saying so to its
         protocol.  When it is given up, its socket is hung up, and it ends by itself.
         """
+        inode = os.fstat(sock.fileno()).st_ino
 
         async def made() -> None:
             try:
                 await making
             finally:
                 if not connection.is_made:
-                    sock.close()
+                    _let_go(sock, inode)
 
         task = self.spawn(made())
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
-            _hang_up(sock)
+            if _is_open(sock, inode):
+                _hang_up(sock)
             await asyncio.wait({task})
             _ = task.cancelled() or task.exception()  # it is known why
             raise
@@ -902,6 +904,26 @@ async def _dialled(host: str, port: int) -> socket.socket:
         else:
             return sock
     raise reason
+
+
+def _is_open(sock: socket.socket, inode: int) -> bool:
+    """Whether the descriptor in a socket is that socket still, and not somebody else's by now."""
+    try:
+        return os.fstat(sock.fileno()).st_ino == inode
+    except OSError:
+        return False
+
+
+def _let_go(sock: socket.socket, inode: int) -> None:
+    """Closes a socket that the loop was given, unless the loop has.
+
+    Where the first write of a handshake fails, uvloop 0.23 closes the descriptor and leaves its number in the socket,
+    which would close it once more when nobody refers to it: whatever file of this process has that number by then.
+    """
+    if _is_open(sock, inode):
+        sock.close()
+    else:
+        sock.detach()
 
 
 def _hang_up(sock: socket.socket) -> None:

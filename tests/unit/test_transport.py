@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
+import os
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -19,6 +23,7 @@ import pytest
 from space._errors import ConflictError, SpaceError, StorageError, UnavailableError, UsageError
 from space.replication import certificates, wire
 from space.replication.certificates import Tls
+from space.replication.connection import Connection
 from space.replication.transport import Limits, Transport
 from space.replication.wire import CLIENT, Blob, Frame, FrameReader, Goodbye, Hello, Lane, Reason
 from space.wal.disk import Buffer
@@ -970,3 +975,38 @@ def test_peers_can_be_named_before_the_start(run: Run, tmp_path: Path) -> None:
             await until(lambda: one.peers()[2].connected)
 
     run(main())
+
+
+def test_a_handshake_that_cannot_begin_takes_no_file_along(run: Run, tmp_path: Path) -> None:
+    """Where the other side resets a connection before the first byte, its descriptor is closed once, and no other."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with net_in(tmp_path, encrypted=True) as net:
+            one, _ = await net.node(1)
+            tls = net.tls(1)
+            assert tls is not None
+            with socket.create_server((HOST, 0)) as deaf:
+                for _ in range(20):
+                    sock = socket.create_connection(deaf.getsockname())
+                    sock.setblocking(False)
+                    accepted, _ = deaf.accept()
+                    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    accepted.close()
+                    connection = one.connection()
+                    making = loop.create_connection(
+                        partial(_same, connection), sock=sock, ssl=tls.client, server_hostname=HOST
+                    )
+                    with pytest.raises(OSError):
+                        await one.make(making, sock, connection)
+                    number = os.open(tmp_path, os.O_RDONLY)
+                    await asyncio.sleep(0)
+                    del sock, making
+                    gc.collect()
+                    os.close(number)
+
+    run(main())
+
+
+def _same(connection: Connection) -> Connection:
+    return connection
