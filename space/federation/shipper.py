@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import aiohttp
 import attrs
@@ -65,6 +65,8 @@ RATE_SECONDS: Final = 10.0
 """Throughput is told over so much time."""
 
 _T = TypeVar("_T")
+_Meeting: TypeAlias = "asyncio.Task[tuple[aiohttp.ClientSession, Document]]"
+"""Asks at an address; a session that leads there, and who answered."""
 
 log: Final = logging.getLogger("space.federation")
 
@@ -242,28 +244,25 @@ class Shipper:
             SpaceError, aiohttp.ClientError, OSError: why there is no answer, from the address that said so last.
         """
         asking = {asyncio.create_task(self._try(url)) for url in addresses(self._target.url)}
-        found: tuple[aiohttp.ClientSession, Document] | None = None
-        error: BaseException = UnavailableError("it has no address", hint="space zone add --url")
         try:
-            while asking and (found is None or not _leads(found[1])):
-                done, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    if (failed := task.exception()) is not None:
-                        error = failed
-                    elif found is None or (_leads(task.result()[1]) and not _leads(found[1])):
-                        found, spare = task.result(), found
-                        await _hang_up(spare)
-                    else:
-                        await _hang_up(task.result())
+            found = await self._first(asking)
+            await _hang_up(asking - {found})
         except BaseException:
-            await _hang_up(found)
+            await _hang_up(asking)
             raise
-        finally:
-            for task in asking:
-                task.cancel()
-            for each in await asyncio.gather(*asking, return_exceptions=True):
-                if not isinstance(each, BaseException):
-                    await _hang_up(each)
+        return found.result()
+
+    async def _first(self, asking: set[_Meeting]) -> _Meeting:
+        """The task that found who is shipped to; see :meth:`_find`."""
+        waiting, found = asking, None
+        error: BaseException = UnavailableError("it has no address", hint="space zone add --url")
+        while waiting and (found is None or not _leads(found.result()[1])):
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if (failed := task.exception()) is not None:
+                    error = failed
+                elif found is None or (_leads(task.result()[1]) and not _leads(found.result()[1])):
+                    found = task
         if found is None:
             raise error
         return found
@@ -392,9 +391,13 @@ class Shipper:
             self._wake.set()
 
 
-async def _hang_up(met: tuple[aiohttp.ClientSession, Document] | None) -> None:
-    if met is not None:
-        await met[0].close()
+async def _hang_up(meetings: set[_Meeting]) -> None:
+    """Ends connections, also those that are being made."""
+    for task in meetings:
+        task.cancel()
+    for each in await asyncio.gather(*meetings, return_exceptions=True):
+        if not isinstance(each, BaseException):
+            await each[0].close()
 
 
 def _leads(identity: Document) -> bool:
