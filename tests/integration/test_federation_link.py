@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import random
 import socket
 import ssl
@@ -210,6 +211,25 @@ def test_of_several_addresses_the_one_that_leads_is_shipped_to(tmp_path: Path) -
                 await until(lambda: len(zones.log.taken) == 20)
                 assert zones.log.taken == numbered(20)
                 await until(lambda: shipper.status.at == urls[1])
+
+    asyncio.run(main())
+
+
+def test_who_stops_while_it_looks_for_the_one_that_leads_leaves_nothing(tmp_path: Path) -> None:
+    """A shipper is cancelled at any point of asking several addresses: every connection is closed."""
+
+    async def main() -> None:
+        async with pair(tmp_path) as zones:
+            url = ",".join([f"https://127.0.0.1:{zones.port}"] * 3)
+            for turns in range(0, 240, 6):
+                shipper = zones.shipper(Shelf([]), url=url)
+                task = asyncio.create_task(shipper.run())
+                for _ in range(turns):
+                    await asyncio.sleep(0.0001)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                del task, shipper
+                gc.collect()  # a session that is not closed says so, which is an error
 
     asyncio.run(main())
 
