@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ import pytest
 
 from space._node.local_vfs import LocalFileSystem
 from space._node.store import Store
-from space.projections.fuse.mount import Ready, mounted_at, serve
+from space.projections.fuse.mount import Ready, _Device, mounted_at, serve
 
 REPOSITORY = Path(__file__).parent.parent
 NEEDS_FUSE = pytest.mark.requires("/dev/fuse", "fusermount3", "py:pyfuse3")
@@ -105,6 +106,17 @@ def opened(data: Path) -> Iterator[Store]:
         yield store
 
 
+def _tell_too_early() -> None:
+    """Before each request the device is said to have one when it has none, as if one had been taken back."""
+    wait, calls = _Device.wait_readable, itertools.count()
+
+    async def early(device: _Device, descriptor: int) -> None:
+        if next(calls) % 2:
+            await wait(device, descriptor)
+
+    _Device.wait_readable = early  # type: ignore[method-assign,assignment]
+
+
 def main() -> None:
     """Opens a data directory and serves it; the first line on standard output says that it is ready."""
     parser = argparse.ArgumentParser()
@@ -113,7 +125,10 @@ def main() -> None:
     parser.add_argument("--path", default="/")
     parser.add_argument("--at")
     parser.add_argument("--read-only", action="store_true")
+    parser.add_argument("--nothing-to-read", action="store_true")
     options = parser.parse_args()
+    if options.nothing_to_read:
+        _tell_too_early()
 
     def ready(found: Ready) -> None:
         sys.stdout.write(json.dumps(attrs.asdict(found)) + "\n")

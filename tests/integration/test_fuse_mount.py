@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -172,6 +173,39 @@ def test_a_single_capsule_is_a_directory_with_content(tmp_path: Path) -> None:
                 change()
     with opened(data) as store:
         assert store.read(store.resolve("/f")) == b"Jello"
+
+
+def test_requests_that_were_taken_back_before_they_were_read(tmp_path: Path) -> None:
+    """A mount that read in vain more often than it has workers, since requests were taken back, answers."""
+    with Mount(tmp_path / "data", tmp_path / "mnt", "--nothing-to-read") as mounted:
+        for number in range(300):
+            (mounted.target / str(number)).touch()
+        assert len(list(mounted.target.iterdir())) == 300
+
+
+def test_what_was_taken_back_while_the_loop_was_busy_is_not_read() -> None:
+    """What there was to read when the loop looked, and is no longer there in its next turn, is no request."""
+
+    async def turns() -> None:
+        device = mounting._Device()
+        reader, writer = os.pipe()
+        try:
+            waiting = asyncio.create_task(device.wait_readable(reader))
+            await asyncio.sleep(0)
+            os.write(writer, b"x")
+            asyncio.get_running_loop().call_soon(os.read, reader, 1)  # before the waiting task goes on
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not waiting.done()
+            os.write(writer, b"y")
+            await waiting
+            assert os.read(reader, 1) == b"y"
+            asyncio.get_running_loop().remove_reader(reader)
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+    asyncio.run(turns())
 
 
 def test_what_the_library_changes_shows_in_the_mount(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import errno
 import json
 import logging
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -103,11 +104,38 @@ def _load_pyfuse3() -> Any:
 
     device = _Device()
     shim = types.SimpleNamespace(**vars(pyfuse3.asyncio))
+    shim.open_nursery = _nursery
     shim.lowlevel = types.SimpleNamespace(**vars(pyfuse3.asyncio))
     shim.lowlevel.wait_readable = device.wait_readable
     shim.lowlevel.notify_closing = device.notify_closing
     vars(pyfuse3)["trio"] = shim  # what pyfuse3.asyncio.enable() does, with a better way to wait
     return pyfuse3
+
+
+def _nursery() -> Any:
+    """pyfuse3's nursery, with workers that do not end when a request was taken back before it could be read.
+
+    The kernel takes a waiting request back when who made it is killed; libfuse then reads again, from a device that
+    has nothing and does not block: EAGAIN.  pyfuse3 lets it end the worker, which it goes on to count as one of the
+    99 there may be: after as many a mount would answer nobody.
+    """
+    import pyfuse3.asyncio
+
+    nursery: Any = pyfuse3.asyncio.open_nursery()
+    start_soon = nursery.start_soon
+
+    def lasting(
+        worker: Callable[..., Coroutine[Any, Any, None]], *args: Any, name: str | None = None
+    ) -> None:
+        async def work() -> None:
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    return await worker(*args)
+
+        start_soon(work, name=name)
+
+    nursery.start_soon = lasting
+    return nursery
 
 
 class _Device:
@@ -122,10 +150,15 @@ class _Device:
 
     async def wait_readable(self, descriptor: int) -> None:
         loop = asyncio.get_running_loop()
-        self._waiter = waiter = loop.create_future()
-        # In place of the reader before, which is thereby cancelled: no call of it can come late.
-        loop.add_reader(descriptor, self._readable, loop, descriptor, waiter)
-        await waiter
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        while True:
+            self._waiter = waiter = loop.create_future()
+            # In place of the reader before, which is thereby cancelled: no call of it can come late.
+            loop.add_reader(descriptor, self._readable, loop, descriptor, waiter)
+            await waiter
+            if poll.poll(0):  # else it was taken back since: each time that is read in vain costs a buffer
+                return
 
     def _readable(
         self, loop: asyncio.AbstractEventLoop, descriptor: int, waiter: asyncio.Future[None]
