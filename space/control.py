@@ -151,6 +151,8 @@ class _RemoteCaller(Caller):
 
     def wait(self, descriptor: int, *, writing: bool) -> int:
         if statmod.S_ISREG(os.fstat(descriptor).st_mode):
+            # who has gone may be asking another node, which writes the same file, or may want the file as it is
+            self._poll(None, 0, 0)
             return CHUNK_BYTES
         ready = self._poll(descriptor, select.POLLOUT if writing else select.POLLIN, None)
         while not ready:

@@ -543,8 +543,10 @@ class Sink:
 
     def write(self, data: bytes) -> None:
         try:
-            if self._replace and self._size == 0:
-                os.ftruncate(self._descriptor, 0)
+            if self._replace:
+                self._caller.wait(self._descriptor, writing=True)
+                if self._size == 0:
+                    os.ftruncate(self._descriptor, 0)
             self._size += len(data)
             if self._replace and data == (_ZEROS if len(data) == len(_ZEROS) else _ZEROS[: len(data)]):
                 os.lseek(self._descriptor, len(data), os.SEEK_CUR)
@@ -563,6 +565,7 @@ class Sink:
     def finish(self) -> None:
         """Ends a file whose last part is a hole, or that is empty."""
         if self._replace:
+            self._caller.wait(self._descriptor, writing=True)
             os.ftruncate(self._descriptor, self._size)
 
 

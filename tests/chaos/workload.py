@@ -249,7 +249,6 @@ class Worker(threading.Thread):
         with tempfile.TemporaryFile() as source:
 
             def ask(service: Any) -> Any:
-                source.seek(0)
                 return service.probe_write(
                     descriptor=source.fileno(),
                     capsule=str(CapsuleId(file.id)),
@@ -332,15 +331,18 @@ class Worker(threading.Thread):
         """What it was promised is there at once, on whatever node it asks."""
         path = self.rng.choice(sorted(self.files))
         file = self.files[path]
-        with tempfile.TemporaryFile() as target:
+        data = b""
 
-            def ask(service: Any) -> Any:
+        def ask(service: Any) -> Any:
+            nonlocal data
+            # one for each: a node that was given up may still be writing
+            with tempfile.TemporaryFile() as target:
+                answer = service.get(capsule=f"/{path}", descriptor=target.fileno(), replace=True)
                 target.seek(0)
-                return service.get(capsule=f"/{path}", descriptor=target.fileno(), replace=True)
+                data = target.read()
+            return answer
 
-            self.insist(ask)
-            target.seek(0)
-            data = target.read()
+        self.insist(ask)
         assert data == bytes(file.data), (
             f"{self.name}: {path} has {len(data)} other bytes than {len(file.data)}"
         )

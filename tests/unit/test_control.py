@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import os
 import socket
 import stat
@@ -362,6 +363,37 @@ def test_a_caller_that_goes_leaves_no_name(store: Store) -> None:
             os.close(writer)
         with pytest.raises(space.NotFoundError):
             store.resolve("/half")
+
+
+@pytest.mark.parametrize("size", [0, 10, 100_000])
+def test_a_caller_that_goes_has_its_file_left_alone(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """A get that is answered only when its caller has gone, to ask elsewhere perhaps, does not touch the file."""
+    store.put(io.BytesIO(bytes(range(1, 11)) * (size // 10)), name=f"/wanted{size}")
+    asked, gone = threading.Event(), threading.Event()
+    resolve = Store.resolve
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        asked.set()
+        gone.wait()
+        return resolve(*arguments, **options)
+
+    monkeypatch.setattr(Store, "resolve", late)
+    with (tmp_path / "file").open("w+b") as file:
+        file.write(b"of somebody else")
+        file.flush()
+        stream = connection(store)
+        arguments = {"capsule": f"/wanted{size}", "replace": True}
+        socket.send_fds(
+            stream, [messages.pack({"method": "get", "arguments": arguments}, 1000)], [file.fileno()]
+        )
+        asked.wait()
+        stream.close()
+        gone.set()
+        calls_end()
+        file.seek(0)
+        assert file.read() == b"of somebody else"
 
 
 def test_a_follower_ends_with_its_server(tmp_path: Path) -> None:
