@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import ssl
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,8 @@ AUTHORITY: Final = "authority"
 LISTEN: Final = "127.0.0.1:7420"
 SHARDS_MAX: Final = 256
 HEAL_SECONDS: Final = 60.0
+CHUNK_SECONDS: Final = 10.0
+HEAL_RETRY_SECONDS: Final = 0.2
 READY_SECONDS: Final = 30.0
 REMEMBER_SECONDS: Final = 0.2
 """How soon a new member knows in its file where the others are: without, it cannot heal."""
@@ -268,20 +271,29 @@ class ClusterNode:
         """
         self.home = home
         self.config = config
-        self.stores: list[Member] = []
-        self.failure: SpaceError | None = None
-        self.ended = threading.Event()
         self._settings = settings or Settings()
         self._tick_seconds = tick_seconds
-        self._started = threading.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
         self._tls = Tls.load(home / TLS) if config.tls else None
         if not config.tls:
             _check_local(config.listen)
         try:
-            with clear_errors(home):
-                for number in range(config.shards):
+            self._open_all(on_progress)
+        except CorruptionError:
+            # opening a log does not look at all of it: what starting needed of it, and was damaged, is noted
+            if not config.peers or not any(self._noted(number) for number in range(config.shards)):
+                raise
+            self._open_all(on_progress)
+
+    def _open_all(self, on_progress: Callable[[Any], None] | None) -> None:
+        self.stores: list[Member] = []
+        self.failure: SpaceError | None = None
+        self.ended = threading.Event()
+        self._started = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        try:
+            with clear_errors(self.home):
+                for number in range(self.config.shards):
                     self.stores.append(self._open(number, on_progress))
             self.store.nodes = ClusterNodes(self)
             self._start()
@@ -289,11 +301,16 @@ class ClusterNode:
             self._close_stores()
             raise
 
+    def _noted(self, number: int) -> bool:
+        """Whether damage was met in a shard's log after it had been opened."""
+        return (shard_home(self.home, number) / HEAL_FILE).exists()
+
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="space-node", daemon=True)
         self._thread.start()
-        self._started.wait(READY_SECONDS)
+        self._started.wait()  # set also when it breaks
         if self.failure is not None:
+            self._thread.join()  # who closes the stores next does it after the loop's own threads have ended
             raise self.failure
 
     def _open(self, number: int, on_progress: Callable[[Any], None] | None) -> Member:
@@ -305,7 +322,7 @@ class ClusterNode:
             return Member(home, node=self.config.node, store=store, ships=ships, on_progress=on_progress)
 
         try:
-            if not self.config.peers or not (home / HEAL_FILE).exists():
+            if not self.config.peers or not self._noted(number):
                 return open_()
             error = CorruptionError(f"damage was found in {home} when it was last open")
         except CorruptionError as found_:
@@ -365,14 +382,18 @@ class ClusterNode:
             **options,
         )
         for number, store in enumerate(self.stores):
-            replica = Replica(
-                log=store.wal,
-                state_file=store.state_file,
-                machine=MemberMachine(store),
-                settings=self._settings,
-                random=random.Random(),
-                incarnation=time.time_ns(),
-            )
+            try:
+                replica = Replica(
+                    log=store.wal,
+                    state_file=store.state_file,
+                    machine=MemberMachine(store),
+                    settings=self._settings,
+                    random=random.Random(),
+                    incarnation=time.time_ns(),
+                )
+            except CorruptionError:
+                (store.path / HEAL_FILE).touch()
+                raise
             group = Group(node, number, replica, random_bytes=os.urandom, refuse=store.refuse)
             store.attach(node, group)
             node.add(group, store)
@@ -389,6 +410,7 @@ class ClusterNode:
 
     async def _remember_peers(self, node: Node) -> None:
         """Keeps ``node.json`` up to date with where the peers are."""
+        told = ""
         while True:
             await asyncio.sleep(REMEMBER_SECONDS)
             found_: dict[int, str] = {}
@@ -397,8 +419,15 @@ class ClusterNode:
                     found_ |= {id_: address for id_, (_, address) in store.members().items() if address}
             found_.pop(node.id, None)
             if found_ and found_ != self.config.peers:
-                self.config = attrs.evolve(self.config, peers=found_)
-                await asyncio.to_thread(self.config.save, self.home)
+                config = attrs.evolve(self.config, peers=found_)
+                try:
+                    await asyncio.to_thread(config.save, self.home)
+                except OSError as error:  # a full disk: there will be room again
+                    if str(error) != told:
+                        told = str(error)
+                        log.warning("node %d cannot note where its peers are: %s", node.id, told)
+                else:
+                    self.config = config
 
     def _failed(self, error: SpaceError) -> None:
         """A replica that cannot go on ends its node: the next start recovers, and heals what is damaged."""
@@ -591,19 +620,41 @@ async def _heal(node: ClusterNode, number: int, home: Path, store: bytes) -> Non
             at = first
             while at <= stop:
                 asked = asyncio.run_coroutine_threadsafe(
-                    transport.request(leader, "chunk", [number, at, stop], timeout=HEAL_SECONDS), loop
+                    _fetch_chunk(transport, [leader, *config.peers], [number, at, stop]), loop
                 )
-                chunk = decode_chunk(b"".join(asked.result()[1]))
+                chunk = asked.result()
                 state_file.raise_term(chunk.batches[-1].term)
                 yield chunk
                 at = chunk.last_index + 1
 
-        report = await asyncio.to_thread(
-            heal, RealDisk(), str(home / WAL), store, fetch, last=last, segment_bytes=64 << 20
-        )
+        with contextlib.closing(state_file):
+            report = await asyncio.to_thread(
+                heal, RealDisk(), str(home / WAL), store, fetch, last=last, segment_bytes=64 << 20
+            )
         log.warning("shard %d of node %d: healed: %s", number, config.node, report)
     finally:
         await transport.close()
+
+
+async def _fetch_chunk(transport: Transport, peers: Sequence[int], asked: list[int]) -> Chunk:
+    """Batches of a shard from the first peer that has them; a peer may end, be too busy for a while, or be damaged too.
+
+    Which one does not matter: what comes has to fit the chain.
+
+    Raises:
+        UnavailableError, CorruptionError: none has them in time.
+    """
+    deadline = time.monotonic() + HEAL_SECONDS
+    for peer in itertools.cycle(each for each in dict.fromkeys(peers) if each != transport.node):
+        try:
+            _, pieces = await transport.request(peer, "chunk", asked, timeout=CHUNK_SECONDS)
+        except (UnavailableError, CorruptionError):
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(HEAL_RETRY_SECONDS)
+        else:
+            return decode_chunk(b"".join(pieces))
+    raise UnavailableError("no peer is known")
 
 
 async def _find_leader(transport: Transport, config: NodeConfig, number: int) -> tuple[int, int]:
@@ -617,7 +668,7 @@ async def _find_leader(transport: Transport, config: NodeConfig, number: int) ->
                 answer, _ = await transport.request(peer, "confirmed", [number], timeout=5.0)
                 if answer is not None:
                     return peer, int(answer)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(HEAL_RETRY_SECONDS)
     raise UnavailableError(
         "the log is damaged, and no leader among the peers answers",
         hint="start the other nodes of the cluster first",
