@@ -604,15 +604,16 @@ class _Delivery:
     def _empty(self, directory: bytes) -> None:
         """What an older replica of a directory held loses its name in it; what is still there comes with its own.
 
-        What has its home here, given or taken back, stays; so does what had it here when the directory was copied,
-        and came back by another way since.
+        What has its home here, given or taken back, stays; so does what had it here when the directory was copied:
+        it came back by another way since, or was given back and is on its way.
         """
         for name, value in [(key[ID_BYTES:], v) for key, v in self._tried.scan(ENTRY, directory)]:
             child = EntryRow.decode(value).capsule
             row, home = self._tried.capsule(child), zones.home_row(self._tried, child)
             if row is not None and not self._is_home(child, row):
                 continue
-            if home is not None and home.moved and self._further(child):
+            untold = home is not None and not (home.here or home.position)
+            if home is not None and home.moved and (untold or self._further(child)):
                 continue
             self._ours(child)
             self._happen(ev.NameUnlinked(child, directory, name))

@@ -558,6 +558,23 @@ def test_a_directory_that_is_taken_back_keeps_what_came_back_before(two: Pumped)
     sound(two)
 
 
+def test_a_directory_that_is_taken_back_keeps_what_is_on_its_way_back(two: Pumped) -> None:
+    """A file that was given back keeps its name in a directory of which a copy comes before the file was taken."""
+    two.oslo.set_policy("/all/f", shared("paris", priority=50))
+    two.settle()
+    given(two, "/all")
+    two.there.run(1)  # the file's lane
+    given(two, f"{THERE}/all/f", back=True)
+    assert take_back(two.oslo, Zones(two.oslo), "paris", asked=two.there.homes)["capsules"] == 3
+    two.there.run()
+    assert homes(two, "/all/f") == []
+    assert both(two, "/all/f") == [b"one"] * 2
+    two.settle()
+    assert homes(two, "/all/f") == homes(two, "/all") == ["oslo"]
+    assert both(two, "/all/f") == [b"one"] * 2
+    sound(two)
+
+
 def test_a_directory_that_is_taken_back_keeps_what_the_other_zone_took_back(two: Pumped) -> None:
     """Each zone takes back what it gave to the other one: a directory, and a file in it that is at home elsewhere."""
     two.oslo.set_policy("/all/f", shared("paris", priority=50))
