@@ -109,12 +109,15 @@ class _RemoteCaller(Caller):
         self._told = 0.0
         self._unsent = bytearray()
         self._sending = threading.Lock()
+        self._over = False
 
     def alive(self) -> None:
         """Says that the call is being worked on, unless something is being said; never waits."""
         if not self._sending.acquire(blocking=False):
             return
         try:
+            if self._over:
+                return
             poll = select.poll()
             poll.register(self._stream, select.POLLOUT)
             # a stream of this kind that polls writable takes so few bytes at once (unix(7))
@@ -124,6 +127,11 @@ class _RemoteCaller(Caller):
             return
         finally:
             self._sending.release()
+
+    def over(self) -> None:
+        """Lets :meth:`alive` say no more: the connection is about to be closed, and its number another file's."""
+        with self._sending:
+            self._over = True
 
     def item(self, item: Any) -> None:
         """One of a stream: sent with others, at the latest when the stream pauses."""
@@ -286,6 +294,7 @@ class ControlServer:
         finally:
             with self._lock:
                 self._callers.discard(caller)
+            caller.over()
 
     def _carry_out(self, caller: _RemoteCaller, request: Message, descriptors: list[int]) -> None:
         try:
@@ -316,8 +325,8 @@ class ControlServer:
             self._path.unlink()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
         self._accepting.join()
+        self._listener.close()  # by then nobody accepts on what may have its number next
         self._beating.join()
         deadline = time.monotonic() + seconds
         while self._running() and time.monotonic() < deadline:
