@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import stat as statmod
 import threading
 import time
@@ -282,32 +283,47 @@ class _Pump:
     def __init__(self, target: int) -> None:
         self._target = target
         self._outlet, self.inlet = os.pipe()
+        os.set_blocking(self._outlet, False)
+        self._over = os.eventfd(0)
         self.count = 0
         self._failed: OSError | None = None
         self._thread = threading.Thread(target=self._carry, name="space-pump", daemon=True)
         self._thread.start()
 
     def _carry(self) -> None:
+        poll = select.poll()
+        poll.register(self._outlet, select.POLLIN)
+        poll.register(self._over, select.POLLIN)
         try:
-            while piece := os.read(self._outlet, CHUNK_BYTES):
-                view = memoryview(piece)
-                while view:
-                    done = os.write(self._target, view)
-                    self.count += done
-                    view = view[done:]
+            while True:
+                over = self._over in dict(poll.poll())
+                try:
+                    piece = os.read(self._outlet, CHUNK_BYTES)
+                except BlockingIOError:
+                    piece = b""
+                    if not over:
+                        continue
+                if not piece:
+                    return
+                _write_all(self._target, piece)
+                self.count += len(piece)
         except OSError as error:
             self._failed = error
         finally:
             os.close(self._outlet)
 
     def finish(self) -> None:
-        """Returns when everything written to the inlet has gone on.
+        """Returns when everything written to the inlet has gone on; who writes to it later cannot.
+
+        Not when the inlet is closed everywhere: a process that is stopped, or stuck, keeps what it was sent open.
 
         Raises:
             OSError: it could not be written.
         """
-        os.close(self.inlet)
+        os.eventfd_write(self._over, 1)
         self._thread.join()
+        os.close(self._over)
+        os.close(self.inlet)
         if self._failed is not None:
             raise self._failed
 
