@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from space.wal.segment_format import RECORD_HEADER_BYTES, RECORD_PREFIX
+
 SEGMENTS: Final = ("--segment-bytes", str(1 << 20))
 """Options of a node: small segments, so that a short run has sealed ones."""
 
@@ -90,6 +92,14 @@ def rot_header(home: Path, rng: random.Random) -> str:
     return victim.name
 
 
+def rot_record(home: Path, rng: random.Random) -> str:
+    """Turns over a bit in the header of a record near the end, in a segment that is sealed: only starting needs it."""
+    victim = segments(home)[-2]
+    at = victim.read_bytes().index(RECORD_PREFIX, 64)
+    flip(victim, rng, first=at, last=at + RECORD_HEADER_BYTES)
+    return victim.name
+
+
 def rot_last(home: Path, rng: random.Random) -> str:
     """Turns over bits in the segment that was written to: acknowledged batches among its last ones."""
     victim = segments(home)[-1]
@@ -117,6 +127,7 @@ DAMAGES: Final[tuple[Callable[[Path, random.Random], str], ...]] = (
     lose_log,
     rot_sealed,
     rot_header,
+    rot_record,
     rot_last,
     rot_state,
     lose_state,
