@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from random import Random
 from typing import Any, Final, Protocol, TypeVar
 
@@ -275,6 +275,8 @@ class Node:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(seconds)
+        except CancelledError:
+            raise UnavailableError(f"node {self.id} has stopped") from None
         except TimeoutError:
             future.cancel()
             raise UnavailableError(

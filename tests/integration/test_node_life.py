@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,7 @@ from space.replication.transport import Transport
 from space.wal.faulty_disk import FaultyDisk
 from space.wal.log import Log
 from space.wal.shipping import encode_chunk, read_chunk
-from tests.chaos.processes import eventually, free_ports
+from tests.chaos.processes import HANG_SECONDS, eventually, free_ports
 
 pytestmark = [pytest.mark.integration, pytest.mark.requires("py:space_raft_engine")]
 
@@ -59,6 +60,30 @@ def test_a_node_that_breaks_while_it_starts_has_ended_before_its_log_is_closed(
     with pytest.raises(StorageError, match="the disk is gone"):
         ClusterNode(tmp_path, config)
     assert ran == [False]
+
+
+def test_who_asks_a_node_that_stops_is_told_so(tmp_path: Path) -> None:
+    """A call that the node has begun, and cannot end because it stops, fails as one to a node that is down does."""
+    config = found(tmp_path, listen=f"127.0.0.1:{free_ports(1)[0]}", tls=False)
+    begun = threading.Event()
+    failures: list[BaseException] = []
+
+    async def never(_: Node) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    def ask(node: ClusterNode) -> None:
+        try:
+            node.call(never, seconds=HANG_SECONDS)
+        except BaseException as error:  # noqa: BLE001 - looked at by the test
+            failures.append(error)
+
+    with ClusterNode(tmp_path, config) as node:
+        asking = threading.Thread(target=ask, args=(node,))
+        asking.start()
+        assert begun.wait(HANG_SECONDS)
+    asking.join()
+    assert [type(each) for each in failures] == [UnavailableError]
 
 
 class Peers:
