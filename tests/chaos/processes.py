@@ -314,9 +314,10 @@ class Cluster:
         process = self.nodes[node]
 
         def heard() -> dict[str, Any] | None:
+            ran = process.runs  # asked first: one that ends says why before it does
             lines = process.told.read_text().splitlines()
             if not lines:
-                assert process.runs, f"node {node} died: {process.last_words()}"
+                assert ran, f"node {node} died: {process.last_words()}"
                 return None
             found_: dict[str, Any] = json.loads(lines[0])
             return found_
@@ -423,6 +424,13 @@ class Cluster:
         except UnavailableError:
             return None
 
+    def furthest(self, *, but: int = 0) -> int:
+        """The highest position of the nodes that run, once all of them say theirs; without ``but``."""
+        return eventually(
+            "every node says where it stands",
+            lambda: max(int(self.here(node)["position"]) for node in self.up if node != but),
+        )
+
     def leader(self, *, but: int = 0) -> int:
         """The node that leads, once there is one; not ``but``."""
 
@@ -460,7 +468,7 @@ class Cluster:
 
     def settle_one(self, node: int) -> None:
         """Waits until a node has all that is committed now and takes part."""
-        goal = max(self.here(each)["position"] for each in self.up)
+        goal = self.furthest()
 
         def asked() -> bool:
             self.check_alive()

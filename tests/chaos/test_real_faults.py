@@ -37,7 +37,7 @@ def test_a_follower_with_a_full_disk_catches_up_when_there_is_room(tmp_path: Pat
         with Workload(cluster, workers=2, seed=seed_of("full follower")) as load:
             load.progress()
             balloon = fill(small)
-            reached = cluster.here(1)["position"]
+            reached = cluster.furthest(but=3)
             with load.tolerating(3):
                 load.progress(60)
                 position = cluster.position_of(3)
@@ -72,7 +72,7 @@ def test_a_leader_with_a_full_disk_lets_another_one_lead(tmp_path: Path) -> None
 
 def revive(cluster: Cluster, node: int) -> None:
     """Waits until a node has caught up, or ended: without room for its state a replica cannot go on; then starts it."""
-    goal = max(cluster.here(each)["position"] for each in cluster.up if each != node)
+    goal = cluster.furthest(but=node)
     process = cluster.nodes[node]
     eventually("caught up, or ended", lambda: not process.runs or (cluster.position_of(node) or 0) >= goal)
     if not process.runs:
@@ -164,9 +164,9 @@ def test_a_wrong_row_is_found_by_digest_named_and_rebuilt(tmp_path: Path) -> Non
             victim = load.workers[0]
             capsule = CapsuleId(victim.home_id)
             cluster.client(node).probe_rot(capsule=str(capsule))
-            start = cluster.here(node)["position"]
+            start = cluster.furthest()
             load.expect_disagreement = True
-            while cluster.here(node)["position"] <= start + DIGEST_EVERY:
+            while (cluster.position_of(node) or 0) <= start + DIGEST_EVERY:
                 load.progress(1)
             (named,) = eventually("the difference is named", lambda: cluster.here(node)["differences"])
             report(named)
