@@ -33,7 +33,7 @@ from space.federation.selection import Selection
 from space.federation.server import Received
 from space.federation.shipment import Shipment, decode_shipment
 from space.statemachine import zones as rows
-from space.statemachine.tables import CAPSULE, POLICY, U32, CapsuleRow
+from space.statemachine.tables import CAPSULE, HOME, POLICY, U32, CapsuleRow
 
 if TYPE_CHECKING:
     from space._node.federation_zones import Zone, Zones
@@ -94,11 +94,13 @@ class ZoneReceiver:
             streams = rows.cursors(txn, peer.id)
             promoted = 0 if row is None else rows.begins_at(txn, peer.id, row)
             own = promoted > 0 and _has_own(txn, peer.name)
+            forgotten = row is not None and not streams and _came_before(txn, peer.id, row)
         return {
             "epoch": 0 if row is None else row.epoch,
             "base": 0 if row is None else row.base,
             "promoted": promoted,
             "own": own,
+            "forgotten": forgotten,
             "cursors": [
                 {
                     "shard": shard,
@@ -247,6 +249,12 @@ def _ids(capsules: Sequence[str]) -> list[bytes]:
     if len(found) > ASKED_MAX or any(len(each) != ID_BYTES for each in found):
         raise UsageError(f"not the ids of 1 to {ASKED_MAX} capsules", hint="is the other zone newer?")
     return found
+
+
+def _came_before(txn: ReadTransaction, zone: bytes, row: rows.ZoneRow) -> bool:
+    """Whether a zone that took this one's place was removed and added since: more came than where it began."""
+    homes = (rows.HomeRow.decode(value) for _, value in txn.scan(HOME, b"")) if row.base else ()
+    return any(home.zone == zone and home.position > row.base for home in homes)
 
 
 def _has_own(txn: ReadTransaction, zone: str) -> bool:

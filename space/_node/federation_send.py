@@ -14,7 +14,14 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from space._errors import CorruptionError, NotFoundError, RefusedError, SpaceError, UnavailableError
+from space._errors import (
+    CorruptionError,
+    NotFoundError,
+    RefusedError,
+    SpaceError,
+    UnavailableError,
+    UsageError,
+)
 from space._node.caller import Document
 from space._node.federation_follow import Promotion, follow
 from space._node.federation_home import HomeContent, Sealer, Walk
@@ -92,7 +99,7 @@ class ZoneSource:
         with self._lock:
             anew = self._anew or self._streams is None or self._epoch != epoch
             if anew or self._streams is None or not self._streams.reconnected(found):
-                self._begin(found, origin, epoch)
+                self._begin(found, origin, epoch, anew=cursors.get("forgotten") is True)
 
     def _settle(self, epoch: int, promoted: int, cursors: Mapping[int, Cursor], *, own: bool) -> None:
         """Sees that both zones agree who took whose place, and gives way if the other one did.
@@ -107,10 +114,9 @@ class ZoneSource:
         row = self._row()
         if epoch > row.epoch and promoted > 0:
             lanes = {lane: _all_up_to(cursor) for lane, cursor in cursors.items()}
-            with (
-                self._store._read() as txn
-            ):  # what of its own it had not shipped, in lanes that brought nothing yet
-                came = [each.position - bool(each.resume) for _, _, each in rows.cursors(txn, self._zone.id)]
+            with self._store._read() as txn:
+                came = [_all_up_to(each) for _, _, each in rows.cursors(txn, self._zone.id)]
+            # What of its own it had not shipped is told too, in lanes that brought nothing yet.
             begins = max(1, min((promoted, *came))) if came or not own else 1
             with self._lock:
                 self._forget()
@@ -145,14 +151,14 @@ class ZoneSource:
         answer = ask(self._zone.url, self._zones.keys(), authority, "POST", REACHED, question)
         return parse_arrivals(answer, len(capsules))
 
-    def _begin(self, cursors: Mapping[int, Cursor], origin: int, epoch: int) -> None:
-        """Reads the log from where a zone with these cursors goes on."""
+    def _begin(self, cursors: Mapping[int, Cursor], origin: int, epoch: int, *, anew: bool) -> None:
+        """Reads the log from where a zone with these cursors goes on; copies all there is if it forgot them."""
         self._forget()
         self._anew = False
         self.remark = ""
         self._epoch = epoch
         self._translator.certain = not epoch
-        at = self._after_parting(begin(cursors, origin))
+        at = None if anew else self._after_parting(begin(cursors, origin))
         if at is not None:
             try:
                 self._read_from(at, cursors, origin, epoch)
@@ -439,9 +445,15 @@ def _number(value: Any) -> int:
     return value if type(value) is int and value >= 0 else -1
 
 
-def _all_up_to(cursor: Cursor) -> int:
-    """The position up to which a lane has brought everything: none while a first copy is under way."""
-    note = Note.decode(cursor.resume)
+def _all_up_to(cursor: Cursor | rows.CursorRow) -> int:
+    """The position up to which a lane has brought everything: none while a first copy is under way.
+
+    The note is of whoever ships, which may be newer than this program: one that says nothing here counts as that.
+    """
+    try:
+        note = Note.decode(cursor.resume)
+    except UsageError:
+        return 0
     return 0 if note is not None and note.first else cursor.position - (note is not None)
 
 

@@ -25,7 +25,7 @@ from space.policy.model import ArrivalPolicy, Encryption, Policy, Sovereignty
 from space.statemachine import zones as rows
 from space.statemachine.tables import Overlay
 from tests.federation_pump import Pumped, pumped
-from tests.federation_support import Served, shared, space_command, two_zones, until
+from tests.federation_support import Served, introduce, shared, space_command, two_zones, until
 
 pytestmark = pytest.mark.requires("py:aiohttp")
 
@@ -503,6 +503,35 @@ def test_a_first_copy_under_way_says_nothing_of_what_is_not_in_it_yet(two: Pumpe
     assert both(two, "/all/f") == [b"one"] * 2
     (branch,) = branches(paris)
     assert paris.get(f"{branch['path']}/all/f") == b"not shipped"
+    sound(two)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "removed and added"])
+def test_a_first_copy_under_way_is_finished_after_a_promotion(two: Pumped, again: bool) -> None:
+    """A zone takes the other one's place while its first copy goes there: that one gets the rest, and all that is new.
+
+    Also if it forgets, between the two, how far the copy had come.
+    """
+    paris = two.paris
+    large = {
+        f"/large{number}": random.Random(number).randbytes(9 << 20)  # more than goes at once
+        for number in range(3)
+    }
+    for name, content in large.items():
+        paris.put(content, name=name, policy=shared("oslo", priority=50 * (name == "/large1")))
+    two.back.connect()
+    two.back.run(3)  # both lanes are open, and half of a file is there
+    promote(paris, Zones(paris), "oslo")
+    paris.write(paris.resolve(f"{THERE}/all/f"), 0, b"ONE")
+    two.there.connect()
+    if again:
+        Zones(two.oslo).remove("paris", sure=True)
+        introduce(two.oslo, paris, "https://paris:1")
+        two.reopen()
+    two.settle()
+    assert {name: two.oslo.get(f"/zones/paris{name}") for name in large} == large
+    assert both(two, "/all/f") == [b"ONE"] * 2
+    assert both(two, "/all/dir/g") == [b"two"] * 2
     sound(two)
 
 
