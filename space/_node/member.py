@@ -503,7 +503,7 @@ class Member(Store):
     def heal_later(self) -> None:
         """The next start of this node heals the log before anything else."""
         with contextlib.suppress(OSError):
-            (self.path / HEAL_FILE).touch()
+            (self.path / HEAL_FILE).touch(exist_ok=False)
             log.warning(
                 "the log in %s is damaged: restart this node, and it is healed from its peers", self.path
             )

@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from random import Random
 from typing import Any, Final, Protocol, TypeVar
@@ -528,23 +528,40 @@ class Node:
         last = min(int(stop), replica.machine.applied.position)
         if int(start) > last:
             raise UnavailableError(f"node {self.id} has applied up to {last} only", hint="ask a little later")
-        chunk = await asyncio.to_thread(
-            read_chunk,
-            replica.log,
-            int(start),
-            stop=last + 1,
-            bytes_max=CHUNK_BYTES,
-            reclaimed=parts.host.is_reclaimed,
-        )
+        with self._own_damage(parts):
+            chunk = await asyncio.to_thread(
+                read_chunk,
+                replica.log,
+                int(start),
+                stop=last + 1,
+                bytes_max=CHUNK_BYTES,
+                reclaimed=parts.host.is_reclaimed,
+            )
         return None, list(encode_chunk(chunk))
+
+    @contextlib.contextmanager
+    def _own_damage(self, parts: Parts) -> Iterator[None]:
+        """Damage here is none where it is met: there another peer is to be asked, and another one is to lead.
+
+        Raises:
+            UnavailableError: the log is damaged.
+        """
+        try:
+            yield
+        except CorruptionError as error:
+            parts.host.heal_later()
+            self.spawn(self._hand_over(parts.group))
+            raise UnavailableError(f"node {self.id} is damaged: {Exception.__str__(error)}") from None
 
     async def _on_links(self, sender: int, body: Any, attachments: list[Buffer]) -> tuple[Any, list[Buffer]]:
         number, indexes = body
-        found = self._group(number).group.replica.log
-        return [
-            found.read(index).chain if found.first_index <= index <= found.last_index else None
-            for index in indexes[:64]
-        ], []
+        parts = self._group(number)
+        found = parts.group.replica.log
+        with self._own_damage(parts):
+            return [
+                found.read(index).chain if found.first_index <= index <= found.last_index else None
+                for index in indexes[:64]
+            ], []
 
     async def _on_checkpoint(
         self, sender: int, body: Any, attachments: list[Buffer]
@@ -669,6 +686,8 @@ class Node:
             self._restart(group)
         except SpaceError as error:
             log.warning("shard %d of node %d: %s", group.number, self.id, error)
+            if isinstance(error, CorruptionError):
+                self.parts[group.number].host.heal_later()
             if isinstance(error, CorruptionError | StorageError):
                 group.fail(error)
             else:

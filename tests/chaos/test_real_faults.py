@@ -12,9 +12,10 @@ import pytest
 from blake3 import blake3
 
 from space._errors import UnavailableError
+from space._node.member import HEAL_FILE
 from space.events.ids import CapsuleId
 from space.replication.replica import DIGEST_EVERY
-from tests.chaos.damage import DAMAGES, SEGMENTS, delete_sealed, fill, rot_last, rot_sealed, segments
+from tests.chaos.damage import DAMAGES, SEGMENTS, delete_sealed, fill, flip, rot_last, rot_sealed, segments
 from tests.chaos.processes import HANG_SECONDS, Cluster, eventually, report, small_disk
 from tests.chaos.workload import Workload, seed_of
 
@@ -153,6 +154,31 @@ def test_a_follower_far_behind_is_sent_the_log(tmp_path: Path) -> None:
         made = (cluster.nodes[leader].home / "checkpoints").iterdir()
         got = (cluster.nodes[3].home / "checkpoints").iterdir()
         assert {each.name for each in made} == {each.name for each in got}
+
+
+def test_a_damaged_leader_takes_no_follower_with_it(tmp_path: Path) -> None:
+    """A follower far behind meets a damaged leader: it stays, gets what it lacks from another one; the leader heals."""
+    seed = seed_of("damaged leader")
+    with Cluster(tmp_path, options=(*SEGMENTS, "--retained", "64")) as cluster:
+        with Workload(cluster, seed=seed) as load:
+            load.progress()
+            behind = cluster.followers()[0]
+            cluster.kill(behind)
+            first = {node: len(segments(cluster.nodes[node].home)) for node in cluster.up}
+            load.progress(150)
+            leader = cluster.leader()
+            home = cluster.nodes[leader].home
+            eventually("segments it lacks", lambda: len(segments(home)) > first[leader] + 3)
+            flip(segments(home)[first[leader] + 1], random.Random(seed), count=20)
+            cluster.start(behind)
+            cluster.settle_one(behind)
+            load.progress()
+            report(f"the damage was met: {(home / HEAL_FILE).exists()}")  # not where another one led already
+            cluster.client(leader, 60.0).verify(repair=True)
+            cluster.stop(leader)
+            cluster.start(leader)
+            load.progress()
+        report(load.check())
 
 
 def test_a_wrong_row_is_found_by_digest_named_and_rebuilt(tmp_path: Path) -> None:
