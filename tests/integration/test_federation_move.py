@@ -485,6 +485,51 @@ def test_what_came_of_a_home_that_was_taken_back_is_not_set_aside(two: Pumped) -
     sound(two)
 
 
+@pytest.mark.parametrize("write", [False, True], ids=["", "written"])
+def test_a_home_that_is_taken_back_is_known_to_have_come_from_there(two: Pumped, write: bool) -> None:
+    """A zone that got a home back, gave it again and took that back sets aside what it did since, and no more."""
+    oslo, paris = two.oslo, two.paris
+    given(two, "/all/f")
+    two.settle()
+    paris.write(paris.resolve(f"{THERE}/all/f"), 0, b"PARIS")
+    given(two, f"{THERE}/all/f", back=True)
+    two.settle()
+    given(two, "/all/f")
+    assert take_back(oslo, Zones(oslo), "paris", asked=two.there.homes)["capsules"] == 1
+    if write:
+        oslo.write(oslo.resolve("/all/f"), 0, b"OSLO")
+    promote(paris, Zones(paris), "oslo")
+    two.settle()
+    assert homes(two, "/all/f") == ["paris"]
+    assert both(two, "/all/f") == [b"PARIS"] * 2
+    assert [oslo.get(f"{each['path']}/all/f") for each in branches(oslo)] == [b"OSLOS"] * write
+    sound(two)
+
+
+@pytest.mark.parametrize("write", [False, True], ids=["", "written"])
+def test_a_home_that_is_taken_back_untold_is_known_to_have_come_from_there(two: Pumped, write: bool) -> None:
+    """So is one of which that zone was told nothing between; its policy is as that zone has it."""
+    oslo, paris = two.oslo, two.paris
+    paris.mkdir("/mine")
+    paris.set_policy("/mine", shared("oslo", priority=50))
+    two.settle()
+    given(two, "/all/f")
+    two.there.run()
+    given(two, f"{THERE}/all/f", back=True)
+    assert take_back(paris, Zones(paris), "oslo", asked=two.back.homes)["capsules"] == 1
+    if write:
+        paris.write(paris.resolve(f"{THERE}/all/f"), 0, b"paris")
+    promote(oslo, Zones(oslo), "paris")
+    two.settle()
+    assert homes(two, "/all/f") == ["oslo"]
+    assert both(two, "/all/f") == [b"one"] * 2
+    assert [paris.get(f"{each['path']}/all/f") for each in branches(paris)] == [b"paris"] * write
+    if write:
+        policies = [oslo.policy(oslo.resolve("/all/f")), paris.policy(paris.resolve(f"{THERE}/all/f"))]
+        assert [each.federation_targets for each in policies] == [("paris",)] * 2
+    sound(two)
+
+
 def test_a_first_copy_under_way_says_nothing_of_what_is_not_in_it_yet(two: Pumped) -> None:
     """A zone's place is taken while its first copy is under way: what it did to a home it took is set aside."""
     given(two, "/all/f")
