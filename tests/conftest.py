@@ -12,13 +12,25 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 TIERS: Final = ("unit", "golden", "property", "integration", "chaos")
 HERE: Final = Path(__file__).parent
+
+TOGETHER: Final = (
+    *("tests/unit/", "tests/golden/", "tests/property/"),
+    *("tests/chaos/test_federation", "tests/chaos/test_linearizability", "tests/chaos/test_rules"),
+    "tests/chaos/test_simulation",
+)
+"""Tests that compute: several processes of ``pytest -n`` run them at once, a file each.
+
+All others are one after the other, when these are done: they start nodes, boot guests, mount file systems, and wait
+for elections and leases that a machine with more to do than it can makes late."""
+
+ALONE: Final = "alone"
 
 settings.register_profile(
     "short",
@@ -64,6 +76,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if tier not in TIERS:
             raise pytest.UsageError(f"{item.path} is in no tier: move it below one of {', '.join(TIERS)}")
         item.add_marker(tier)
+    items.sort(key=lambda item: _lane(item.nodeid) == ALONE)
+
+
+def _lane(nodeid: str) -> str:
+    """What the tests have in common that one process runs, one after the other."""
+    return nodeid.partition("::")[0] if nodeid.startswith(TOGETHER) else ALONE
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """How ``pytest -n`` divides the tests: see :data:`TOGETHER`."""
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class Lanes(LoadScopeScheduling):  # type: ignore[misc]  # it ships no types
+        """Files in the order of the collection, and then, by the last process left, all that runs alone."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return _lane(nodeid)
+
+        def _reschedule(self, node: Any) -> None:
+            others = [each for each in self.nodes if each is not node and not each.shutting_down]
+            if list(self.workqueue) != [ALONE] or not others:
+                super()._reschedule(node)
+            elif self._pending_of(self.assigned_work[node]) <= 2 and not node.shutting_down:
+                node.shutdown()
+
+    config.option.loadscopereorder = False
+    return Lanes(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
