@@ -19,7 +19,6 @@ import attrs
 import msgpack
 
 from space._errors import (
-    CorruptionError,
     NotLeaderError,
     SpaceError,
     StorageError,
@@ -436,8 +435,6 @@ class Group:
         try:
             work = self.replica.work(self._node.time_ns())
         except SpaceError as error:
-            if isinstance(error, CorruptionError):
-                self._node.parts[self.number].host.heal_later()
             self.fail(error)
             return
         except BaseException as error:

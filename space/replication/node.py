@@ -680,22 +680,23 @@ class Node:
             offer.index,
             offer.sender,
         )
+        fetched = True
         try:
             await self._drained(group)
-            await self._fetch(group, offer)
+            try:
+                await self._fetch(group, offer)
+            except (CorruptionError, StorageError):
+                raise
+            except SpaceError as error:
+                log.warning("shard %d of node %d: %s", group.number, self.id, error)
+                fetched = False
             self._restart(group)
         except SpaceError as error:
-            log.warning("shard %d of node %d: %s", group.number, self.id, error)
-            if isinstance(error, CorruptionError):
-                self.parts[group.number].host.heal_later()
-            if isinstance(error, CorruptionError | StorageError):
-                group.fail(error)
-            else:
-                self._restart(group)
+            group.fail(error)
             return False
         finally:
             group.stopped = False
-        return True
+        return fetched
 
     async def _fetch(self, group: Group, offer: Offer) -> None:
         replica = group.replica
@@ -708,8 +709,8 @@ class Node:
             await asyncio.to_thread(file.save, state, sync=True)
         await self._find_common(group, offer)
         while own.last_index < offer.index:
-            _, pieces = await self.transport.request(
-                offer.sender, "chunk", [group.number, own.last_index + 1, offer.index], timeout=SHIP_SECONDS
+            _, pieces = await self._asked(
+                offer.sender, "chunk", [group.number, own.last_index + 1, offer.index], SHIP_SECONDS
             )
             await asyncio.to_thread(_receive, own, b"".join(pieces))
         if own.term(offer.index) != offer.index_term:
@@ -725,6 +726,21 @@ class Node:
         await asyncio.to_thread(file.save, state, sync=True)
         await asyncio.to_thread(replica.machine.catch_up, own, offer.index)
 
+    async def _asked(
+        self, peer: int, method: str, body: list[Any], seconds: float
+    ) -> tuple[Any, list[Buffer]]:
+        """A peer's answer; what is wrong there is not wrong here.
+
+        Raises:
+            UnavailableError: there is none.
+        """
+        try:
+            return await self.transport.request(peer, method, body, timeout=seconds)
+        except SpaceError as error:
+            raise UnavailableError(
+                f"node {peer} did not answer {method}: {Exception.__str__(error)}"
+            ) from None
+
     async def _find_common(self, group: Group, offer: Offer) -> None:
         """Cuts the own log back to where it is the same as the sender's."""
         own = group.replica.log
@@ -732,10 +748,7 @@ class Node:
 
         def their_link(index: int) -> bytes | None:
             asked = asyncio.run_coroutine_threadsafe(
-                self.transport.request(
-                    offer.sender, "links", [group.number, [index]], timeout=STATUS_SECONDS
-                ),
-                loop,
+                self._asked(offer.sender, "links", [group.number, [index]], STATUS_SECONDS), loop
             )
             links: list[bytes | None] = asked.result()[0]
             return links[0]
@@ -756,9 +769,7 @@ class Node:
     async def _fetch_checkpoint(self, group: Group, offer: Offer) -> None:
         """Fetches a checkpoint of the state where folding the log would take much longer."""
         host = self.parts[group.number].host
-        found, _ = await self.transport.request(
-            offer.sender, "checkpoint", [group.number, 0, "", 0], timeout=SHIP_SECONDS
-        )
+        found, _ = await self._asked(offer.sender, "checkpoint", [group.number, 0, "", 0], SHIP_SECONDS)
         if (
             not found
             or found[0] - group.replica.machine.applied.position < CHECKPOINT_GAIN
@@ -769,8 +780,8 @@ class Node:
         for name, size in files:
             offset = 0
             while offset < size:
-                _, pieces = await self.transport.request(
-                    offer.sender, "checkpoint", [group.number, position, name, offset], timeout=SHIP_SECONDS
+                _, pieces = await self._asked(
+                    offer.sender, "checkpoint", [group.number, position, name, offset], SHIP_SECONDS
                 )
                 data = b"".join(pieces)
                 if not data:
@@ -1006,6 +1017,8 @@ class Node:
 
     def failed(self, group: Group, error: SpaceError) -> None:
         """A group of this node cannot go on."""
+        if isinstance(error, CorruptionError):
+            self.parts[group.number].host.heal_later()
         if not self._stopping.is_set():
             self._on_fatal(error)
 
