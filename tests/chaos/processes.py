@@ -67,13 +67,20 @@ class Client(RemoteService):
         return stream
 
 
+_given: Final[set[int]] = set()
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports nobody listens on, nor is about to: each is given once."""
+    found: list[int] = []
+    while len(found) < count:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given:
+            _given.add(port)
+            found.append(port)
+    return found
 
 
 def run(*command: str) -> str:

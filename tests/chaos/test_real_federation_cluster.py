@@ -111,6 +111,7 @@ class Zone:
 
     def check_streams(self) -> int:
         """Each stream in the log here begins where it ended before, on every node; how many shipments came."""
+        self.cluster.settle()
         counts = []
         for number in self.cluster.nodes:
             stood: dict[tuple[Any, ...], tuple[int, int]] = {}
@@ -127,6 +128,7 @@ class Zone:
 
     def check_sovereignty(self) -> int:
         """The log of every node proves that all that left was allowed to; how many shipments left."""
+        self.cluster.settle()
         counts = []
         for number in self.cluster.nodes:
             found = self.cluster.client(number, HANG_SECONDS).verify_sovereignty()
