@@ -24,16 +24,15 @@ from space._node.caller import Document
 from space._node.federation_home import Walk
 from space._node.federation_promote import ASKED_MAX, WHOLE, Arrival
 from space.events import commands as cmd
-from space.events.codec import decode_batch
 from space.events.ids import BRANCHES, ID_BYTES, ROOT, CapsuleId, zone_root
-from space.events.types import COPY_BYTES_MAX, HomeTaken, Kind
+from space.events.types import COPY_BYTES_MAX, Kind
 from space.federation.scope import Moment, Scope, Slot
 from space.federation.selection import Selection, moved
 from space.policy.model import Sovereignty
 from space.projections import content_map
 from space.statemachine import zones as rows
 from space.statemachine.homes import shared
-from space.statemachine.tables import CAPSULE, ENTRY, MOVED, POLICY, U32, CapsuleRow, Reader
+from space.statemachine.tables import CAPSULE, ENTRY, POLICY, U32, CapsuleRow, Reader
 
 if TYPE_CHECKING:
     from space._node.federation_zones import Zone
@@ -186,7 +185,6 @@ class _Fork:
         self._selection = Selection(zone.name)
         self._reached: dict[bytes, Arrival] = {}
         self._then: dict[bytes, tuple[int, _State | None]] = {}
-        self._since: dict[bytes, int] = {}
         with store._read() as txn:
             row = rows.zone_row(txn, zone.id)
             own = rows.own_zone(txn)
@@ -208,7 +206,6 @@ class _Fork:
             some = todo[at : at + ASKED_MAX]
             self._reached.update(zip(some, self._ask(some), strict=True))
         with self._store._read() as txn:
-            self._since = self._homes_taken(txn)
             forks = {
                 capsule: fork
                 for capsule, fork in self._changed(txn).items()
@@ -228,23 +225,6 @@ class _Fork:
             scope.forget()
         return found
 
-    def _homes_taken(self, txn: Reader) -> dict[bytes, int]:
-        """Where homes were last taken from the other zone, since all was there.
-
-        Rows do not tell it of one that was given to that zone again, and taken back.
-        """
-        root = self._scope(txn).state.capsule(ROOT)
-        if root is None or not root.flags & MOVED:
-            return {}
-        found = {}
-        begin = max(self._all_there, self._row.parted) + 1
-        for record in self._store.wal.records(max(begin, self._store.wal.first_index)):
-            for entry in decode_batch(record.metadata):
-                for _, event in entry.events:
-                    if isinstance(event, HomeTaken) and event.zone == self._zone.id:
-                        found[bytes(event.capsule)] = record.index
-        return found
-
     def _fork_of(self, txn: Reader, capsule: bytes) -> int:
         """The position of this log at which the other zone has a capsule; 0 if it has all there can be.
 
@@ -256,7 +236,7 @@ class _Fork:
         home = rows.home_row(txn, capsule)
         reached = self._reached.get(capsule, _NOT_ASKED).position
         if home is None or not home.moved or home.zone != self._zone.id:
-            return max(self._all_there, reached, self._since.get(capsule, 0))
+            return max(self._all_there, reached)
         if self._scope(txn).moved(capsule):
             known = max(reached, home.since)
             untold = not home.position and reached < home.moved  # what that zone has told of, it took
@@ -353,17 +333,17 @@ class _Fork:
         One whose home came from that zone had its policy changed then, of which that zone may not have heard; and it
         kept the names it has in directories whose home is there, which nobody here gives or takes.
         """
-        home, since = rows.home_row(scope.state, capsule), self._since.get(capsule, 0)
-        if home is not None and home.since and home.zone == self._zone.id:
-            since = home.since if home.here or scope.moved(capsule) else 0  # else taken over since
-        if not since:
+        home = rows.home_row(scope.state, capsule)
+        if home is None or not home.since or home.zone != self._zone.id:
+            return then
+        if not (home.here or scope.moved(capsule)):  # taken over since
             return then
         kept = [slot for slot in now.names if scope.moved(slot[0])]
         if kept or any(scope.moved(parent) for parent, _ in then.names):
             here = () if then.row.kind == Kind.DIRECTORY else then.names
             names = [*kept, *(slot for slot in here if not scope.moved(slot[0]))]
             then = attrs.evolve(then, names=names or now.names)
-        if self._reached.get(capsule, _NOT_ASKED).position >= since:
+        if self._reached.get(capsule, _NOT_ASKED).position >= home.since:
             return then
         policy = self._selection.policy(scope.state, then.row.policy)
         before = moved(policy, self._own_name, self._zone.name)

@@ -107,5 +107,6 @@ def keep(state: Overlay, command: cmd.KeepHomes, payload: PayloadPlacer) -> Deci
             return Rejected(Status.STALE, f"capsule {capsule_text(capsule)} is not given away: look again")
         if home.here or not 0 < home.moved <= command.position:
             return Rejected(Status.STALE, f"capsule {capsule_text(capsule)} was given away again: look again")
-        events.append(ev.CapsuleHomed(capsule, own[0], 0, 0, 0, None, None, None, None))
+        # One that came from that zone before is again what it was then: how far each of the two knows of the other's.
+        events.append(ev.CapsuleHomed(capsule, own[0], home.came, 0, 0, None, None, None, None))
     return events

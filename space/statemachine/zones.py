@@ -368,10 +368,15 @@ def received(state: Overlay, context: Context, link: bytes, event: ev.ShipmentRe
 
 
 def homed(state: Overlay, context: Context, link: bytes, event: ev.CapsuleHomed) -> None:
-    """The capsule is a replica, or none any more."""
+    """The capsule is a replica, or none any more; or it has its home here again, as after it came from another zone."""
     row = state.edit(event.capsule)
     row.link = link
     if _known(state, event.zone).role == OWN:
+        home = home_row(state, event.capsule) if event.position else None
+        if home is not None:
+            home = attrs.evolve(home, position=event.position, copy=0, step=0, moved=home.since, here=True)
+            state.put(HOME, event.capsule, home.encode())
+            return
         row.flags &= ~REPLICA
         state.delete(HOME, event.capsule)
         for zone, each in zones(state).items():

@@ -485,6 +485,23 @@ def test_what_came_of_a_home_that_was_taken_back_is_not_set_aside(two: Pumped) -
     sound(two)
 
 
+def test_a_home_that_was_taken_back_is_given_again(two: Pumped) -> None:
+    """A zone that took a home, gave it, took it back and gave it again had taken it, and keeps what it did to it."""
+    oslo, paris = two.oslo, two.paris
+    given(two, "/all/f")
+    two.there.run()
+    given(two, f"{THERE}/all/f", back=True)
+    assert take_back(paris, Zones(paris), "oslo", asked=two.back.homes)["capsules"] == 1
+    paris.write(paris.resolve(f"{THERE}/all/f"), 0, b"PARIS")
+    given(two, f"{THERE}/all/f", back=True)
+    told = take_back(oslo, Zones(oslo), "paris", asked=two.there.homes)
+    assert (told["capsules"], told["taken"]) == (0, 1)
+    two.settle()
+    assert homes(two, "/all/f") == ["oslo"]
+    assert both(two, "/all/f") == [b"PARIS"] * 2
+    sound(two)
+
+
 @pytest.mark.parametrize("write", [False, True], ids=["", "written"])
 def test_a_home_that_is_taken_back_is_known_to_have_come_from_there(two: Pumped, write: bool) -> None:
     """A zone that got a home back, gave it again and took that back sets aside what it did since, and no more."""
