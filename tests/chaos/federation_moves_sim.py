@@ -32,6 +32,7 @@ from space._node.store import Store
 from space.events.types import Kind
 from space.statemachine import zones as rows
 from space.statemachine.tables import Overlay
+from tests.chaos.swarm import main
 from tests.federation_pump import Pump, Pumped, pumped
 from tests.federation_support import shared
 from tests.property.test_federation_follow import act, below, seen
@@ -219,22 +220,5 @@ def simulate(seed: int) -> Counter[str]:
         return run.counts
 
 
-def main(arguments: list[str]) -> int:
-    """Runs many; says which seeds failed, and what happened in all of them."""
-    runs = int(arguments[0]) if arguments else 100
-    first = int(arguments[1]) if len(arguments) > 1 else 0
-    total: Counter[str] = Counter()
-    failed = 0
-    for seed in range(first, first + runs):
-        try:
-            total += simulate(seed)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the seed is what finds it again
-            failed += 1
-            sys.stdout.write(f"seed {seed}: {type(error).__name__}: {error!s:.300}\n")
-            sys.stdout.flush()
-    sys.stdout.write(f"{runs} runs from seed {first}, {failed} failed; {dict(sorted(total.items()))}\n")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(simulate, sys.argv[1:], runs=100))

@@ -50,6 +50,7 @@ from space.statemachine.tables import (
     EntryRow,
     Overlay,
 )
+from tests.chaos.swarm import main
 from tests.federation_zone import MemoryZone, Seen, Tables, pack_policy
 
 POSITIONS: Final = 60
@@ -897,23 +898,5 @@ def audit(zone: MemoryZone) -> None:
     assert not found.findings, found.findings[0]
 
 
-def main(arguments: list[str]) -> int:
-    """Runs many seeds; the exit status says whether all held."""
-    runs = int(arguments[0]) if arguments else 1000
-    first = int(arguments[1]) if len(arguments) > 1 else 0
-    counts: Counter[str] = Counter()
-    failed = 0
-    for seed in range(first, first + runs):
-        try:
-            counts += run_seed(seed)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the seed is what finds it again
-            failed += 1
-            sys.stdout.write(f"seed {seed}: {type(error).__name__}: {error!s:.600}\n")
-            sys.stdout.flush()
-    told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-    sys.stdout.write(f"{runs} runs from seed {first}, {failed} failed\n{told}\n")
-    return bool(failed)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(run_seed, sys.argv[1:], runs=1000))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -15,6 +14,7 @@ from space.federation import stream, translate
 from space.federation.portable import Copier
 from space.federation.scope import Scope
 from tests.chaos.federation_sim import run_seed
+from tests.chaos.swarm import swarm
 
 RUNS: Final = int(os.environ.get("SPACE_FEDERATION_RUNS", "60"))
 FIRST_SEED: Final = int(os.environ.get("SPACE_CHAOS_SEED", "0"))
@@ -29,21 +29,14 @@ HAPPENS: Final = (
 )
 
 CONTROL_SEEDS: Final = range(40)
+"""The swarm has them too, with no promise broken: there they hold."""
 
 
 @pytest.mark.timeout(6 * 3600)
 def test_a_swarm_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """Every run keeps every promise: what a zone has is the home's, nothing else left it, and each fault happens."""
-    counts: Counter[str] = Counter()
-    failures = []
-    for seed in range(FIRST_SEED, FIRST_SEED + RUNS):
-        try:
-            counts += run_seed(seed)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the seed is what finds it again
-            failures.append(f"seed {seed}: {type(error).__name__}: {error!s:.300}")
     with capsys.disabled():
-        told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-        sys.stdout.write(f"\n{RUNS} runs from seed {FIRST_SEED}, {len(failures)} failed\n{told}\n")
+        counts, failures = swarm(run_seed, RUNS, FIRST_SEED, sys.stderr)
     assert not failures
     if RUNS >= RUNS_FOR_EVERYTHING:
         assert [name for name in HAPPENS if not counts[name]] == []
@@ -116,8 +109,3 @@ def _fails(seed: int) -> bool:
     except Exception:  # noqa: BLE001 - any way of noticing will do
         return True
     return False
-
-
-def test_the_controls_hold_without_them() -> None:
-    """The seeds that have to fail above are sound."""
-    assert not any(_fails(seed) for seed in CONTROL_SEEDS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
 from typing import Any, Final
 
 import pytest
@@ -17,6 +16,7 @@ from space.statemachine import decide
 from space.statemachine.decision import Decision, PayloadPlacer
 from space.statemachine.tables import Overlay, Reader
 from tests.chaos.federation_moves_sim import simulate
+from tests.chaos.swarm import swarm
 
 pytestmark = pytest.mark.requires("py:aiohttp")
 
@@ -41,16 +41,8 @@ CONTROL_SEEDS: Final = (0, 4, 5)
 @pytest.mark.timeout(6 * 3600)
 def test_a_swarm_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """In every run each capsule ends with exactly one home, and both zones have it alike."""
-    counts: Counter[str] = Counter()
-    failures = []
-    for seed in range(FIRST_SEED, FIRST_SEED + RUNS):
-        try:
-            counts += simulate(seed)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the seed is what finds it again
-            failures.append(f"seed {seed}: {type(error).__name__}: {error!s:.300}")
     with capsys.disabled():
-        told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-        sys.stdout.write(f"\n{RUNS} runs from seed {FIRST_SEED}, {len(failures)} failed\n{told}\n")
+        counts, failures = swarm(simulate, RUNS, FIRST_SEED, sys.stderr)
     assert not failures
     if RUNS >= RUNS_FOR_EVERYTHING:
         assert [name for name in HAPPENS if not counts[name]] == []

@@ -59,8 +59,9 @@ def test_a_swarm_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """Every run of the swarm keeps every promise, converges and is linearizable, and every fault really happens."""
     counts, failures = swarm(FIRST_SEED, RUNS, os.cpu_count() or 1)
     with capsys.disabled():
-        sys.stdout.write(f"\n{RUNS} runs from seed {FIRST_SEED}, {len(failures)} failed\n")
-        sys.stdout.write(report(counts, failures) + "\n")
+        # on stderr: what a process of pytest -n writes to stdout is lost
+        sys.stderr.write(f"\n{RUNS} runs from seed {FIRST_SEED}, {len(failures)} failed\n")
+        sys.stderr.write(report(counts, failures) + "\n")
     assert not failures
     if RUNS >= RUNS_FOR_EVERYTHING:
         assert [name for name in HAPPENS if not counts[name]] == []
