@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,10 +68,15 @@ def imported(path: Path) -> set[str]:
     return names - sys.stdlib_module_names - {"space"}
 
 
+@functools.cache
+def providers() -> Mapping[str, list[str]]:
+    """The distributions that provide each top-level module, by what is installed here: all their files are looked at."""
+    return importlib.metadata.packages_distributions()
+
+
 def distributions(modules: set[str]) -> set[str]:
-    """The distributions that provide the modules, by what is installed here."""
-    providers = importlib.metadata.packages_distributions()
-    return {normal(name) for module in modules for name in providers.get(module, [module])[:1]}
+    """The distributions that provide the modules."""
+    return {normal(name) for module in modules for name in providers().get(module, [module])[:1]}
 
 
 def test_every_import_is_declared() -> None:
