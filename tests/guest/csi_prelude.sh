@@ -3,5 +3,5 @@ set -euo pipefail
 modprobe -q -a nfsv4 nvme-tcp loop || true # built in under User-Mode Linux
 [ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
 hostname "$1"
-export PYTHONPATH=/mnt/host/packages PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+export PYTHONPATH=/mnt/host/packages PYTHONPYCACHEPREFIX=/tmp/bytecode PYTHONUNBUFFERED=1
 exec python3 /mnt/host/packages/tests/guest/csi_node.py "$@"
