@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
 import os
 import select
-import shutil
 import struct
 import subprocess
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, Self
@@ -28,27 +25,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-TUN: Final = Path("/dev/net/tun")
+from bench.federation.line import connected, held, packets, tun
+
 HOME_ADDRESS: Final = "10.79.0.1"
 OTHER_ADDRESS: Final = "10.79.0.2"
-PATIENCE_SECONDS: Final = 60.0
 PACKETS_MAX: Final = 500_000
 """Of a test that ships a few megabytes there are some thousand: more is a loop, and would fill the memory."""
-
-_TUNSETIFF: Final = 0x400454CA
-_IFF_TUN_NO_PI: Final = 0x1001
-_PACKET_BYTES: Final = 1 << 16
-_PACKETS_AT_ONCE: Final = 64
-
-
-def missing() -> str:
-    """Why nothing can be captured here; empty if it can."""
-    if os.geteuid():
-        return "needs root"
-    if not os.access(TUN, os.R_OK | os.W_OK):
-        return f"needs {TUN}"
-    programs = [name for name in ("ip", "nsenter", "unshare") if shutil.which(name) is None]
-    return f"needs {programs[0]}" if programs else ""
 
 
 # --- the line ------------------------------------------------------------------------------------------
@@ -57,12 +39,15 @@ def missing() -> str:
 class Line:
     """Two namespaces, the line between them, and every packet that the first one sends or is sent.
 
+    Args:
+        home: where the output of the processes goes that hold them.
+
     Attributes:
         home, other: commands before a command that run it in one of the two namespaces.
         sent, received: packets of the first namespace, IP header and all, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, home: Path) -> None:
         self.sent: list[bytes] = []
         self.received: list[bytes] = []
         self._stack = contextlib.ExitStack()
@@ -70,46 +55,25 @@ class Line:
         self._carrier = threading.Thread(target=self._carry, name="line")
         self._devices: list[int] = []
         try:
-            self.home, self.other = self._connected()
+            self.home, self.other = self._connected(home)
         except BaseException:
             self._stack.close()
             raise
         self._carrier.start()
 
-    def _connected(self) -> tuple[list[str], list[str]]:
+    def _connected(self, home: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         prefixes = []
         addresses = (HOME_ADDRESS, OTHER_ADDRESS)
         for end, here, there in (("a", *addresses), ("b", *reversed(addresses))):
             name = f"spx{os.getpid()}{end}"
-            self._devices.append(_device(name))
+            self._devices.append(tun(name))
             self._stack.callback(os.close, self._devices[-1])
-            holder = self._held()
-            inside = ["nsenter", f"--net=/proc/{holder}/ns/net", "--"]
-            for command in (
-                ["ip", "link", "set", name, "netns", str(holder)],
-                [*inside, "ip", "link", "set", "lo", "up"],
-                [*inside, "ip", "address", "add", here, "peer", there, "dev", name],
-                [*inside, "ip", "link", "set", name, "up"],
-                [*inside, "ip", "route", "add", "default", "dev", name],
-            ):
-                subprocess.run(command, check=True, capture_output=True)
-            also = [*inside, "ip", "-6", "route", "add", "default", "dev", name]  # where the kernel has IPv6
-            subprocess.run(also, check=False, capture_output=True)
+            inside = connected(name, held(home / f"namespace{end}", self._stack), here, there)
+            for family, always in (("-4", True), ("-6", False)):  # the latter where the kernel has it
+                way_out = [*inside, "ip", family, "route", "add", "default", "dev", name]
+                subprocess.run(way_out, check=always, capture_output=True)
             prefixes.append(inside)
         return prefixes[0], prefixes[1]
-
-    def _held(self) -> int:
-        """A process in a namespace of its own that lives as long as its input."""
-        holder = subprocess.Popen(["unshare", "--net", "--", "cat"], stdin=subprocess.PIPE)
-        assert holder.stdin is not None
-        self._stack.callback(holder.wait)
-        self._stack.callback(holder.stdin.close)
-        own = os.readlink("/proc/self/ns/net")
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while os.readlink(f"/proc/{holder.pid}/ns/net") == own:
-            assert time.monotonic() < deadline, "never a namespace"
-            time.sleep(0.01)
-        return holder.pid
 
     def _carry(self) -> None:
         home, other = self._devices
@@ -117,7 +81,7 @@ class Line:
         while ready or not self._over.is_set():  # to the last packet of those that have ended
             ready, _, _ = select.select([home, other], [], [], 0.1)
             for device in ready:
-                for packet in _packets(device):
+                for packet in packets(device):
                     (self.sent if device == home else self.received).append(packet)
                     assert len(self.sent) + len(self.received) < PACKETS_MAX
                     with contextlib.suppress(
@@ -136,21 +100,6 @@ class Line:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _device(name: str) -> int:
-    """A TUN device that goes when it is closed, whatever namespace it is in by then."""
-    device = os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TUN_NO_PI))
-    return device
-
-
-def _packets(device: int) -> Iterator[bytes]:
-    for _ in range(_PACKETS_AT_ONCE):
-        try:
-            yield os.read(device, _PACKET_BYTES)
-        except OSError:  # none, or the device is not up yet
-            return
 
 
 # --- TCP -----------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def line(home: Path, label: str, *, rtt_seconds: float, loss: float, seed: int =
     """
     names = [f"spb{os.getpid()}{end}" for end in "ab"]
     with contextlib.ExitStack() as stack:
-        holders = [_held(home / f"namespace{end}", stack) for end in "ab"]
+        holders = [held(home / f"namespace{end}", stack) for end in "ab"]
         command = [sys.executable, "-m", "bench.federation.line", *names]
         carrier = Program([*command, str(rtt_seconds / 2), str(loss), str(seed)], home / "line", talk=True)
         stack.callback(_let_go, carrier)
@@ -88,17 +88,12 @@ def line(home: Path, label: str, *, rtt_seconds: float, loss: float, seed: int =
             raise RuntimeError(f"no line: {carrier.last_words()}")
         sides = []
         for number, (name, holder) in enumerate(zip(names, holders, strict=True)):
-            inside = ("nsenter", f"--net=/proc/{holder}/ns/net", "--")
             here, there = ADDRESSES[number], ADDRESSES[1 - number]
-            _run("ip", "link", "set", name, "netns", str(holder))
-            _run(*inside, "ip", "link", "set", "lo", "up")
-            _run(*inside, "ip", "address", "add", here, "peer", there, "dev", name)
-            _run(*inside, "ip", "link", "set", name, "up")
-            sides.append(Side(inside, here))
+            sides.append(Side(connected(name, holder, here, there), here))
         yield Route(label, *sides)
 
 
-def _held(home: Path, stack: contextlib.ExitStack) -> int:
+def held(home: Path, stack: contextlib.ExitStack) -> int:
     """A process in a namespace of its own that lives as long as its input."""
     holder = Program(["unshare", "--net", "--", "cat"], home, talk=True)
     stack.callback(_let_go, holder)
@@ -106,6 +101,16 @@ def _held(home: Path, stack: contextlib.ExitStack) -> int:
     pid = holder.process.pid
     wait_for("a network namespace", lambda: os.readlink(f"/proc/{pid}/ns/net") != own)
     return pid
+
+
+def connected(device: str, holder: int, here: str, there: str) -> tuple[str, ...]:
+    """A device and its addresses in the namespace of a process; a command before a command that runs it there."""
+    inside = ("nsenter", f"--net=/proc/{holder}/ns/net", "--")
+    _run("ip", "link", "set", device, "netns", str(holder))
+    _run(*inside, "ip", "link", "set", "lo", "up")
+    _run(*inside, "ip", "address", "add", here, "peer", there, "dev", device)
+    _run(*inside, "ip", "link", "set", device, "up")
+    return inside
 
 
 def _let_go(program: Program) -> None:
@@ -122,14 +127,14 @@ def _run(*command: str) -> None:
 # --- the process that carries ------------------------------------------------------------------------
 
 
-def _device(name: str) -> int:
+def tun(name: str) -> int:
     """A TUN device that goes when it is closed, whatever namespace it is in by then."""
     device = os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TUN_NO_PI))
     return device
 
 
-def _packets(device: int) -> Iterator[bytes]:
+def packets(device: int) -> Iterator[bytes]:
     """What waits at an end, some of it."""
     for _ in range(_PACKETS_AT_ONCE):
         try:
@@ -149,7 +154,7 @@ def carry(devices: Sequence[int], one_way_seconds: float, loss: float, chance: r
             return
         now = time.monotonic()
         for end, queue in enumerate(under_way):
-            for packet in _packets(devices[end]) if devices[end] in ready else ():
+            for packet in packets(devices[end]) if devices[end] in ready else ():
                 if chance.random() >= loss and len(queue) < _PACKETS_MAX:
                     queue.append((now + one_way_seconds, packet))
             while queue and queue[0][0] <= now:
@@ -158,6 +163,6 @@ def carry(devices: Sequence[int], one_way_seconds: float, loss: float, chance: r
 
 
 if __name__ == "__main__":
-    opened = [_device(name) for name in sys.argv[1:3]]
+    opened = [tun(name) for name in sys.argv[1:3]]
     print("ready", flush=True)
     carry(opened, float(sys.argv[3]), float(sys.argv[4]), random.Random(int(sys.argv[5])))

@@ -384,7 +384,7 @@ def captured(tmp_path: Path, *options: str) -> tuple[Plan, dict[str, bytes]]:
     """A zone at work, and everything that left it."""
     plan = Plan(seed=1)
     devices = prepare(tmp_path, plan)
-    with Line() as line:
+    with Line(tmp_path) as line:
         with contextlib.ExitStack() as stack:
             home = Home(tmp_path, line, stack, *options)
             config = tmp_path / "oslo.yaml"
@@ -433,7 +433,7 @@ def test_another_way_out_is_caught(tmp_path: Path) -> None:
         "far": "s = socket.socket(); s.settimeout(0.2); s.connect_ex(('192.0.2.1', 443))",
     }
     for what, program in programs.items():
-        with Line() as line:
+        with Line(tmp_path / what) as line:
             subprocess.run(
                 [*line.home, sys.executable, "-c", f"import socket; {program}"], check=True, timeout=60
             )
