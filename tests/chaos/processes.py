@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -40,6 +41,11 @@ HANG_SECONDS: Final = 120.0
 
 CLIENT_SECONDS: Final = 4.0
 """How long a client waits for a node before it asks another one: longer than an election, shorter than a test."""
+
+TROUBLE: Final = re.compile(
+    r"Traceback|never retrieved|never awaited|Exception ignored|ResourceWarning|Fatal Python"
+)
+"""What no node says that is well, whatever is done to it."""
 
 PEER_PORT: Final = 7420
 NETWORK: Final = "10.77.0."
@@ -300,7 +306,7 @@ class Cluster:
             process.child = subprocess.Popen(
                 [*inside, *command],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "always::ResourceWarning"},
                 stdin=subprocess.DEVNULL,
                 stdout=told,
                 stderr=log,
@@ -512,6 +518,15 @@ class Cluster:
                 self.show()
         finally:
             self.close()
+        if error[0] is None:
+            self.check_words()
+
+    def check_words(self) -> None:
+        """No node said what only a fault of the program makes it say."""
+        for node, process in self.nodes.items():
+            words = process.log.read_text(errors="replace")
+            found_ = TROUBLE.search(words)
+            assert found_ is None, f"node {node} said: {words[max(0, found_.start() - 500) :][:3000]}"
 
 
 @contextlib.contextmanager
