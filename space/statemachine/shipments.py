@@ -515,9 +515,12 @@ class _Delivery:
                 yield key[:ID_BYTES], key[ID_BYTES:]
 
     def _withdraw(self, capsule: bytes) -> None:
-        """Deletes a replica; what is in a directory, and still shipped, hangs apart."""
+        """Deletes a replica; what is in a directory, and still shipped, hangs apart.
+
+        What is in one that was deleted before, when its home was here, is gone with it.
+        """
         row = self._ours(capsule)
-        if row.kind == _DIRECTORY:
+        if row.kind == _DIRECTORY and not row.deleted:
             inner = [
                 (key[ID_BYTES:], EntryRow.decode(v).capsule) for key, v in self._tried.scan(ENTRY, capsule)
             ]

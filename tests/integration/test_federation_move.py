@@ -597,6 +597,26 @@ def test_a_first_copy_under_way_is_finished_after_a_promotion(two: Pumped, again
     sound(two)
 
 
+def test_what_was_removed_in_a_directory_stays_removed(two: Pumped) -> None:
+    """A zone that is told anew that a directory is gone, which it removed itself, has nothing of it back."""
+    oslo, paris = two.oslo, two.paris
+    promote(paris, Zones(paris), "oslo")
+    paris.put(b"new", name=f"{THERE}/all/dir/new")
+    two.settle()
+    paris.rm(f"{THERE}/all/dir", recursive=True)
+    two.settle()
+    promote(oslo, Zones(oslo), "paris")
+    oslo.write(oslo.resolve("/all/f"), 0, b"ONE")
+    two.settle()
+    Zones(paris).remove("oslo", sure=True)
+    introduce(paris, oslo, "https://oslo:1")
+    two.reopen()
+    two.settle()
+    assert two.paris.ls(f"{THERE}/.capsules") == []
+    assert both(two, "/all/f") == [b"ONE"] * 2
+    sound(two)
+
+
 def test_new_names_of_a_home_that_moved_are_set_aside(two: Pumped) -> None:
     """A name in a directory of its own that a zone gave to what it had got goes when its place is taken."""
     two.paris.mkdir("/mine")
