@@ -335,7 +335,17 @@ class ClusterNode:
             self.config.node,
             error,
         )
-        asyncio.run(_heal(self, number, home, store))
+        try:
+            asyncio.run(_heal(self, number, home, store))
+        except UnavailableError as nobody:
+            if not self._noted(number):
+                raise
+            # A log with damage that opens has all it acknowledged: nobody would lead if each waited for the others.
+            log.warning("shard %d of node %d starts with its damage: %s", number, self.config.node, nobody)
+            try:
+                return open_()
+            except CorruptionError:
+                raise nobody from None
         (home / HEAL_FILE).unlink(missing_ok=True)
         return open_()
 

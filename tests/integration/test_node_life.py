@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import attrs
 import pytest
 
 from space._errors import CorruptionError, SpaceError, StorageError, UnavailableError
 from space._node import cluster
-from space._node.cluster import NODE_FILE, ClusterNode, _fetch_chunk, found
+from space._node.cluster import NODE_FILE, ClusterNode, NodeConfig, _fetch_chunk, found
+from space._node.member import HEAL_FILE
 from space.events.commands import Buffer
 from space.replication.node import Node
 from space.replication.transport import Transport
@@ -25,18 +28,25 @@ from tests.chaos.processes import HANG_SECONDS, eventually, free_ports
 pytestmark = [pytest.mark.integration, pytest.mark.requires("py:space_raft_engine")]
 
 
-def test_where_peers_are_is_noted_when_the_disk_takes_it_again(tmp_path: Path) -> None:
+def test_where_peers_are_is_noted_when_the_disk_takes_it_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """What could not be written to the node's file is written later: without it a damaged node asks nobody."""
     config = found(tmp_path, listen=f"127.0.0.1:{free_ports(1)[0]}", tls=False)
     obstacle = tmp_path / (NODE_FILE + ".new")
+    obstacle.mkdir()
     with ClusterNode(tmp_path, config) as node:
-        obstacle.mkdir()
-        with pytest.raises(UnavailableError):  # nobody is there to catch up
-            node.call(lambda each: each.change_members("add", 2, "127.0.0.1:9"), seconds=1.0)
-        assert node.config.peers == {}
+
+        def added() -> bool:
+            with contextlib.suppress(UnavailableError):  # nobody is there to catch up
+                node.call(lambda each: each.change_members("add", 2, "127.0.0.1:9"), seconds=1.0)
+            return 2 in node.store.members()
+
+        eventually("there is another member", added)
+        eventually("it could not be noted", lambda: "cannot note where its peers are" in caplog.text)
         obstacle.rmdir()
-        eventually("it is noted", lambda: json.loads((tmp_path / NODE_FILE).read_text())["peers"])
-        assert node.config.peers == {2: "127.0.0.1:9"}
+        eventually("it is noted", lambda: node.config.peers)
+    assert json.loads((tmp_path / NODE_FILE).read_text())["peers"] == {"2": "127.0.0.1:9"}
 
 
 def test_a_node_that_breaks_while_it_starts_has_ended_before_its_log_is_closed(
@@ -84,6 +94,38 @@ def test_who_asks_a_node_that_stops_is_told_so(tmp_path: Path) -> None:
         assert begun.wait(HANG_SECONDS)
     asking.join()
     assert [type(each) for each in failures] == [UnavailableError]
+
+
+def noted(home: Path, peers: dict[int, str]) -> NodeConfig:
+    """A node of a cluster whose log was found damaged while it ran, and where its peers are."""
+    config = attrs.evolve(found(home, listen=f"127.0.0.1:{free_ports(1)[0]}", tls=False), peers=peers)
+    with ClusterNode(home, config) as node:
+        node.store.mkdir("/kept")
+        node.store.heal_later()
+    return config
+
+
+def test_damage_that_was_noted_does_not_keep_a_cluster_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no peer leads, a node whose log opens starts with its damage: else nodes would wait for each other."""
+    monkeypatch.setattr(cluster, "HEAL_SECONDS", 0.5)
+    config = noted(tmp_path, {2: "127.0.0.1:9"})
+    with ClusterNode(tmp_path, config) as node:
+        eventually("it leads", lambda: node.store.resolve("/kept"))
+    assert (tmp_path / HEAL_FILE).exists(), "it was not healed"
+
+
+def test_a_log_that_does_not_open_waits_for_its_peers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be opened may have lost what it acknowledged: the node does not start before a peer leads."""
+    monkeypatch.setattr(cluster, "HEAL_SECONDS", 0.5)
+    config = noted(tmp_path, {2: "127.0.0.1:9"})
+    for segment in (tmp_path / "wal").glob("*.seg"):
+        segment.unlink()
+    with pytest.raises(UnavailableError, match="no leader among the peers"):
+        ClusterNode(tmp_path, config)
 
 
 class Peers:
