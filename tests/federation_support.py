@@ -250,3 +250,22 @@ class Served:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def served_zones(home: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Path], dict[str, Served], Path]:
+    """Two zones that commands made and told of each other, each served by a process.
+
+    Returns:
+        The data directories of ``oslo`` and ``paris``, what serves them, and a policy file that ships to ``paris``.
+    """
+    data = {name: home / name for name in ("oslo", "paris")}
+    for name, path in data.items():
+        space_command("--data", path, "zone", "init", name)
+        (home / f"{name}.pem").write_text(space_command("--data", path, "zone", "ca"))
+    at = {name: stack.enter_context(Served(path, "--listen", "127.0.0.1:0")) for name, path in data.items()}
+    for name, other in (("oslo", "paris"), ("paris", "oslo")):
+        reached = ("--url", f"https://127.0.0.1:{at[other].port}", "--ca", home / f"{other}.pem")
+        assert other in space_command("--data", data[name], "zone", "add", other, *reached)
+    policy = home / "shared.yaml"
+    policy.write_text("sovereignty: global\nfederation:\n  targets: [paris]\n")
+    return data, at, policy

@@ -24,7 +24,7 @@ from space.events import commands as cmd
 from space.events.types import Kind
 from space.policy.model import Encryption
 from tests.federation_pump import Pumped, pumped
-from tests.federation_support import Served, Two, shared, space_command, two_zones, until
+from tests.federation_support import Served, Two, served_zones, shared, space_command, two_zones, until
 
 pytestmark = pytest.mark.requires("py:aiohttp")
 
@@ -371,19 +371,8 @@ def test_what_a_home_said_outlives_who_heard_it(zones: Two) -> None:
 
 def test_two_processes_to_and_fro(tmp_path: Path) -> None:
     """By commands: the home is killed, the other zone takes over, the home follows; and the other way round."""
-    data = {name: tmp_path / name for name in ("oslo", "paris")}
-    for name, path in data.items():
-        space_command("--data", path, "zone", "init", name)
-        (tmp_path / f"{name}.pem").write_text(space_command("--data", path, "zone", "ca"))
-    policy = tmp_path / "shared.yaml"
-    policy.write_text("sovereignty: global\nfederation:\n  targets: [paris]\n")
     with contextlib.ExitStack() as stack:
-        at = {
-            name: stack.enter_context(Served(path, "--listen", "127.0.0.1:0")) for name, path in data.items()
-        }
-        for name, other in (("oslo", "paris"), ("paris", "oslo")):
-            url, pem = f"https://127.0.0.1:{at[other].port}", tmp_path / f"{other}.pem"
-            space_command("--data", data[name], "zone", "add", other, "--url", url, "--ca", pem)
+        data, at, policy = served_zones(tmp_path, stack)
 
         def put(zone: str, path: str, text: str) -> None:
             space_command("--data", data[zone], "put", "-", "--name", path, text=text)

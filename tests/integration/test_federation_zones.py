@@ -18,7 +18,16 @@ from space._node.store import Store
 from space.events.types import Kind
 from space.federation import exchange, shipper
 from space.policy.model import Compression, Encryption, Policy, Sovereignty
-from tests.federation_support import Served, Two, introduce, shared, space_command, two_zones, until
+from tests.federation_support import (
+    Served,
+    Two,
+    introduce,
+    served_zones,
+    shared,
+    space_command,
+    two_zones,
+    until,
+)
 
 pytestmark = pytest.mark.requires("py:aiohttp")
 
@@ -386,38 +395,10 @@ def test_adding_a_zone_asks_it_first(zones: Two, tmp_path: Path) -> None:
 
 def test_two_processes_by_the_commands_of_the_manual(tmp_path: Path) -> None:
     """init, ca, add, serve, put, get, log, status: as docs/federation.md says; kill -9 of either side loses nothing."""
-    a, b = tmp_path / "a", tmp_path / "b"
-    for data, name in ((a, "oslo"), (b, "paris")):
-        space_command("--data", data, "zone", "init", name)
-        (tmp_path / f"{name}.pem").write_text(space_command("--data", data, "zone", "ca"))
-    policy = tmp_path / "shared.yaml"
-    policy.write_text("sovereignty: global\nfederation:\n  targets: [paris]\n")
     with contextlib.ExitStack() as stack:
-        one = stack.enter_context(Served(a, "--listen", "127.0.0.1:0"))
-        two = stack.enter_context(Served(b, "--listen", "127.0.0.1:0"))
-        said = space_command(
-            "--data",
-            a,
-            "zone",
-            "add",
-            "paris",
-            "--url",
-            f"https://127.0.0.1:{two.port}",
-            "--ca",
-            tmp_path / "paris.pem",
-        )
-        assert "paris" in said
-        space_command(
-            "--data",
-            b,
-            "zone",
-            "add",
-            "oslo",
-            "--url",
-            f"https://127.0.0.1:{one.port}",
-            "--ca",
-            tmp_path / "oslo.pem",
-        )
+        data, at, policy = served_zones(tmp_path, stack)
+        a, b = data.values()
+        one, two = at.values()
         space_command("--data", a, "put", "-", "--name", "/first", "--policy-file", policy, text="first")
         _wait_for(b, "/zones/oslo/first", "first")
         refused = space_command("--data", b, "rm", "/zones/oslo/first", status=5)
