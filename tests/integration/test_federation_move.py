@@ -25,7 +25,7 @@ from space.policy.model import ArrivalPolicy, Encryption, Policy, Sovereignty
 from space.statemachine import zones as rows
 from space.statemachine.tables import Overlay
 from tests.federation_pump import Pumped, pumped
-from tests.federation_support import Served, introduce, shared, space_command, two_zones, until
+from tests.federation_support import Served, introduce, served_zones, shared, space_command, two_zones, until
 
 pytestmark = pytest.mark.requires("py:aiohttp")
 
@@ -767,19 +767,8 @@ def test_over_the_network(tmp_path: Path) -> None:
 
 def test_by_commands(tmp_path: Path) -> None:
     """``space zone move`` and ``take-back`` say what they did, and a killed zone goes on with what it was told."""
-    data = {name: tmp_path / name for name in ("oslo", "paris")}
-    for name, path in data.items():
-        space_command("--data", path, "zone", "init", name)
-        (tmp_path / f"{name}.pem").write_text(space_command("--data", path, "zone", "ca"))
-    policy = tmp_path / "shared.yaml"
-    policy.write_text("sovereignty: global\nfederation:\n  targets: [paris]\n")
     with contextlib.ExitStack() as stack:
-        at = {
-            name: stack.enter_context(Served(path, "--listen", "127.0.0.1:0")) for name, path in data.items()
-        }
-        for name, other in (("oslo", "paris"), ("paris", "oslo")):
-            url, pem = f"https://127.0.0.1:{at[other].port}", tmp_path / f"{other}.pem"
-            space_command("--data", data[name], "zone", "add", other, "--url", url, "--ca", pem)
+        data, at, policy = served_zones(tmp_path, stack)
         space_command("--data", data["oslo"], "put", "-", "--name", "/f", "--policy-file", policy, text="one")
 
         def has_come() -> bool:
