@@ -24,8 +24,20 @@ TOGETHER: Final = (
     *("tests/unit/", "tests/golden/", "tests/property/"),
     *("tests/chaos/test_federation", "tests/chaos/test_linearizability", "tests/chaos/test_rules"),
     "tests/chaos/test_simulation",
+    *("tests/integration/test_federation_arrival", "tests/integration/test_federation_keys"),
+    *("tests/integration/test_federation_link", "tests/integration/test_federation_move"),
+    *(
+        "tests/integration/test_nfs_limits",
+        "tests/integration/test_nfs_others",
+        "tests/integration/test_nfs_sockets",
+    ),
+    *(
+        "tests/integration/test_nvme_sockets",
+        "tests/integration/test_policy_actions",
+        "tests/integration/test_shards",
+    ),
 )
-"""Tests that compute: several processes of ``pytest -n`` run them at once, a file each.
+"""Tests that compute, or talk to servers of their own on loopback: ``pytest -n`` runs them at once, a file a process.
 
 All others are one after the other, when these are done: they start nodes, boot guests, mount file systems, and wait
 for elections and leases that a machine with more to do than it can makes late."""
