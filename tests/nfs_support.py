@@ -81,6 +81,10 @@ class View:
         assert finish(self.process).status == 0
 
 
+Serve = Callable[..., View]
+"""Starts a view with these arguments."""
+
+
 class Logged(logging.Handler):
     """Keeps what is logged as an error: a served client must never be able to cause one."""
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +22,7 @@ import pytest
 import space
 from tests.cli_support import ROOT, execute
 from tests.nfs_client import Client
-from tests.nfs_support import LEASE_SECONDS, View
+from tests.nfs_support import LEASE_SECONDS, Serve, View
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("SPACE_GUEST") != "1", reason="boots a virtual machine: set SPACE_GUEST=1 (docs/nfs.md)"
@@ -36,33 +36,7 @@ POLL_SECONDS: Final = 0.05
 PROGRAMS: Final = ("nfs_random.py", "nfs_sqlite.py")
 VERSIONS: Final = pytest.mark.parametrize("version", ["4.1", "4.2"])
 
-Serve = Callable[..., View]
 Answers = dict[str, Callable[..., object]]
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A new store."""
-    path = tmp_path / "data"
-    space.open(path).close()
-    return path
-
-
-@pytest.fixture
-def serve(data: Path) -> Iterator[Serve]:
-    """Starts views of the store, and ends those that still run."""
-    views: list[View] = []
-
-    def started(*arguments: str) -> View:
-        view = View(data, [*(arguments or ("--path", "/", "--squash", "none"))])
-        views.append(view)
-        view.start()
-        return view
-
-    yield started
-    for view in views:
-        if view.process.poll() is None:
-            view.stop()
 
 
 @attrs.define

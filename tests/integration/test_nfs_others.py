@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import space
 from tests import nfs_client as nfs
 from tests.cli_support import execute
 from tests.integration.test_nfs_kernel import run
@@ -18,14 +17,6 @@ from tests.nfs_support import View
 pytestmark = pytest.mark.integration
 
 WANT_READ = 0x100
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A new store."""
-    path = tmp_path / "data"
-    space.open(path).close()
-    return path
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -14,36 +13,9 @@ import pytest
 import space
 from tests import nfs_client as nfs
 from tests.nfs_client import Client, File, NfsError
-from tests.nfs_support import LEASE_SECONDS, View
+from tests.nfs_support import LEASE_SECONDS, Serve
 
 MIB: Final = 1 << 20
-
-Serve = Callable[..., View]
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A new store."""
-    path = tmp_path / "data"
-    space.open(path).close()
-    return path
-
-
-@pytest.fixture
-def serve(data: Path) -> Iterator[Serve]:
-    """Starts views of the store, and ends those that still run."""
-    views: list[View] = []
-
-    def started(*arguments: str) -> View:
-        view = View(data, [*(arguments or ("--path", "/", "--squash", "none"))])
-        views.append(view)
-        view.start()
-        return view
-
-    yield started
-    for view in views:
-        if view.process.poll() is None:
-            view.stop()
 
 
 def status(client: Client, *operations: bytes) -> str:
