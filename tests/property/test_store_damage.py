@@ -141,8 +141,10 @@ def test_every_byte_of_a_small_file_may_change(name: str) -> None:
     """Files the log knows the content of are restored from it, whichever byte is wrong."""
     size = (template("closed").path / name).stat().st_size
     for offset in range(size):
-        for value in (1, 2, 0x20, 0xFF):
-            assert check("closed", Damage(name, "flip", offset, value)) == "whole"
+        value = (1, 2, 0x20, 0xFF)[
+            offset % 4
+        ]  # each takes a start of a store: all four of each would be half a minute
+        assert check("closed", Damage(name, "flip", offset, value)) == "whole"
     for length in range(size):
         assert check("closed", Damage(name, "truncate", length)) == "whole"
 
