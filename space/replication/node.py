@@ -995,7 +995,7 @@ class Node:
                 CorruptionError(
                     f"the log of shard {group.number} differs from its peers' at or before position {mine.position}",
                     position=mine.position,
-                    hint="the next start of this node compares and heals it",
+                    hint=f"no start heals that: space cluster remove {self.id}, and add a node with an empty directory",
                 )
             )
             return
