@@ -70,7 +70,7 @@ def imported(path: Path) -> set[str]:
 
 @functools.cache
 def providers() -> Mapping[str, list[str]]:
-    """The distributions that provide each top-level module, by what is installed here: all their files are looked at."""
+    """The distributions that provide each module, by what is installed: all their files are looked at, once."""
     return importlib.metadata.packages_distributions()
 
 
