@@ -55,6 +55,14 @@ def given(zones: Pumped, path: str, *, back: bool = False) -> dict[str, Any]:
     return move(store, Zones(store), path, name, wait_seconds=0, asked=pump.homes)
 
 
+def given_ahead(zones: Pumped) -> None:
+    """Gives ``/all`` to ``paris``; the file in it has come there, by a lane of its own, and the directory not yet."""
+    zones.oslo.set_policy("/all/f", shared("paris", priority=50))
+    zones.settle()
+    given(zones, "/all")
+    zones.there.run(1)
+
+
 def homes(zones: Pumped, path: str) -> list[str]:
     """The zones that say they are the home of what has a path in ``oslo``."""
     capsule = zones.oslo.resolve(path)
@@ -654,10 +662,7 @@ def test_names_in_a_deleted_directory_keep_nobody_from_following(two: Pumped) ->
 
 def test_a_directory_that_is_taken_back_keeps_what_came_back_before(two: Pumped) -> None:
     """Lanes overtake each other: a file that was at home again is not lost with an older copy of its directory."""
-    two.oslo.set_policy("/all/f", shared("paris", priority=50))
-    two.settle()
-    given(two, "/all")
-    two.there.run(1)  # the file's lane
+    given_ahead(two)
     assert homes(two, "/all/f") == ["paris"]
     assert take_back(two.oslo, Zones(two.oslo), "paris", asked=two.there.homes)["capsules"] == 3
     given(two, f"{THERE}/all/f", back=True)
@@ -671,10 +676,7 @@ def test_a_directory_that_is_taken_back_keeps_what_came_back_before(two: Pumped)
 
 def test_a_directory_that_is_taken_back_keeps_what_is_on_its_way_back(two: Pumped) -> None:
     """A file that was given back keeps its name in a directory of which a copy comes before the file was taken."""
-    two.oslo.set_policy("/all/f", shared("paris", priority=50))
-    two.settle()
-    given(two, "/all")
-    two.there.run(1)  # the file's lane
+    given_ahead(two)
     given(two, f"{THERE}/all/f", back=True)
     assert take_back(two.oslo, Zones(two.oslo), "paris", asked=two.there.homes)["capsules"] == 3
     two.there.run()
@@ -688,10 +690,7 @@ def test_a_directory_that_is_taken_back_keeps_what_is_on_its_way_back(two: Pumpe
 
 def test_a_directory_that_is_taken_back_keeps_what_the_other_zone_took_back(two: Pumped) -> None:
     """Each zone takes back what it gave to the other one: a directory, and a file in it that is at home elsewhere."""
-    two.oslo.set_policy("/all/f", shared("paris", priority=50))
-    two.settle()
-    given(two, "/all")
-    two.there.run(1)  # the file's lane
+    given_ahead(two)
     given(two, f"{THERE}/all/f", back=True)
     assert take_back(two.paris, Zones(two.paris), "oslo", asked=two.back.homes)["capsules"] == 1
     two.paris.write(two.paris.resolve(f"{THERE}/all/f"), 0, b"PARIS")
