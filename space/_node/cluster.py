@@ -402,7 +402,7 @@ class ClusterNode:
                     incarnation=time.time_ns(),
                 )
             except CorruptionError:
-                (store.path / HEAL_FILE).touch()
+                store.heal_later()
                 raise
             group = Group(node, number, replica, random_bytes=os.urandom, refuse=store.refuse)
             store.attach(node, group)
