@@ -114,7 +114,7 @@ class _State:
         return packed
 
 
-def _names(scope: Scope, capsules: Iterable[bytes]) -> dict[bytes, list[Slot]]:
+def names_of(scope: Scope, capsules: Iterable[bytes]) -> dict[bytes, list[Slot]]:
     """The names of many capsules: :meth:`Scope.names` for all of them, which looks through each directory once."""
     found: dict[bytes, list[Slot]] = {capsule: [] for capsule in capsules}
     known = {capsule: scope.state.capsule(capsule) for capsule in found}
@@ -283,7 +283,7 @@ class _Fork:
 
     def _note(self, position: int, moment: Moment, capsules: list[bytes]) -> None:
         scope = self._scope(moment.state)
-        for capsule, names in _names(scope, capsules).items():
+        for capsule, names in names_of(scope, capsules).items():
             state = _State.of(scope, lambda c: moment.extents(c, 0, content_map.OFFSET_MAX), capsule, names)
             alive = None if state is None else state.without(lambda parent: not scope.alive(parent))
             self._then[capsule] = (position, alive)
@@ -300,7 +300,9 @@ class _Fork:
                 forks = self._changed(txn)
                 if any(self._then.get(capsule, (None,))[0] != fork for capsule, fork in forks.items()):
                     return None
-                made = _Setting(self._store, self._zone, self._promotion.epoch, self._scope(txn), txn)
+                name = f"{self._zone.name}-{self._promotion.epoch}"
+                made = Setting(self._store, name, self._scope(txn), txn, self._selection)
+                made.tops = (bytes(ROOT), bytes(zone_root(self._zone.id)))
                 self._set_aside(made, txn, forks)
         cursors = [(0, lane, position) for lane, position in sorted(self._promotion.lanes.items())]
         kept = [each for each, arrival in self._reached.items() if not arrival.there]
@@ -359,10 +361,10 @@ class _Fork:
             return then.times
         return then.row.atime, arrival.mtime, arrival.ctime, then.row.btime
 
-    def _set_aside(self, made: _Setting, txn: Reader, forks: dict[bytes, int]) -> None:
+    def _set_aside(self, made: Setting, txn: Reader, forks: dict[bytes, int]) -> None:
         theirs = {each for each in shared(txn, self._zone.id, self._row) if self._is_there(each)}
         pairs = []
-        for capsule, names in _names(made.scope, forks).items():
+        for capsule, names in names_of(made.scope, forks).items():
             then, now = self._then[capsule][1], made.state(capsule, names)
             if then is not None and now is not None:
                 pairs.append((capsule, self._as_there(made.scope, capsule, then, now), now))
@@ -378,19 +380,19 @@ class _Fork:
         made.close()
 
 
-class _Setting:
+class Setting:
     """The commands that set aside what differs, while they are made; ``scope`` is the present."""
 
-    def __init__(self, store: Store, zone: Zone, epoch: int, scope: Scope, txn: Reader) -> None:
+    def __init__(self, store: Store, name: str, scope: Scope, txn: Reader, selection: Selection) -> None:
         self.commands: list[cmd.Command] = []
         self.times: list[tuple[bytes, tuple[int, int, int, int]]] = []
         self.aside: dict[bytes, None] = {}
         self._store = store
         self.scope = scope
         self._txn = txn
-        self._name = f"{zone.name}-{epoch}"
-        self.tops = (bytes(ROOT), bytes(zone_root(zone.id)))
-        self._selection = Selection(zone.name)
+        self._name = name
+        self._selection = selection
+        self.tops: tuple[bytes, ...] = (bytes(ROOT),)
         self._branch = b""
         self._parking = b""
         self._mirrors: dict[bytes, bytes] = {}
@@ -456,11 +458,11 @@ class _Setting:
         self._taken.add((directory, found))
         return found
 
-    def _in_branch(self, capsule: bytes, slot: Slot | None) -> Slot:
+    def in_branch(self, capsule: bytes, slot: Slot | None) -> Slot:
         parent = self._top() if slot is None else self._mirror(slot[0])
         return parent, self._free(parent, str(CapsuleId(capsule)).encode() if slot is None else slot[1])
 
-    def _stays(self, capsule: bytes, row: CapsuleRow) -> None:
+    def stays(self, capsule: bytes, row: CapsuleRow) -> None:
         """Lets nothing of the branch leave this zone."""
         policy = self.scope.state.get(POLICY, U32.pack(row.policy))
         if policy is None:
@@ -490,7 +492,7 @@ class _Setting:
             child = entry.capsule
             if child in theirs or not self._would_leave(child, since):
                 continue
-            slot = self._in_branch(child, (directory, name))
+            slot = self.in_branch(child, (directory, name))
             self.commands.append(cmd.Rename(directory, name, *slot, replace=False))
             self._left.add((directory, name))
             if child not in self._moved:
@@ -514,7 +516,7 @@ class _Setting:
                 continue
             if row.kind != Kind.DIRECTORY:
                 self.aside[each] = None
-            self._stays(each, row)
+            self.stays(each, row)
 
     def keep(self, capsule: bytes, then: _State, now: _State) -> None:
         """Clones a capsule into the branch, if anything but its names and times differs."""
@@ -524,12 +526,17 @@ class _Setting:
             now.xattrs,
             now.policy,
         )
-        if same or now.row.deleted or now.row.kind == Kind.DIRECTORY:
+        if not same:
+            self.clone(capsule, now.row, now.names)
+
+    def clone(self, capsule: bytes, row: CapsuleRow, names: Sequence[Slot]) -> None:
+        """Keeps a capsule as it is now, if it is a file that is there."""
+        if row.deleted or row.kind == Kind.DIRECTORY:
             return
         copy = bytes(self._store.new_id())
-        slot = self._in_branch(capsule, now.names[0] if now.names else None)
+        slot = self.in_branch(capsule, names[0] if names else None)
         self.commands.append(cmd.Clone(copy, capsule, *slot))
-        self._stays(copy, now.row)
+        self.stays(copy, row)
         self.aside[capsule] = None
 
     # --- names -------------------------------------------------------------------------------------
@@ -628,7 +635,7 @@ class _Setting:
             else:
                 self.commands.append(cmd.Link(capsule, *slot))
         if names and capsule in self._parked:
-            place = self._in_branch(capsule, None)
+            place = self.in_branch(capsule, None)
             self.commands.append(cmd.Rename(*self._parked.pop(capsule), *place, replace=False))
 
     def _vacate(self, slot: Slot, capsule: bytes) -> None:
@@ -637,7 +644,7 @@ class _Setting:
         if holder is None or holder == capsule or slot in self._left:
             return
         self._left.add(slot)
-        self.commands.append(cmd.Rename(*slot, *self._in_branch(holder, slot), replace=False))
+        self.commands.append(cmd.Rename(*slot, *self.in_branch(holder, slot), replace=False))
         self.aside[holder] = None
 
     # --- everything else -----------------------------------------------------------------------------

@@ -204,19 +204,21 @@ def arrivals(store: Store, zone: bytes, capsules: Sequence[bytes]) -> list[Arriv
     with store._read() as txn:
         row = rows.zone_row(txn, zone)
         state = Overlay(txn)
-        return [_arrival(state, row, each) for each in capsules]
+        return [_arrival(state, zone, row, each) for each in capsules]
 
 
-def _arrival(state: Overlay, zone: rows.ZoneRow | None, capsule: bytes) -> Arrival:
+def _arrival(state: Overlay, number: bytes, zone: rows.ZoneRow | None, capsule: bytes) -> Arrival:
     row = state.capsule(capsule)
     if row is None or zone is None:
         return Arrival(there=False)
     home = rows.home_row(state, capsule)
+    if home is not None and home.zone != number and rows.home_of(state, capsule, row) == home.zone:
+        return Arrival(there=False)  # what that zone's heir has not brought yet
     if (
         home is not None and home.moved
     ):  # what came here has all there was; of what went there again, until it came
         return Arrival(WHOLE if home.here else home.position or home.came, True, row.mtime, row.ctime)
-    return Arrival(rows.reached(state, zone, capsule), True, row.mtime, row.ctime)
+    return Arrival(rows.reached(state, number, zone, capsule), True, row.mtime, row.ctime)
 
 
 def parse_arrivals(document: Document, count: int) -> list[Arrival]:

@@ -20,6 +20,7 @@ import attrs
 from space._errors import ConflictError, RefusedError, SpaceError, UsageError
 from space._node.caller import Document
 from space._node.federation_arrival import ShipmentKeys, recoder
+from space._node.federation_heir import Listening, follow_heir, roots_for
 from space._node.federation_keys import ZoneAuthority, ZoneKeys, claimed, proves
 from space._node.federation_move import residences
 from space._node.federation_promote import ASKED_MAX, arrivals
@@ -33,7 +34,7 @@ from space.federation.selection import Selection
 from space.federation.server import Received
 from space.federation.shipment import Shipment, decode_shipment
 from space.statemachine import zones as rows
-from space.statemachine.tables import CAPSULE, HOME, POLICY, U32, CapsuleRow
+from space.statemachine.tables import CAPSULE, HOME, POLICY, U32, CapsuleRow, Overlay
 
 if TYPE_CHECKING:
     from space._node.federation_zones import Zone, Zones
@@ -51,6 +52,7 @@ class ZoneReceiver:
         self._zones = zones
         self._lock = threading.Lock()
         self._heard: dict[bytes, Document] = {}
+        self._listening = Listening()
 
     def recognise(self, certificate: bytes) -> Peer:
         identity = claimed(certificate)
@@ -95,12 +97,14 @@ class ZoneReceiver:
             promoted = 0 if row is None else rows.begins_at(txn, peer.id, row)
             own = promoted > 0 and _has_own(txn, peer.name)
             forgotten = row is not None and not streams and _came_before(txn, peer.id, row)
+            third = _third(txn, peer.id)
         return {
             "epoch": 0 if row is None else row.epoch,
             "base": 0 if row is None else row.base,
             "promoted": promoted,
             "own": own,
             "forgotten": forgotten,
+            **third,
             "cursors": [
                 {
                     "shard": shard,
@@ -158,6 +162,15 @@ class ZoneReceiver:
     def reached(self, peer: Peer, capsules: Sequence[str]) -> Document:
         found = arrivals(self._store, peer.id, _ids(capsules))
         return {"capsules": [attrs.astuple(each) for each in found]}
+
+    def inherits(self, peer: Peer, told: Document) -> Document:
+        with self._lock:
+            found = self._listening.take(peer.id, told)
+        if found is None:
+            return {"follows": False, "cursors": None}
+        with self._store.stale():
+            follows = follow_heir(self._store, self._sender(peer), found)
+        return {"follows": follows, "cursors": self.cursors(peer)}
 
     def homes(self, peer: Peer, capsules: Sequence[tuple[str, int]], declined: int) -> Document:
         ids = _ids([each for each, _ in capsules])
@@ -255,6 +268,20 @@ def _came_before(txn: ReadTransaction, zone: bytes, row: rows.ZoneRow) -> bool:
     """Whether a zone that took this one's place was removed and added since: more came than where it began."""
     homes = (rows.HomeRow.decode(value) for _, value in txn.scan(HOME, b"")) if row.base else ()
     return any(home.zone == zone and home.position > row.base for home in homes)
+
+
+def _third(txn: ReadTransaction, peer: bytes) -> Document:
+    """What a zone has to know of third ones: who is its heir here, whose heir it is, and where it gives names."""
+    known = rows.zones(txn)
+    row = known.get(peer)
+    return {
+        "zones": [
+            number.hex() for number, each in known.items() if each.role == rows.PEER and number != peer
+        ],
+        "heir": None if row is None or not row.heir else [row.heir.hex(), row.heir_epoch],
+        "follows": {number.hex(): each.heir_epoch for number, each in rows.heirs(txn, peer)},
+        "roots": [each.hex() for each in roots_for(Overlay(txn), peer)],
+    }
 
 
 def _has_own(txn: ReadTransaction, zone: str) -> bool:

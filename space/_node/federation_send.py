@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+import attrs
+
 from space._errors import (
     CorruptionError,
     NotFoundError,
@@ -24,21 +26,23 @@ from space._errors import (
 )
 from space._node.caller import Document
 from space._node.federation_follow import Promotion, follow
+from space._node.federation_heir import inheritance
 from space._node.federation_home import HomeContent, Sealer, Walk
 from space._node.federation_keys import ZoneAuthority
-from space._node.federation_promote import CAPSULES_TOLD, PARTS_TOLD, Arrival, parse_arrivals
+from space._node.federation_promote import ASKED_MAX, CAPSULES_TOLD, PARTS_TOLD, Arrival, parse_arrivals
 from space._node.federation_zones import ask
 from space.events import commands as cmd
 from space.events.commands import Durability
-from space.events.ids import CapsuleId
-from space.federation.exchange import REACHED
+from space.events.ids import ID_BYTES, ROOT, CapsuleId, zone_capsules, zone_root
+from space.events.types import ZonePromoted
+from space.federation.exchange import HEIR, REACHED
 from space.federation.initial import initial
 from space.federation.portable import size
 from space.federation.selection import Selection
 from space.federation.shipment import encode_shipment
 from space.federation.shipper import Outgoing
 from space.federation.stream import Begin, Cursor, Note, Streams, begin
-from space.federation.translate import Part, Translator, is_quiet, missing_capsule
+from space.federation.translate import Batch, Part, Translator, is_quiet, missing_capsule
 from space.statemachine import zones as rows
 from space.statemachine.tables import POLICY, U32
 
@@ -81,15 +85,21 @@ class ZoneSource:
         self._begun_ns = time.time_ns()
         self._noted = note
         self._epoch = 0
+        self._thirds = _Thirds()
         self._anew = False  # what was translated is not what the zone needs
+        self._held = False  # what comes next needs the zone to be told first
+        self._looked: set[int] = set()  # where third zones' places were taken when it last was
         self.remark = ""
         """What people should know about how shipping goes on."""
 
     # --- where to begin --------------------------------------------------------------------------
 
     def connected(self, identity: Document, cursors: Document) -> None:
-        epoch, origin, found = _understood(cursors)
+        epoch, _, found = _understood(cursors)
         self._settle(epoch, _number(cursors.get("promoted")), found, own=cursors.get("own") is True)
+        cursors = self._succeed(cursors)
+        epoch, origin, found = _understood(cursors)
+        third = self._third(cursors)
         ahead = max((cursor.position for cursor in found.values()), default=0)
         if ahead > self._store.last:
             raise RefusedError(
@@ -97,9 +107,57 @@ class ZoneSource:
                 hint="was this store restored from an older copy?",
             )
         with self._lock:
-            anew = self._anew or self._streams is None or self._epoch != epoch
+            anew = self._anew or self._streams is None or (self._epoch, self._thirds) != (epoch, third)
             if anew or self._streams is None or not self._streams.reconnected(found):
-                self._begin(found, origin, epoch, anew=cursors.get("forgotten") is True)
+                self._begin(found, origin, epoch, third, anew=cursors.get("forgotten") is True)
+
+    def _succeed(self, cursors: Document) -> Document:
+        """Has the zone follow this one for what it took over from third ones; its cursors then.
+
+        Raises:
+            SpaceError: it cannot.
+        """
+        with self._store._read() as txn:
+            taken = {number: row for number, row in rows.zones(txn).items() if row.taken}
+        self._looked = {row.promoted for row in taken.values()}
+        for number, row in taken.items():
+            known, follows = _thirds_in(cursors)
+            if number != self._zone.id and number in known and follows.get(number) != row.epoch:
+                answer: Document = {}
+                for part in inheritance(self._store, number, self._zone.name).documents():
+                    answer = self._tell_heir(part)
+                found = answer.get("cursors")
+                cursors = found if answer.get("follows") is True and isinstance(found, dict) else cursors
+        return cursors
+
+    def _tell_heir(self, part: Document) -> Document:
+        authority = ZoneAuthority.parse(self._zone.authorities)
+        return ask(self._zone.url, self._zones.keys(), authority, "POST", HEIR, part)
+
+    def _third(self, cursors: Document) -> _Thirds:
+        """What third zones have to do with what the zone is shipped.
+
+        Raises:
+            RefusedError: a third one took this one's place there, and this one has not learnt it.
+        """
+        _, follows = _thirds_in(cursors)
+        heir = cursors.get("heir")
+        with self._store._read() as txn:
+            known = rows.zones(txn)
+        told = {number: row.promoted for number, row in known.items() if row.taken and number in follows}
+        roots = tuple(sorted(each for each in map(_id_in, _list(cursors.get("roots"))) if each))
+        if heir is None:
+            return _Thirds(0, 0, told, roots)
+        by, epoch = (_id_in(heir[0]), _number(heir[1])) if len(_list(heir)) == 2 else (b"", 0)
+        row = known.get(by)
+        if row is None or row.epoch < epoch or not row.parted:
+            name = "another zone" if row is None else f"zone {row.name}"
+            raise RefusedError(
+                f"zone {self._zone.name} follows {name}, which took this one's place in epoch {epoch}; this one has "
+                "not learnt that yet",
+                hint="it does when that zone connects here" if row is None else "it does when they connect",
+            )
+        return _Thirds(epoch, row.parted, told, roots)
 
     def _settle(self, epoch: int, promoted: int, cursors: Mapping[int, Cursor], *, own: bool) -> None:
         """Sees that both zones agree who took whose place, and gives way if the other one did.
@@ -151,14 +209,26 @@ class ZoneSource:
         answer = ask(self._zone.url, self._zones.keys(), authority, "POST", REACHED, question)
         return parse_arrivals(answer, len(capsules))
 
-    def _begin(self, cursors: Mapping[int, Cursor], origin: int, epoch: int, *, anew: bool) -> None:
+    def _begin(
+        self, cursors: Mapping[int, Cursor], origin: int, epoch: int, third: _Thirds, *, anew: bool
+    ) -> None:
         """Reads the log from where a zone with these cursors goes on; copies all there is if it forgot them."""
         self._forget()
-        self._anew = False
+        self._anew = self._held = False
         self.remark = ""
-        self._epoch = epoch
-        self._translator.certain = not epoch
-        at = None if anew else self._after_parting(begin(cursors, origin))
+        self._epoch, self._thirds = epoch, third
+        self._translator.certain = not (epoch or third.told or third.epoch)
+        self._translator.roots = third.directories(self._zone.id)
+        at = None if anew else self._after_parting(begin(cursors, origin), third.parted)
+        since = min(third.told.values(), default=0)
+        if since and (at is None or (not cursors and at.position >= since)):
+            at = Begin(since - 1, copying=True)
+        self._translator.followed = {
+            number: self._there(number, position)
+            for number, position in third.told.items()
+            if at is not None and at.position < position
+        }
+        epoch += third.epoch
         if at is not None:
             try:
                 self._read_from(at, cursors, origin, epoch)
@@ -175,15 +245,29 @@ class ZoneSource:
         else:
             self._read_from(Begin(self._store.last, copying=True), cursors, origin, epoch)
 
-    def _after_parting(self, at: Begin | None) -> Begin | None:
+    def _there(self, number: bytes, position: int) -> frozenset[bytes]:
+        """What the zone has of a third one as this one had it when it took its place, and nothing after that."""
+        ids = list(inheritance(self._store, number, self._zone.name).capsules)
+        found: set[bytes] = set()
+        for at in range(0, len(ids), ASKED_MAX):
+            some = ids[at : at + ASKED_MAX]
+            answers = zip(some, self._ask_reached(some), strict=True)
+            found.update(
+                each for each, arrival in answers if arrival.there and arrival.position == position - 1
+            )
+        return frozenset(found)
+
+    def _after_parting(self, at: Begin | None, lost: int) -> Begin | None:
         """Where to begin for a zone that took this one's place: what was before is its, or set aside.
 
         What is still at home here is copied, as of then; if its place was taken in turn, as of right before that.
+        Likewise for one that follows a third zone, which took this one's place at position ``lost``.
         """
         row = self._row()
-        if at is None or at.position >= row.parted:
+        parted = max(row.parted, lost)
+        if at is None or at.position >= parted:
             return at
-        return Begin(row.promoted - 1 if row.promoted > row.parted else self._store.last, copying=True)
+        return Begin(row.promoted - 1 if row.promoted > parted else self._store.last, copying=True)
 
     def _read_from(self, at: Begin, cursors: Mapping[int, Cursor], origin: int, epoch: int) -> None:
         walk = self._walk = Walk(self._store, at.position)
@@ -212,7 +296,12 @@ class ZoneSource:
                 found = self._streams.next(self._content, time.monotonic())
                 if found is not None:
                     return self._recorded(found)
-                if not self._read():
+                if self._held:
+                    raise UnavailableError(
+                        f"this zone took another one's place, and zone {self._zone.name} has to be told",
+                        hint="that is done when it connects again, at once",
+                    )
+                if not self._read() and not self._held:
                     return None
 
     def _read(self) -> bool:
@@ -221,14 +310,29 @@ class ZoneSource:
         assert streams is not None
         assert walk is not None
         last = min(self._store.last, walk.position + READ_BATCHES)
-        if streams.full or walk.position >= last:
+        if self._held or streams.full or walk.position >= last:
             return False
         while walk.position < last and not streams.full:
             before, after, batch = walk.step()
+            if self._is_news(batch):
+                self._held = self._anew = True
+                return False
             parts = self._translator.translate(before, after, batch)
             quiet = is_quiet(batch.events)
             self._take(parts, batch.position, batch.time_ns, quiet=quiet)
         return True
+
+    def _is_news(self, batch: Batch) -> bool:
+        """Whether this zone took a third one's place there, and the zone was not told when it connected."""
+        if batch.position in self._looked or not any(isinstance(each, ZonePromoted) for each in batch.events):
+            return False
+        with self._store._read() as txn:
+            known = rows.zones(txn)
+        return any(
+            row.taken and row.promoted == batch.position
+            for row in known.values()
+            if row.name != self._zone.name
+        )
 
     def _take(self, parts: list[Part], position: int, time_ns: int, *, quiet: bool) -> None:
         assert self._streams is not None
@@ -439,6 +543,52 @@ class ZoneSource:
         if at is None or at >= self._store.last:
             return 0
         return self._store.wal.time_ns(at + 1)
+
+
+@attrs.frozen
+class _Thirds:
+    """What third zones have to do with what a zone is shipped.
+
+    Attributes:
+        epoch: the one in which a zone it follows took this one's place; added to the two zones' own.
+        parted: where this one learnt that.
+        told: zones whose place this one took, and that it follows this one for; where in this log.
+        roots: zones in whose directories there this one gives names.
+    """
+
+    epoch: int = 0
+    parted: int = 0
+    told: dict[bytes, int] = attrs.field(factory=dict)
+    roots: tuple[bytes, ...] = ()
+
+    def directories(self, zone: bytes) -> dict[bytes, bytes]:
+        """Directories of third zones here, and what stands for them in a zone."""
+        found: dict[bytes, bytes] = {}
+        for root in self.roots:
+            found[bytes(zone_root(root))] = bytes(ROOT if root == zone else zone_root(root))
+            if root != zone:
+                found[bytes(zone_capsules(root))] = bytes(zone_capsules(root))
+        return found
+
+
+def _thirds_in(cursors: Document) -> tuple[set[bytes], dict[bytes, int]]:
+    """The third zones a zone knows, and those it follows this one for, with the epoch of that."""
+    follows = cursors.get("follows")
+    known = {_id_in(each) for each in _list(cursors.get("zones"))}
+    return known, {_id_in(k): _number(v) for k, v in follows.items()} if isinstance(follows, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _id_in(value: Any) -> bytes:
+    """The id another zone wrote; empty if it is none."""
+    try:
+        found = bytes.fromhex(value)
+    except (TypeError, ValueError):
+        return b""
+    return found if len(found) == ID_BYTES else b""
 
 
 def _number(value: Any) -> int:

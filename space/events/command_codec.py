@@ -262,6 +262,11 @@ _SPECIAL: Final[dict[tuple[type[Any], str], _Read]] = {
     (cmd.LoseHome, "kept"): _ids,
     (cmd.LoseHome, "times"): _capsule_times,
     (cmd.LoseHome, "given"): _ids,
+    (cmd.FollowHeir, "commands"): _decoded,
+    (cmd.FollowHeir, "same"): _ids,
+    (cmd.FollowHeir, "own"): _ids,
+    (cmd.FollowHeir, "times"): _capsule_times,
+    (cmd.FollowHeir, "gone"): _ids,
     (cmd.PromoteZone, "cursors"): _steps,
     (cmd.PromoteZone, "incomplete"): _ids,
     (cmd.GiveHomes, "capsules"): _ids,
@@ -289,11 +294,17 @@ _READERS: Final = {
     for made, names in _NAMES.items()
 }
 
-_ONES: Final = frozenset(_CLASSES.values()) - {cmd.Together, cmd.ReceiveShipment, cmd.LoseHome}
+_ONES: Final = frozenset(_CLASSES.values()) - {
+    cmd.Together,
+    cmd.ReceiveShipment,
+    cmd.LoseHome,
+    cmd.FollowHeir,
+}
 _WITHIN: Final = {
     cmd.Together: (_ONES - {cmd.WriteExtent, cmd.Copied}, REQUESTS_MAX),
     cmd.Copied: (_ONES - {cmd.Copied}, COMMANDS_MAX),
     cmd.ReceiveShipment: (_ONES, COMMANDS_MAX),
     cmd.LoseHome: (_ONES - {cmd.Copied}, COMMANDS_MAX),
+    cmd.FollowHeir: (_ONES - {cmd.Copied}, COMMANDS_MAX),
 }
 """What several commands as one may be made of, and how many: so there is an end to how deep they are."""

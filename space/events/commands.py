@@ -595,6 +595,31 @@ class LoseHome:
 
 
 @attrs.frozen
+class FollowHeir:
+    """Follows ``heir``, which took the place of ``zone`` (:class:`PromoteZone`) with ``epoch`` at ``position``.
+
+    Both are other zones.  ``same`` are replicas of the zone that are here as they were there: their home is the heir.
+    ``own`` are those that never came there: they are this store's, and the first ``commands`` move them into a branch;
+    the others keep, as clones in it, what came here and not there.  ``times`` (atime, mtime, ctime, btime) are those
+    that directories keep.  ``gone`` are replicas that are not there any more.  Unless it is ``done``, more of the same
+    comes.  ``seen`` is the position of this log it was made for: if any replica of the zone has changed since, nothing
+    happens.
+    """
+
+    zone: bytes
+    heir: bytes
+    epoch: int
+    position: int
+    same: Sequence[bytes]
+    own: Sequence[bytes] = ()
+    commands: Sequence[Command] = ()
+    times: Sequence[tuple[bytes, tuple[int, int, int, int]]] = ()
+    gone: Sequence[bytes] = ()
+    seen: int = 0
+    done: bool = False
+
+
+@attrs.frozen
 class GiveHomes:
     """Gives the home of capsules to ``zone``, which has them: they can be changed nowhere until it has taken it.
 
@@ -685,6 +710,7 @@ Command = (
     | SetArrivalPolicy
     | PromoteZone
     | LoseHome
+    | FollowHeir
     | GiveHomes
     | TakeHome
     | DeclineHomes

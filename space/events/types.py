@@ -711,6 +711,20 @@ class HomesDeclined:
     position: int = u63()
 
 
+@event(67)
+class HeirFollowed:
+    """What had its home in ``zone``, and is here as it is there, has it in ``heir`` now, which took that one's place.
+
+    ``epoch`` is the one in which it did, ``position`` where in its log.
+    """
+
+    capsule: bytes = identifier()
+    zone: bytes = identifier()
+    heir: bytes = identifier()
+    epoch: int = u32()
+    position: int = u63()
+
+
 Event = (
     StoreInitialised
     | CapsuleCreated
@@ -764,4 +778,5 @@ Event = (
     | HomeGiven
     | HomeTaken
     | HomesDeclined
+    | HeirFollowed
 )

@@ -4,6 +4,7 @@
     GET  /v1/federation/cursors     how far every stream of who asks has come here
     POST /v1/federation/reached     how far some capsules of who asks have come here: after a promotion
     POST /v1/federation/homes       whether some capsules of who asks are here, or at home here; declines what is not
+    POST /v1/federation/heir        what who asks took over from a third zone: it is followed from now on
     POST /v1/federation/authority   certificates to trust from now on, signed by the authority known so far
     POST /v1/federation/ship        frames; the answer begins at once and has a line for each of them, in order
 
@@ -35,6 +36,7 @@ IDENTITY: Final = f"{PREFIX}/identity"
 CURSORS: Final = f"{PREFIX}/cursors"
 REACHED: Final = f"{PREFIX}/reached"
 HOMES: Final = f"{PREFIX}/homes"
+HEIR: Final = f"{PREFIX}/heir"
 AUTHORITY: Final = f"{PREFIX}/authority"
 SHIP: Final = f"{PREFIX}/ship"
 

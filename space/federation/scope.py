@@ -12,7 +12,7 @@ them out.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from typing import Final, Protocol, final
 
 from space.events.ids import ID_BYTES, NIL, ROOT, zone_capsules, zone_root
@@ -60,16 +60,23 @@ class Moment(Protocol):
 class Scope:
     """What a zone may see of one state; ``home`` is the id of the zone whose state it is.
 
-    Looks at most rows once: it is for one moment and thrown away with it.  ``without`` is out of scope.
+    Looks at most rows once: it is for one moment and thrown away with it.  ``without`` is out of scope; ``roots`` are
+    directories of third zones in which names go along, and what stands for each there.
     """
 
     def __init__(
-        self, state: Reader, selection: Selection, home: bytes, without: Container[bytes] = ()
+        self,
+        state: Reader,
+        selection: Selection,
+        home: bytes,
+        without: Container[bytes] = (),
+        roots: Mapping[bytes, bytes] | None = None,
     ) -> None:
         self.state = Overlay(state)
         self._below = state
-        self._selection = selection
+        self.selection = selection
         self._without = without
+        self._roots = roots or {}
         self._root = bytes(zone_root(home))
         self._capsules = bytes(zone_capsules(home))
         stood_in = selection.stood_in_for(state)
@@ -86,7 +93,7 @@ class Scope:
         if root is None or not root.flags & MOVED:
             return None
         known = zones.zones(self.state).items()
-        return next((each for each, row in known if row.name == self._selection.zone), None)
+        return next((each for each, row in known if row.name == self.selection.zone), None)
 
     def forget(self) -> None:
         """Bounds what is remembered, for those who look through a whole store."""
@@ -116,7 +123,7 @@ class Scope:
             return None
         if capsule in self._shown:
             return self._shown[capsule]
-        lane = self._selection.lane(self.state, row.policy)
+        lane = self.selection.lane(self.state, row.policy)
         if lane is None or zones.home_of(self.state, capsule, row) is not None:
             return None
         return lane if self.alive(capsule) else None
@@ -177,6 +184,8 @@ class Scope:
             return bytes(ROOT)
         if self.lane(parent) is not None:
             return parent
+        if parent in self._roots:
+            return self._roots[parent]
         return None if self._receiver is None else self._receivers_own(parent, self._receiver)
 
     def _receivers_own(self, parent: bytes, receiver: bytes) -> bytes | None:

@@ -69,8 +69,10 @@ class Selection:
         found = zones.zones(state)
         own = next((row.name for row in found.values() if row.role == zones.OWN), None)
         for number, row in found.items():
-            if row.name == self.zone and row.role == zones.PEER and row.taken and own is not None:
-                return number, own
+            if row.name == self.zone and row.role == zones.PEER and own is not None:
+                heir = found.get(row.heir)
+                if row.taken or (heir is not None and heir.taken):
+                    return number, own
         return None
 
     def sealed(self, state: Reader | Overlay, number: int) -> bool:

@@ -25,6 +25,7 @@ from space.federation.exchange import (
     CURSORS,
     DOCUMENT_BYTES_MAX,
     FRAME,
+    HEIR,
     HOMES,
     IDENTITY,
     PULSE,
@@ -109,6 +110,14 @@ class Receiver(Protocol):
             UsageError: those are no ids, or too many.
         """
 
+    def inherits(self, peer: Peer, told: Document) -> Document:
+        """Follows ``peer`` for what it took over from a third zone, once it has told all of it; and its cursors then.
+
+        Raises:
+            UsageError: it is no part of that.
+            SpaceError: this zone cannot follow it.
+        """
+
     def take_authority(self, peer: Peer, pem: bytes, signature: bytes) -> Document:
         """Trusts other certificates of ``peer`` from now on.
 
@@ -141,6 +150,7 @@ class FederationServer:
         application.router.add_get(CURSORS, self._cursors)
         application.router.add_post(REACHED, self._reached)
         application.router.add_post(HOMES, self._homes)
+        application.router.add_post(HEIR, self._heir)
         application.router.add_post(AUTHORITY, self._authority)
         application.router.add_post(SHIP, self._ship)
         if self._shelf is not None:
@@ -201,6 +211,12 @@ class FederationServer:
             raise UsageError("not a position", hint="is the other zone newer?")
         given = _given(found.get("capsules"))
         return web.json_response(await asyncio.to_thread(self._receiver.homes, peer, given, declined))
+
+    async def _heir(self, request: web.Request) -> web.StreamResponse:
+        peer = await self._peer(request)
+        async with asyncio.timeout(SILENCE_SECONDS):
+            told = parse_document(await request.read())
+        return web.json_response(await asyncio.to_thread(self._receiver.inherits, peer, told))
 
     async def _authority(self, request: web.Request) -> web.StreamResponse:
         peer = await self._peer(request)

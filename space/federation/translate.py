@@ -15,7 +15,7 @@ says what it touches, so that lanes overtake each other only where it makes no d
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, final
 
 import attrs
@@ -134,6 +134,8 @@ class Translator:
             the other's place, or homes of single capsules went to another zone: each may have kept a name for something
             of its own, so capsules are told by their ids.
         missing: capsules the zone was found not to have, though it should: they are copied when they change next.
+        roots: directories of third zones that the zone has too, and what stands for each there.
+        followed: third zones whose place this one took, and what the zone has of each as this one had it then.
     """
 
     def __init__(
@@ -146,6 +148,8 @@ class Translator:
         self.copier: Final = Copier(seal, selection)
         self.certain = True
         self.missing: set[bytes] = set()
+        self.roots: dict[bytes, bytes] = {}
+        self.followed: dict[bytes, Collection[bytes]] = {}
 
     def lacks(self, capsule: bytes) -> None:
         """The zone turned out not to have a capsule: see :func:`missing_capsule`."""
@@ -154,7 +158,7 @@ class Translator:
 
     def scope(self, moment: Moment) -> Scope:
         """What the zone may see of a moment."""
-        return Scope(moment.state, self.selection, self.home)
+        return Scope(moment.state, self.selection, self.home, (), self.roots)
 
     def handed_over(self, scope: Scope, capsule: bytes, epoch: int) -> cmd.TakeHome:
         """Gives the zone the home of a capsule: it becomes what policies called the home, and this zone the target."""
@@ -253,7 +257,8 @@ class _Translation:
     def __init__(self, translator: Translator, before: Moment, after: Moment, batch: Batch) -> None:
         self._translator = translator
         self._copier = translator.copier
-        self._before = Scope(before.state, translator.selection, translator.home, translator.missing.copy())
+        missing = translator.missing.copy()
+        self._before = Scope(before.state, translator.selection, translator.home, missing, translator.roots)
         self._after = translator.scope(after)
         self._moment = after
         self._batch = batch
@@ -280,6 +285,8 @@ class _Translation:
         self._busy: set[bytes] = set()  # directories of the receiver in which names come or go
         self._modified: set[bytes] = set()  # capsules whose content is said to change
         self._given: dict[bytes, None] = {}  # capsules whose home the zone takes
+        self._inherited: list[bytes] = []  # capsules that came from a third zone, and whose home is here now
+        self._promoted = False
         root = after.state.get(CAPSULE, bytes(ROOT))
         self._certain = translator.certain and not (root and CapsuleRow.decode(root).flags & MOVED)
 
@@ -341,6 +348,8 @@ class _Translation:
                 self._note_given(event)
             case ev.HomeTaken():
                 self._note_taken(event)
+            case ev.ZonePromoted() if event.zone != self._translator.zone:
+                self._note_promotion(event.zone)
             case ev.CapsuleHomed() if event.zone == self._translator.home:
                 self._touch(event.capsule)
             case (
@@ -398,6 +407,19 @@ class _Translation:
             return
         self._before.show(capsule, lane)
         self._content = [each for each in self._content if each.capsule != capsule]
+
+    def _note_promotion(self, zone: bytes) -> None:
+        """What came from a zone whose place this one takes joins, but for what is there already as it is here."""
+        self._promoted = True
+        there = self._translator.followed.get(zone, ())
+        for capsule in list(zones.replicas(self._before.state, zone)):
+            self._touch(capsule)
+            if capsule not in there:
+                continue
+            lane = self._translator.selection.lane(self._after.state, self._before.row(capsule).policy)
+            if lane is not None and self._before.alive(capsule):
+                self._before.show(capsule, lane)
+                self._inherited.append(capsule)
 
     def _note_below(self) -> None:
         """A directory that is deleted or brought back takes along what is below it."""
@@ -459,6 +481,9 @@ class _Translation:
 
     def _stages(self) -> None:
         """Everything, in the order in which the receiver can do it."""
+        for capsule in self._inherited:
+            if capsule in self._stays:
+                self._emission(self._stays[capsule]).capsules[capsule] = None
         contents = self._contents()
         clones = self._shared_clones()
         self._policies()
@@ -830,7 +855,7 @@ class _Translation:
             lanes, emission = {lane}, self._emissions[lane]
             apart = []
             for group in groups:
-                if emission.meets(group[1]):
+                if self._promoted or emission.meets(group[1]):
                     lanes |= group[0]
                     emission.add(group[1])
                 else:
@@ -851,6 +876,7 @@ class _Translation:
             self._copies(copied) if copied else _no_copies,
             frozenset(emission.writes),
             frozenset(emission.reads),
+            alone=self._promoted,
         )
 
     def _copies(self, capsules: list[bytes]) -> Copies:

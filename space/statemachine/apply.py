@@ -568,4 +568,5 @@ HANDLERS: Final[dict[type[Any], Handler]] = {
     ev.HomeGiven: zones.given,
     ev.HomeTaken: zones.taken,
     ev.HomesDeclined: zones.declined,
+    ev.HeirFollowed: zones.followed,
 }

@@ -783,6 +783,10 @@ def _lose_home(state: Overlay, command: cmd.LoseHome, payload: PayloadPlacer) ->
     return homes.lose(state, command, payload, _RULES)
 
 
+def _follow_heir(state: Overlay, command: cmd.FollowHeir, payload: PayloadPlacer) -> Decision:
+    return homes.follow_heir(state, command, payload, _RULES)
+
+
 def _set_arrival_policy(state: Overlay, command: cmd.SetArrivalPolicy, payload: PayloadPlacer) -> Decision:
     return homes.set_arrival_policy(state, command, payload, _RULES)
 
@@ -838,6 +842,7 @@ _RULES: Final[Mapping[type[Any], Rule]] = {
     cmd.SetArrivalPolicy: _set_arrival_policy,
     cmd.PromoteZone: homes.promote,
     cmd.LoseHome: _lose_home,
+    cmd.FollowHeir: _follow_heir,
     cmd.GiveHomes: handover.give,
     cmd.TakeHome: _only_in_a_shipment,
     cmd.DeclineHomes: handover.decline,

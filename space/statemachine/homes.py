@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from space._errors import Status
@@ -352,19 +352,9 @@ def lose(state: Overlay, command: cmd.LoseHome, payload: PayloadPlacer, rules: R
     if command.seen is not None and (changed := _changed_since(state, command.zone, zone, command.seen)):
         return Rejected(Status.STALE, f"capsule {capsule_text(changed)} changed meanwhile: look again")
     tried = Overlay(state)
-    events: list[ev.Event] = []
-    context = Context(TRIED, 0, 0)
-    links = any(isinstance(each, cmd.CopyRange) for each in command.commands)
-
-    def happen(*some: ev.Event) -> None:
-        for event in some:
-            link = NO_LINK
-            if links:  # RangeCopied carries the head of its source's chain
-                row = tried.capsule(event.capsule)
-                link = chain_link(row.link if row else NO_LINK, encode_event(event))
-            apply(tried, context, link, event)
-        events.extend(some)
-
+    events, happen = _happening(
+        tried, links=any(isinstance(each, cmd.CopyRange) for each in command.commands)
+    )
     happen(*_directories(tried, payload, rules))
     for capsule in dict.fromkeys(command.given):  # given to that zone, which has not all there was
         row = tried.capsule(capsule)
@@ -394,6 +384,92 @@ def lose(state: Overlay, command: cmd.LoseHome, payload: PayloadPlacer, rules: R
     if len(events) > EVENTS_MAX:
         return Rejected(Status.TOO_LARGE, f"{len(events)} events to set aside what was not shipped")
     return events
+
+
+def _happening(tried: Overlay, *, links: bool = False) -> tuple[list[ev.Event], Callable[..., None]]:
+    """Events that are decided one on what the others do, and what takes one more of them."""
+    events: list[ev.Event] = []
+    context = Context(TRIED, 0, 0)
+
+    def happen(*some: ev.Event) -> None:
+        for event in some:
+            link = NO_LINK
+            if links:  # RangeCopied carries the head of its source's chain
+                row = tried.capsule(event.capsule)
+                link = chain_link(row.link if row else NO_LINK, encode_event(event))
+            apply(tried, context, link, event)
+        events.extend(some)
+
+    return events, happen
+
+
+def follow_heir(state: Overlay, command: cmd.FollowHeir, payload: PayloadPlacer, rules: Rules) -> Decision:
+    """Replicas of a zone follow another one, which took its place; what that one does not have is set aside first."""
+    zone, heir, own = _peer(state, command.zone), _peer(state, command.heir), zones.own_zone(state)
+    if zone is None or heir is None or own is None:
+        return _no_zone(command.heir if zone is not None else command.zone)
+    if zone.taken:
+        return Rejected(Status.EXISTS, f"this zone took the place of {zone} itself")
+    if (zone.heir, zone.heir_epoch) == (command.heir, command.epoch) and not command.same:
+        return []
+    if not (0 < command.epoch <= U32_MAX and 0 < command.position <= U63_MAX):
+        return Rejected(Status.INVALID, "not where a zone was promoted")
+    for capsule in zones.replicas(state, command.zone):
+        row = state.capsule(capsule)
+        if row is not None and row.change > command.seen:
+            return Rejected(Status.STALE, f"capsule {capsule_text(capsule)} changed meanwhile: look again")
+    tried = Overlay(state)
+    events, happen = _happening(tried)
+
+    def homed(capsule: bytes, home: bytes, *times: int | None) -> None:
+        position = 0 if home == own[0] else command.position - 1
+        happen(ev.CapsuleHomed(bytes(capsule), home, position, 0, 0, *(times or (None,) * 4)))
+
+    happen(*_directories(tried, payload, rules))
+    for capsule in (*command.same, *command.own, *command.gone):
+        row = tried.capsule(capsule)
+        if row is None or zones.home_of(tried, capsule, row) != command.zone:
+            return Rejected(Status.STALE, f"capsule {capsule_text(capsule)} is not that zone's: look again")
+    for capsule in command.own:
+        homed(capsule, own[0])
+    for each in command.commands:
+        if type(each) not in _BRANCHING:
+            return Rejected(Status.INVALID, f"{type(each).__name__} sets nothing aside")
+        decided = rules[type(each)](tried, each, payload)
+        if isinstance(decided, Rejected):
+            return decided
+        happen(*decided)
+    happen(*_withdrawn(tried, command.gone, bytes(command.zone)))
+    for capsule in command.same:
+        homed(capsule, command.heir)
+    for capsule, times in command.times:
+        row = tried.capsule(capsule)
+        if row is None or zones.home_of(tried, capsule, row) != command.heir:
+            return Rejected(Status.INVALID, f"capsule {capsule_text(capsule)} goes to no other home")
+        homed(capsule, command.heir, *times)
+    if command.done:
+        happen(
+            ev.HeirFollowed(
+                bytes(ROOT), bytes(command.zone), bytes(command.heir), command.epoch, command.position
+            )
+        )
+    if len(events) > EVENTS_MAX:
+        return Rejected(Status.TOO_LARGE, f"{len(events)} events to follow another zone")
+    return events
+
+
+def _withdrawn(state: Overlay, gone: Sequence[bytes], zone: bytes) -> list[ev.Event]:
+    """Deletes replicas that their home has no more; what is in them, and still there, hangs apart."""
+    events: list[ev.Event] = []
+    apart, lost = bytes(zone_capsules(zone)), frozenset(gone)
+    for key, value in state.scan(ENTRY, b"") if lost else ():
+        parent, name, child = key[:ID_BYTES], key[ID_BYTES:], EntryRow.decode(value).capsule
+        text = capsule_text(child).encode()
+        if child in lost or (parent in lost and state.get(ENTRY, apart + text) is not None):
+            events.append(ev.NameUnlinked(child, parent, name))
+        elif parent in lost:
+            events.append(ev.CapsuleRenamed(child, parent, name, apart, text, b""))
+    return [*events, *(ev.CapsuleWithdrawn(bytes(capsule), zone, 0) for capsule in gone)]
 
 
 def shared(state: Reader | Overlay, zone: bytes, row: ZoneRow) -> Iterator[bytes]:

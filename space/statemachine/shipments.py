@@ -88,6 +88,23 @@ def _at(state: Overlay, parent: bytes, name: bytes) -> list[bytes]:
     return [] if data is None else [EntryRow.decode(data).capsule]
 
 
+def names_in(state: Overlay, zone: bytes, directory: bytes, row: CapsuleRow) -> bool:
+    """Whether a zone gives names in a directory that is there, and not deleted."""
+    home = zones.home_of(state, directory, row)
+    if home == zone:
+        return True
+    inherited = zones.heirs(state, zone)
+    if (
+        home is not None
+    ):  # what the zone took the place of; and its own root, also where that is another one's by now
+        own = directory in (zone_root(zone), zone_capsules(zone))
+        return own or any(number == home for number, _ in inherited)
+    # What was this store's own goes on where it always was, also in directories that never left.
+    known = zones.zone_row(state, zone)
+    lost = known is not None and (known.lost or any(each.lost for _, each in inherited))
+    return bool(lost) and directory != ZONES
+
+
 def receive(state: Overlay, command: cmd.ReceiveShipment, payload: PayloadPlacer, rules: Rules) -> Decision:
     """The events of a shipment: none for one that has come before."""
     zone = zones.zone_row(state, command.zone)
@@ -97,7 +114,12 @@ def receive(state: Overlay, command: cmd.ReceiveShipment, payload: PayloadPlacer
         )
     if refused := _malformed(command):
         return refused
-    if command.epoch != zone.epoch:
+    if command.epoch != zone.epoch + zone.heir_epoch:
+        if zone.heir:
+            heir = zones.zone_row(state, zone.heir)
+            return Rejected(
+                Status.NOT_PERMITTED, f"{heir} took the place of {zone}, which ships as if it had not"
+            )
         return Rejected(
             Status.NOT_PERMITTED,
             f"{zone} ships in epoch {command.epoch}, and here it is epoch {zone.epoch}: one of the two zones "
@@ -242,7 +264,7 @@ class _Delivery:
         """Whether the shipping zone is a capsule's home: :func:`zones.home_of`, with the zone at hand."""
         if row.flags & REPLICA:
             home = zones.home_row(self._tried, capsule)
-            if home is None or home.moved:
+            if home is None or home.moved or home.zone != self._zone:
                 return zones.home_of(self._tried, capsule, row) == self._zone
             return home.zone == self._zone and row.ino > self._row.taken
         return zones.home_of(self._tried, capsule, row) == self._zone
@@ -252,10 +274,7 @@ class _Delivery:
         row = self._tried.capsule(parent)
         if row is None or row.kind != _DIRECTORY or row.deleted:
             return False
-        if self._is_home(parent, row):
-            return True
-        # What was this store's own goes on where it always was, also in directories that never left.
-        return bool(self._row.lost) and parent != ZONES and zones.home_of(self._tried, parent, row) is None
+        return names_in(self._tried, self._zone, parent, row)
 
     def _passed_over(self, capsule: bytes) -> bool:
         """Whether a capsule has come as far by another way."""
@@ -266,7 +285,7 @@ class _Delivery:
             self._ours(capsule)
             carried = self._carried[capsule] = not self._further(capsule)
             home = zones.home_row(self._tried, capsule)
-            if carried and (home is None or home.here):
+            if carried and (home is None or home.here or home.zone != self._zone):
                 self._happen(self._homed(capsule, self._command.through_position))
         return not carried
 
@@ -274,7 +293,7 @@ class _Delivery:
         """Whether a capsule that no command here was about yet has come as far by another way."""
         if capsule in self._made or self._carried.get(capsule):
             return False
-        return zones.reached(self._state, self._row, capsule) >= self._command.through_position
+        return zones.reached(self._state, self._zone, self._row, capsule) >= self._command.through_position
 
     # --- commands --------------------------------------------------------------------------------
 
@@ -292,9 +311,7 @@ class _Delivery:
                 if not self._passed_over(command.capsule):
                     self._place(command.capsule, command.names, command.gone)
             case cmd.WithdrawCapsule():
-                if self._tried.capsule(command.capsule) is not None and not self._passed_over(
-                    command.capsule
-                ):
+                if self._has_replica(command.capsule) and not self._passed_over(command.capsule):
                     self._withdraw(command.capsule)
             case cmd.TakeSnapshot() | cmd.DropSnapshot():
                 self._snapshot(command)
@@ -309,6 +326,14 @@ class _Delivery:
                     self._change(command)
             case _:
                 raise _refuse(Status.INVALID, f"{type(command).__name__} cannot come in a shipment")
+
+    def _has_replica(self, capsule: bytes) -> bool:
+        """Whether a capsule is here, and neither followed another zone nor stayed when others did."""
+        row = self._tried.capsule(capsule)
+        if row is None or self._is_home(capsule, row):
+            return row is not None
+        gone = self._row.heir or row.deleted
+        return not gone and zones.home_of(self._tried, capsule, row) is not None
 
     def _change(self, command: Any) -> None:
         """Carries out a command on what is there."""
@@ -364,7 +389,8 @@ class _Delivery:
         source = self._tried.get(ZONE_KEY, number)
         left = bool(self._row.lost) or self._has_moved()
         came_back = source is None and known is not None and left  # what left from here, with its key
-        if taken and source != self._zone and not came_back:
+        inherited = any(number == source for number, _ in zones.heirs(self._tried, self._zone))
+        if taken and source != self._zone and not (came_back or inherited):
             raise _refuse(Status.STALE, f"key {key.key} exists already: encrypt with another")
         if known is None and keys.outdated(self._tried, key.wrapped):
             raise _refuse(Status.STALE, "the master key was changed meanwhile: try again")
@@ -491,6 +517,9 @@ class _Delivery:
             return False
         for holder in _at(self._tried, *name):
             row = self._tried.capsule(holder)
+            if row is not None and self._inherits(holder, row):
+                self._move_apart(holder, name)  # it comes with its own names, or stays that zone's
+                continue
             if row is None or not self._is_home(holder, row) or self._further(holder):
                 return False
             self._happen(ev.NameUnlinked(holder, *name))
@@ -585,11 +614,11 @@ class _Delivery:
                 and not self._is_home(copied.capsule, row)
             ):
                 return False  # its home was taken from there, which has not heard of it
-            if copied.step == 0 and self._is_nobodys(row, home):
+            if copied.step == 0 and self._is_nobodys(bytes(copied.capsule), row, home):
                 return True
             self._ours(copied.capsule)
         if copied.step == 0:
-            reached = zones.reached(self._tried, self._row, copied.capsule)
+            reached = zones.reached(self._tried, self._zone, self._row, copied.capsule)
             unfinished = home is not None and home.copy != 0
             return row is None or copied.position > reached or (unfinished and copied.position == reached)
         if row is None or home is None or home.copy != copied.position or home.step > copied.step:
@@ -600,9 +629,19 @@ class _Delivery:
             )
         return True
 
-    def _is_nobodys(self, row: CapsuleRow, home: zones.HomeRow | None) -> bool:
-        """Whether a capsule is one that another zone had here once, and withdrew: its home may have moved since."""
-        return bool(row.deleted) and home is not None and home.zone != self._zone and not home.moved
+    def _is_nobodys(self, capsule: bytes, row: CapsuleRow, home: zones.HomeRow | None) -> bool:
+        """Whether a capsule is one that another zone had here once, and withdrew: its home may have moved since.
+
+        Or one of a zone whose place this one took, that was something else there.
+        """
+        if home is not None and row.deleted and home.zone != self._zone and not home.moved:
+            return True
+        return self._inherits(capsule, row)
+
+    def _inherits(self, capsule: bytes, row: CapsuleRow) -> bool:
+        """Whether a capsule is still a replica of a zone whose place the shipping one took."""
+        home = zones.home_of(self._tried, capsule, row)
+        return any(number == home for number, _ in zones.heirs(self._tried, self._zone))
 
     def _empty(self, directory: bytes) -> None:
         """What an older replica of a directory held loses its name in it; what is still there comes with its own.
@@ -630,7 +669,7 @@ class _Delivery:
         fixed = (int(command.kind), command.rdev, command.block_size, command.target)
         if fixed != (row.kind, row.rdev, row.block_size, row.target):
             raise _refuse(Status.STALE, f"capsule {capsule_text(capsule)} was something else before")
-        nobodys = self._is_nobodys(row, zones.home_row(self._tried, capsule))
+        nobodys = self._is_nobodys(capsule, row, zones.home_row(self._tried, capsule))
         if nobodys:
             self._happen(self._homed(capsule, 0))
         if row.deleted:

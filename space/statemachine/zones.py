@@ -71,7 +71,9 @@ class ZoneRow:
     were sent to the zone up to position ``lost`` (of this log) have it there, as of position ``base`` of that log; so
     have replicas with inode numbers up to ``returned``, which had been taken over before.  ``promoted`` and ``parted``
     are the positions of this log at which this store last took the zone's place, and the zone this store's.  No home
-    the zone gave away up to position ``declined`` of its log is taken here any more.
+    the zone gave away up to position ``declined`` of its log is taken here any more.  ``heir`` is a third zone that
+    took this one's place, in ``heir_epoch`` of those two: what is here as it was there has its home there now, and the
+    rest when the heir ships it.
     """
 
     role: int
@@ -88,10 +90,15 @@ class ZoneRow:
     promoted: int = 0
     parted: int = 0
     declined: int = 0
+    heir: bytes = b""
+    heir_epoch: int = 0
 
     def encode(self) -> bytes:
         fields = attrs.astuple(self)
-        packed: bytes = msgpack.packb(fields if self.declined else fields[:-1])  # as rows always were
+        written = (
+            len(fields) if self.heir else len(fields) - (2 if self.declined else 3)
+        )  # as rows always were
+        packed: bytes = msgpack.packb(fields[:written])
         return packed
 
     @classmethod
@@ -186,17 +193,22 @@ def home_of(state: Overlay, capsule: bytes, row: CapsuleRow) -> bytes | None:
         if home.here:
             return _lost_to(state, capsule, home)
         taken = zone.taken and zone.promoted > home.moved if home.moved else row.ino <= zone.taken
-        return None if taken else home.zone
+        return _lost_on(state, capsule, zone.promoted) if taken else home.zone
+    return _lost_on(state, capsule)
+
+
+def _lost_on(state: Overlay, capsule: bytes, since: int = 0) -> bytes | None:
+    """The zone that took this store's place for a capsule that was at home here, ``since`` it was taken over."""
     root = state.capsule(ROOT)
     if root is None or not root.flags & HOME_LOST:
         return None
-    return _lost_to(state, capsule, None)
+    return _lost_to(state, capsule, None, since)
 
 
-def _lost_to(state: Overlay, capsule: bytes, taken: HomeRow | None) -> bytes | None:
+def _lost_to(state: Overlay, capsule: bytes, taken: HomeRow | None, since: int = 0) -> bytes | None:
     """The zone that took this store's place for a capsule that was at home here (if it was ``taken``: since then)."""
     for number, zone in zones(state).items():
-        if zone.lost <= (0 if taken is None else taken.moved):
+        if zone.lost <= (since if taken is None else taken.moved):
             continue
         if (taken is not None and taken.zone == number) or 0 < sent_as_of(
             state, number, capsule
@@ -220,13 +232,28 @@ def arrival_key(state: Reader) -> int:
     return 0 if data is None else CapsuleRow.decode(data).key
 
 
-def reached(state: Overlay, zone: ZoneRow, capsule: bytes) -> int:
-    """The position of its home's log that a replica of ``zone`` has come to; 0 for what is not here."""
+def heirs(state: Reader | Overlay, zone: bytes) -> list[tuple[bytes, ZoneRow]]:
+    """The zones whose place a third zone took, as far as this store followed it."""
+    return [(number, row) for number, row in zones(state).items() if row.heir == zone]
+
+
+def replicas(state: Overlay, zone: bytes) -> Iterator[bytes]:
+    """Every capsule here that has its home in a zone, by whatever way."""
+    sent = {capsule for capsule, _ in sent_capsules(state, zone)}
+    came = {capsule for capsule, value in state.scan(HOME, b"") if HomeRow.decode(value).zone == zone}
+    for capsule in sorted(sent | came):
+        row = state.capsule(capsule)
+        if row is not None and home_of(state, capsule, row) == zone:
+            yield capsule
+
+
+def reached(state: Overlay, number: bytes, zone: ZoneRow, capsule: bytes) -> int:
+    """The position of its home's log that a replica of ``zone``, of that id, has come to; 0 for what is not here."""
     row = state.capsule(capsule)
     if row is None:
         return 0
     home = home_row(state, capsule)
-    if home is None or home.here:
+    if home is None or home.here or home.zone != number:
         return zone.base
     if (
         home.moved
@@ -325,6 +352,7 @@ def defined(state: Overlay, context: Context, link: bytes, event: ev.ZoneDefined
         row.epoch, row.taken = before.epoch, before.taken
         row.lost, row.base, row.returned = before.lost, before.base, before.returned
         row.promoted, row.parted, row.declined = before.promoted, before.parted, before.declined
+        row.heir, row.heir_epoch = before.heir, before.heir_epoch
     _put(state, event.zone, row)
 
 
@@ -343,8 +371,12 @@ def removed(state: Overlay, context: Context, link: bytes, event: ev.ZoneRemoved
     row = _known(state, event.zone)
     row.role = REMOVED
     _put(state, event.zone, row)
+    _forget_streams(state, event.zone)
+
+
+def _forget_streams(state: Overlay, zone: bytes) -> None:
     for table in (CURSOR, MARK):
-        for key, _ in list(state.scan(table, event.zone)):
+        for key, _ in list(state.scan(table, zone)):
             state.delete(table, key)
 
 
@@ -458,8 +490,25 @@ def promoted(state: Overlay, context: Context, link: bytes, event: ev.ZonePromot
     row = _known(state, event.zone)
     row.epoch, row.taken, row.promoted = event.epoch, state.counter(b"ino"), context.position
     row.lost = row.base = row.returned = 0
+    row.heir, row.heir_epoch = b"", 0
     _put(state, event.zone, row)
     _flag_lost(state)
+
+
+def followed(state: Overlay, context: Context, link: bytes, event: ev.HeirFollowed) -> None:
+    """What comes from the zone from now on comes from its heir.
+
+    Cursors of the heir that are beyond where it took the place go: it ships all anew from there, over what is here.
+    """
+    state.edit(event.capsule).link = link
+    row, heir = _known(state, event.zone), _known(state, event.heir)
+    row.heir, row.heir_epoch = event.heir, event.epoch
+    _put(state, event.zone, row)
+    if heir.heir == event.zone:
+        heir.heir, heir.heir_epoch = b"", 0
+        _put(state, event.heir, heir)
+    if any(cursor.position >= event.position for _, _, cursor in cursors(state, event.heir)):
+        _forget_streams(state, event.heir)
 
 
 def lost(state: Overlay, context: Context, link: bytes, event: ev.HomeLost) -> None:

@@ -76,6 +76,7 @@ SAMPLES: Final[dict[str, ev.Event]] = {
     "64.1": ev.HomeGiven(ONE, TWO),
     "65.1": ev.HomeTaken(ONE, TWO, 2**63 - 1),
     "66.1": ev.HomesDeclined(ONE, TWO, 9),
+    "67.1": ev.HeirFollowed(ONE, TWO, THREE, 1, 9),
     "29.1": ev.ReservationChanged(ONE, 3, TWO, b""),
     "27.1": ev.CommandRefused(ONE, TWO, 7, "EXISTS", "it exists"),
     "26.1": ev.NamespaceAssigned(ONE, "nqn.2014-08.org.nvmexpress:uuid:x", TWO, 1),
@@ -209,6 +210,7 @@ def test_numbers_are_frozen() -> None:
         64: "HomeGiven",
         65: "HomeTaken",
         66: "HomesDeclined",
+        67: "HeirFollowed",
         27: "CommandRefused",
         26: "NamespaceAssigned",
     }

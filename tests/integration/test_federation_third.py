@@ -1,0 +1,283 @@
+"""A third zone follows the one that took its home's place: all of it once, nothing twice, nothing lost."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+import space
+from space._errors import RefusedError, SpaceError
+from space._node.federation_audit import audit
+from space._node.federation_promote import branches
+from tests.federation_support import Served, shared, space_command, until
+from tests.federation_third import Several, several
+from tests.property.test_federation_follow import seen
+
+pytestmark = pytest.mark.requires("py:aiohttp")
+
+TOP: Final = {"oslo": "/all", "paris": "/zones/oslo/all", "lima": "/zones/oslo/all"}
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Iterator[Several]:
+    """Three zones; ``paris`` and ``lima`` have a tree of ``oslo``."""
+    with several(tmp_path) as zones:
+        oslo = zones.stores["oslo"]
+        oslo.mkdir("/all")
+        oslo.set_policy("/all", shared("paris", "lima"))
+        for number in range(10):
+            oslo.put(os.urandom(1000), name=f"/all/f{number}")
+        oslo.put(b"deep", name="/all/deep/g")
+        zones.settle()
+        yield zones
+
+
+def alike(zones: Several) -> dict[str, tuple[Any, ...]]:
+    """What all zones that are there have of the tree, which is the same."""
+    found = [seen(zones.stores[name], top) for name, top in TOP.items() if name not in zones.away]
+    assert all(each == found[0] for each in found)
+    for name in TOP:
+        assert not zones.stores[name].verify().findings
+        assert not audit(zones.stores[name])["findings"]
+    return found[0]
+
+
+def files(zones: Several, name: str) -> dict[str, list[str]]:
+    """The branches of a zone, each with what is in it."""
+    return {each["branch"]: [file["path"] for file in each["files"]] for each in branches(zones.stores[name])}
+
+
+def test_who_has_the_same_follows_and_nothing_of_it_moves(three: Several) -> None:
+    """A third zone that has what the new home has gets what that one does from then on, and no more."""
+    oslo, paris, lima = three.stores.values()
+    big = os.urandom(8 << 20)
+    oslo.put(big, name="/all/big")
+    three.settle()
+    three.away = {"oslo"}
+    three.promote("paris", "oslo")
+    paris.write(paris.resolve("/zones/oslo/all/f1"), 0, b"by paris")
+    paris.put(b"new", name="/zones/oslo/all/new")
+    before = sum(pump.shipped_bytes for pump in three.pumps.values())
+    three.settle()
+    assert sum(pump.shipped_bytes for pump in three.pumps.values()) - before < 20_000
+    alike(three)
+    assert lima.get("/zones/oslo/all/f1").startswith(b"by paris")
+    assert lima.get("/zones/oslo/all/big") == big
+    assert files(three, "lima") == {}
+    with pytest.raises(RefusedError, match="paris"):
+        lima.write(lima.resolve("/zones/oslo/all/f1"), 0, b"x")
+    three.away = set()
+    three.settle()
+    alike(three)
+
+
+def test_who_was_behind_gets_the_difference(three: Several) -> None:
+    """What the new home had and the third zone had not comes from the new home."""
+    oslo, _, lima = three.stores.values()
+    oslo.write(oslo.resolve("/all/f1"), 0, b"more")
+    oslo.put(b"late", name="/all/deep/late")
+    oslo.rm("/all/f2")
+    oslo.mv("/all/f3", "/all/deep/f3")
+    three.ship(("oslo", "paris"))
+    three.away = {"oslo"}
+    three.promote("paris", "oslo")
+    three.settle()
+    assert lima.get("/zones/oslo/all/deep/late") == b"late"
+    assert files(three, "lima") == {}
+    alike(three)
+    three.away = set()
+    three.settle()
+    alike(three)
+
+
+def test_who_was_ahead_keeps_it_in_a_branch(three: Several) -> None:
+    """What only the third zone had of the old home is a branch there, and else it is as the new home has it."""
+    oslo, paris, lima = three.stores.values()
+    was = oslo.get("/all/f1")
+    oslo.write(oslo.resolve("/all/f1"), 0, b"more")
+    oslo.put(b"late", name="/all/deep/late")
+    oslo.put(b"later", name="/all/fresh/later")
+    oslo.rm("/all/f2")
+    oslo.mv("/all/f3", "/all/deep/f3")
+    three.ship(("oslo", "lima"))
+    three.away = {"oslo"}
+    three.promote("paris", "oslo")
+    three.settle()
+    assert lima.get("/zones/oslo/all/f1") == was
+    assert files(three, "lima") == {
+        "oslo+paris-1": ["all/deep/f3", "all/deep/late", "all/f1", "all/fresh/later"]
+    }
+    assert lima.get("/zones/.branches/oslo+paris-1/all/f1") == b"more" + was[4:]
+    alike(three)
+    three.away = set()
+    three.settle()
+    alike(three)
+    paris.put(b"x", name="/zones/oslo/all/late")
+    three.settle()
+    alike(three)
+
+
+def test_an_old_home_is_fenced_by_the_third_zone_too(three: Several) -> None:
+    """Who follows the new home takes nothing of the old one, until that one has learnt that it lost its place."""
+    oslo, _, lima = three.stores.values()
+    three.promote("paris", "oslo")
+    three.away = {"oslo"}
+    three.settle()
+    three.away = {"paris"}
+    oslo.put(b"fenced", name="/all/fenced")
+    with pytest.raises(RefusedError, match="has not learnt that yet"):
+        three.pumps["oslo", "lima"].connect()
+    outgoing = three.pumps["oslo", "lima"].source.next()
+    assert outgoing is not None
+    received = three.pumps["oslo", "lima"].receiver.receive(three.pumps["oslo", "lima"].peer, [outgoing.body])
+    assert "took the place of zone oslo" in str(received.error)
+    with pytest.raises(SpaceError):
+        lima.resolve("/zones/oslo/all/fenced")
+    three.away = set()
+    three.settle()
+    alike(three)
+    assert files(three, "oslo") == {"paris-1": ["all/fenced"]}
+
+
+def test_what_the_new_home_may_not_have_stays_the_old_ones(three: Several) -> None:
+    """What policy keeps from the new home is not told of there, and goes on coming from the old one."""
+    oslo, paris, lima = three.stores.values()
+    made = oslo.put(b"for lima", name="/lima", policy=shared("lima"))
+    three.settle()
+    three.promote("paris", "oslo")
+    three.settle()
+    assert lima.get("/zones/oslo/lima") == b"for lima"
+    with pytest.raises(SpaceError):
+        paris.stat(made.id)
+    oslo.write(made.id, 0, b"FOR")
+    oslo.put(b"too", name="/lima2", policy=shared("lima"))
+    three.settle()
+    assert lima.get("/zones/oslo/lima") == b"FOR lima"
+    assert lima.get("/zones/oslo/lima2") == b"too"
+    alike(three)
+
+
+def test_moments_of_before_can_be_read(three: Several) -> None:
+    """What had been shipped can be read as it was at every position of the old home, after another one is followed."""
+    oslo, paris, lima = three.stores.values()
+    position = oslo.position
+    was = lima.get("/zones/oslo/all/f1")
+    oslo.write(oslo.resolve("/all/f1"), 0, b"later")
+    three.settle()
+    three.away = {"oslo"}
+    three.promote("paris", "oslo")
+    paris.write(paris.resolve("/zones/oslo/all/f1"), 0, b"after")
+    three.settle()
+    with lima.at(f"oslo@{position}") as past:
+        assert past.get("/zones/oslo/all/f1") == was
+    assert lima.get("/zones/oslo/all/f1") == b"after" + was[5:]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_break_in_the_middle_changes_nothing(tmp_path: Path, cut: int) -> None:
+    """Broken off after any shipment, and with all that the sender knew forgotten, the copies of what differed go on."""
+    with several(tmp_path) as zones:
+        oslo = zones.stores["oslo"]
+        oslo.mkdir("/all")
+        oslo.set_policy("/all", shared("paris", "lima"))
+        oslo.put(b"both", name="/all/both")
+        zones.settle()
+        for number in range(3):
+            oslo.put(os.urandom(6 << 20), name=f"/all/large{number}")
+        zones.ship(("oslo", "paris"))
+        zones.away = {"oslo"}
+        zones.promote("paris", "oslo")
+        for _ in range(4):
+            zones.ship(("paris", "lima"), cut)
+            zones.restart("paris")
+        zones.settle()
+        alike(zones)
+        zones.away = set()
+        zones.settle()
+        alike(zones)
+
+
+def test_the_third_zone_takes_over_in_turn(three: Several) -> None:
+    """Who followed a new home can take its place, and is followed by it and by the first home."""
+    oslo, paris, lima = three.stores.values()
+    three.away = {"oslo"}
+    three.promote("paris", "oslo")
+    paris.put(b"of paris", name="/zones/oslo/all/p")
+    three.settle()
+    three.away = {"oslo", "paris"}
+    three.promote("lima", "paris")
+    lima.put(b"of lima", name="/zones/oslo/all/l")
+    lima.put(b"at the top", name="/zones/oslo/top", policy=shared("paris", "lima"))
+    three.away = set()
+    three.settle()
+    assert alike(three)["/l"][3] == b"of lima"
+    assert oslo.get("/all/p") == b"of paris"
+    assert paris.get("/zones/oslo/top") == b"at the top"
+
+
+def test_two_zones_that_took_the_same_place_do_not_mix(three: Several) -> None:
+    """Where both were promoted neither takes anything of the other one's, and the reason is said."""
+    _, paris, lima = three.stores.values()
+    three.away = {"oslo"}
+    three.promote("paris", "oslo")
+    three.promote("lima", "oslo")
+    paris.write(paris.resolve("/zones/oslo/all/f1"), 0, b"by paris")
+    with pytest.raises(SpaceError, match="and so did this one"):
+        three.pumps["paris", "lima"].connect()
+    assert not lima.get("/zones/oslo/all/f1").startswith(b"by paris")
+
+
+def test_three_processes(tmp_path: Path) -> None:
+    """By commands: the home is killed, one zone takes over, the other one follows, and the old home when it is back."""
+    names = ("oslo", "paris", "lima")
+    data = {name: tmp_path / name for name in names}
+    for name, path in data.items():
+        space_command("--data", path, "zone", "init", name)
+        (tmp_path / f"{name}.pem").write_text(space_command("--data", path, "zone", "ca"))
+    policy = tmp_path / "shared.yaml"
+    policy.write_text("sovereignty: global\nfederation:\n  targets: [paris, lima]\n")
+    with contextlib.ExitStack() as stack:
+        at = {name: stack.enter_context(Served(data[name], "--listen", "127.0.0.1:0")) for name in names}
+        for name, other in itertools.permutations(names, 2):
+            url, pem = f"https://127.0.0.1:{at[other].port}", tmp_path / f"{other}.pem"
+            space_command("--data", data[name], "zone", "add", other, "--url", url, "--ca", pem)
+
+        def put(zone: str, path: str, text: str) -> None:
+            space_command("--data", data[zone], "put", "-", "--name", path, text=text)
+
+        def comes(zone: str, path: str, text: str) -> None:
+            until(lambda: _content(data[zone], path) == text, f"{path} in {zone}")
+
+        space_command("--data", data["oslo"], "mkdir", "/dir")
+        space_command("--data", data["oslo"], "policy", "set", "/dir", policy)
+        put("oslo", "/dir/file", "one")
+        for zone in ("paris", "lima"):
+            comes(zone, "/zones/oslo/dir/file", "one")
+        at["oslo"].kill()
+        with space.open(data["oslo"]) as store:
+            store.write(store.resolve("/dir/file"), 0, b"ONE")
+        space_command("--data", data["paris"], "zone", "promote", "oslo", "--yes")
+        put("paris", "/zones/oslo/dir/more", "two")
+        comes("lima", "/zones/oslo/dir/more", "two")
+        assert "paris" in space_command("--data", data["lima"], "rm", "/zones/oslo/dir/file", status=5)
+        stack.enter_context(Served(data["oslo"], "--listen", f"127.0.0.1:{at['oslo'].port}"))
+        comes("oslo", "/dir/more", "two")
+        comes("oslo", "/dir/file", "one")
+        put("paris", "/zones/oslo/dir/last", "three")
+        for zone, name in (("oslo", "/dir/last"), ("lima", "/zones/oslo/dir/last")):
+            comes(zone, name, "three")
+        for path in data.values():
+            assert "0 not allowed" in space_command("--data", path, "verify", "--sovereignty")
+
+
+def _content(data: Path, path: str) -> str | None:
+    try:
+        return space_command("--data", data, "get", path)
+    except AssertionError:
+        return None
