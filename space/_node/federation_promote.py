@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from space._errors import ConflictError, NotFoundError, Status, UnavailableError
+from space._errors import ConflictError, NotFoundError, RefusedError, Status, UnavailableError
 from space._node.caller import Document
+from space._node.federation_home import Walk
 from space._node.federation_status import heard_note
 from space.events import commands as cmd
 from space.events.ids import BRANCHES, ID_BYTES, CapsuleId, format_time
@@ -200,11 +201,35 @@ class Arrival:
 
 
 def arrivals(store: Store, zone: bytes, capsules: Sequence[bytes]) -> list[Arrival]:
-    """How some capsules of another zone are here."""
+    """How some capsules of another zone are here.
+
+    What another zone has as its own by now, after this one took the first one's place, is as it was when it did.
+
+    Raises:
+        RefusedError: the log does not reach back there.
+    """
     with store._read() as txn:
         row = rows.zone_row(txn, zone)
         state = Overlay(txn)
-        return [_arrival(state, zone, row, each) for each in capsules]
+        found = {each: _arrival(state, zone, row, each) for each in capsules}
+        further = [each for each in found if row is not None and row.taken and _is_anothers(state, zone, each)]
+    if row is not None and further:
+        try:
+            with Walk(store, row.promoted) as walk:
+                was = Overlay(walk.now.state)
+                found |= {each: _arrival(was, zone, rows.zone_row(was, zone), each) for each in further}
+        except NotFoundError:
+            raise RefusedError(
+                f"{row} was replaced at position {row.promoted}, and the log begins at {store.wal.first_index}: how "
+                "far what came from it had come is not known any more"
+            ) from None
+    return [found[each] for each in capsules]
+
+
+def _is_anothers(state: Overlay, zone: bytes, capsule: bytes) -> bool:
+    """Whether a third zone brought a capsule after a zone did."""
+    home = rows.home_row(state, capsule)
+    return home is not None and home.zone != zone
 
 
 def _arrival(state: Overlay, number: bytes, zone: rows.ZoneRow | None, capsule: bytes) -> Arrival:
