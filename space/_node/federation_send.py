@@ -146,8 +146,9 @@ class ZoneSource:
             known = rows.zones(txn)
         told = {number: row.promoted for number, row in known.items() if row.taken and number in follows}
         roots = tuple(sorted(each for each in map(_id_in, _list(cursors.get("roots"))) if each))
+        parted = max((known[number].parted for number in told), default=0)
         if heir is None:
-            return _Thirds(0, 0, told, roots)
+            return _Thirds(0, parted, told, roots)
         by, epoch = (_id_in(heir[0]), _number(heir[1])) if len(_list(heir)) == 2 else (b"", 0)
         row = known.get(by)
         if row is None or row.epoch < epoch or not row.parted:
@@ -157,7 +158,7 @@ class ZoneSource:
                 "not learnt that yet",
                 hint="it does when that zone connects here" if row is None else "it does when they connect",
             )
-        return _Thirds(epoch, row.parted, told, roots)
+        return _Thirds(epoch, max(row.parted, parted), told, roots)
 
     def _settle(self, epoch: int, promoted: int, cursors: Mapping[int, Cursor], *, own: bool) -> None:
         """Sees that both zones agree who took whose place, and gives way if the other one did.
@@ -219,7 +220,7 @@ class ZoneSource:
         self._epoch, self._thirds = epoch, third
         self._translator.certain = not (epoch or third.told or third.epoch)
         self._translator.roots = third.directories(self._zone.id)
-        at = None if anew else self._after_parting(begin(cursors, origin), third.parted)
+        at = None if anew else self._after_parting(begin(cursors, origin), third)
         since = min(third.told.values(), default=0)
         if since and (at is None or (not cursors and at.position >= since)):
             at = Begin(since - 1, copying=True)
@@ -257,17 +258,18 @@ class ZoneSource:
             )
         return frozenset(found)
 
-    def _after_parting(self, at: Begin | None, lost: int) -> Begin | None:
+    def _after_parting(self, at: Begin | None, third: _Thirds) -> Begin | None:
         """Where to begin for a zone that took this one's place: what was before is its, or set aside.
 
         What is still at home here is copied, as of then; if its place was taken in turn, as of right before that.
-        Likewise for one that follows a third zone, which took this one's place at position ``lost``.
+        Likewise for one that follows a third zone, which took this one's place.
         """
         row = self._row()
-        parted = max(row.parted, lost)
+        parted = max(row.parted, third.parted)
         if at is None or at.position >= parted:
             return at
-        return Begin(row.promoted - 1 if row.promoted > parted else self._store.last, copying=True)
+        again = [each for each in (row.promoted, *third.told.values()) if each > parted]
+        return Begin(min(again) - 1 if again else self._store.last, copying=True)
 
     def _read_from(self, at: Begin, cursors: Mapping[int, Cursor], origin: int, epoch: int) -> None:
         walk = self._walk = Walk(self._store, at.position)
@@ -551,7 +553,7 @@ class _Thirds:
 
     Attributes:
         epoch: the one in which a zone it follows took this one's place; added to the two zones' own.
-        parted: where this one learnt that.
+        parted: where this one learnt that; or that one of those in ``told`` had taken its place before.
         told: zones whose place this one took, and that it follows this one for; where in this log.
         roots: zones in whose directories there this one gives names.
     """
