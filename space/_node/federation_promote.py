@@ -212,7 +212,9 @@ def arrivals(store: Store, zone: bytes, capsules: Sequence[bytes]) -> list[Arriv
         row = rows.zone_row(txn, zone)
         state = Overlay(txn)
         found = {each: _arrival(state, zone, row, each) for each in capsules}
-        further = [each for each in found if row is not None and row.taken and _is_anothers(state, zone, each)]
+        further = [
+            each for each in found if row is not None and row.taken and _is_anothers(state, zone, each)
+        ]
     if row is not None and further:
         try:
             with Walk(store, row.promoted) as walk:

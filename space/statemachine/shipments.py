@@ -490,6 +490,13 @@ class _Delivery:
             self._link(capsule, name)
         self._happen(*(ev.NameUnlinked(capsule, *name) for name in old))
 
+    def _unname(self, capsule: bytes) -> None:
+        """A capsule that has no name at its home, as one that was only just made, has none here."""
+        names = self._names_of(capsule, self._ours(capsule), [self._apart(capsule)])
+        self._happen(
+            *(ev.NameUnlinked(capsule, *name) for name in names if not self._keeps(capsule, name, ()))
+        )
+
     def _keeps(self, capsule: bytes, name: Name, gone: Iterable[Name]) -> bool:
         """Whether a capsule whose home was given away has a name in a directory whose home was not: nobody tells of it.
 
@@ -594,6 +601,8 @@ class _Delivery:
                 self._place(capsule, each.names, each.gone)
             else:
                 self._change(each)
+        if copied.last and not any(isinstance(each, cmd.PlaceCapsule) for each in commands):
+            self._unname(capsule)
         home = zones.home_row(self._tried, capsule)
         position = copied.position if home is None or not copied.step else max(home.position, copied.position)
         going_on = (0, 0) if copied.last else (copied.position, copied.step + 1)

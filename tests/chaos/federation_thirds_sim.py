@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from space._errors import ConflictError, NotFoundError, SpaceError
 from space._node.federation_audit import audit
@@ -177,15 +177,7 @@ class Run:
         self.zones.settle()
         found = {name: seen(self._store(name), top(name)) for name in NAMES}
         for name in NAMES:
-            differing = {
-                path: [
-                    (a, b)
-                    for a, b in zip(found[name].get(path, ()), found[self.home].get(path, ()), strict=False)
-                    if a != b
-                ]
-                for path in found[name].keys() | found[self.home].keys()
-                if found[name].get(path) != found[self.home].get(path)
-            }
+            differing = _differing(found[name], found[self.home])
             assert not differing, f"{name} is not as {self.home}: {differing!s:.500}"
             assert self._homes(name) == {self.home}, f"{name} says the home is {self._homes(name)}"
         self._check_branches()
@@ -207,6 +199,16 @@ class Run:
         for contents in self.kept:
             assert not kept.isdisjoint(contents), f"nobody has {contents[0][:20]!r}"
             self.counts["ahead"] += 1
+
+
+def _differing(here: dict[str, tuple[Any, ...]], there: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """What differs at each path: who has it if not both do."""
+    found: dict[str, Any] = dict.fromkeys(here.keys() - there.keys(), "here only")
+    found |= dict.fromkeys(there.keys() - here.keys(), "missing")
+    for path in here.keys() & there.keys():
+        if here[path] != there[path]:
+            found[path] = [(a, b) for a, b in zip(here[path], there[path], strict=True) if a != b]
+    return found
 
 
 def _last(past: list[bytes], content: bytes) -> int:
