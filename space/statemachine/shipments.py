@@ -490,9 +490,15 @@ class _Delivery:
             self._link(capsule, name)
         self._happen(*(ev.NameUnlinked(capsule, *name) for name in old))
 
-    def _unname(self, capsule: bytes) -> None:
-        """A capsule that has no name at its home, as one that was only just made, has none here."""
-        names = self._names_of(capsule, self._ours(capsule), [self._apart(capsule)])
+    def _unname(self, capsule: bytes, *, first: bool) -> None:
+        """A capsule that has no name at its home, as one that was only just made, has none here.
+
+        A directory has it by the ``first`` part of a copy, and more parts may give it its times.
+        """
+        row = self._ours(capsule)
+        if row.kind == _DIRECTORY and not first:
+            return
+        names = self._names_of(capsule, row, [self._apart(capsule)])
         self._happen(
             *(ev.NameUnlinked(capsule, *name) for name in names if not self._keeps(capsule, name, ()))
         )
@@ -602,7 +608,7 @@ class _Delivery:
             else:
                 self._change(each)
         if copied.last and not any(isinstance(each, cmd.PlaceCapsule) for each in commands):
-            self._unname(capsule)
+            self._unname(capsule, first=not copied.step)
         home = zones.home_row(self._tried, capsule)
         position = copied.position if home is None or not copied.step else max(home.position, copied.position)
         going_on = (0, 0) if copied.last else (copied.position, copied.step + 1)
