@@ -94,7 +94,7 @@ def inheritance(store: Store, zone: bytes, follower: str) -> Inheritance:
     try:
         with Walk(store, row.promoted - 1) as walk:
             was, now, _ = walk.step()
-            found = dict(
+            listed = dict(
                 _listed(Overlay(was.state), Scope(was.state, Selection(follower), b""), zone, now.state)
             )
             reached = all_there(Overlay(was.state), zone)
@@ -104,7 +104,18 @@ def inheritance(store: Store, zone: bytes, follower: str) -> Inheritance:
             f"{follower} has of it cannot be compared",
             hint="space zone rm and add, on both sides, ships everything anew",
         ) from None
+    with store._read() as txn:
+        present = Overlay(txn)
+        found = {each: at for each, at in listed.items() if not _is_at_home_in(present, follower, each)}
     return Inheritance(zone, row.epoch, row.promoted, reached, found)
+
+
+def _is_at_home_in(state: Overlay, follower: str, capsule: bytes) -> bool:
+    """Whether a capsule has its home in the zone that is told, which took this one's place since."""
+    row = state.capsule(capsule)
+    home = None if row is None else rows.home_of(state, capsule, row)
+    zone = None if home is None else rows.zone_row(state, home)
+    return zone is not None and zone.name == follower
 
 
 def _listed(state: Overlay, scope: Scope, zone: bytes, now: Reader) -> Iterator[tuple[bytes, int]]:
@@ -215,11 +226,6 @@ def _followed(store: Store, heir: Zone, found: Inheritance) -> bool:
                     f"zone {heir.name} took the place of {row}, and so did this one",
                     hint="decide which of the two goes on, and in the other: space zone promote, with its name",
                 )
-            if back is not None and back.taken:
-                raise RefusedError(
-                    f"zone {heir.name} took the place of {row}, which took this one's, and this one had taken that of "
-                    f"zone {heir.name}: who goes round in a circle is not followed",
-                )
             plan = _Plan(store, heir, found, row, own[0], txn)
             plan.make()
     about = (found.zone, heir.id, found.epoch, found.position)
@@ -258,6 +264,8 @@ class _Plan:
         self._row = row
         self._heir = heir
         self._state = Overlay(txn)
+        known = rows.zone_row(txn, heir.id)
+        self._round = known is not None and known.taken > 0
         self._selection = Selection(heir.name)
         self._scope = Scope(txn, self._selection, own)
         self._there = found.reached
@@ -274,16 +282,18 @@ class _Plan:
 
         Raises:
             UnavailableError: some are this zone's own.
+            RefusedError: the heir's own place was taken by this zone.
         """
         self._check_own()
         further: list[bytes] = []
+        roots: list[bytes] = []
         for capsule in rows.replicas(self._state, self._found.zone):
             home = rows.home_row(self._state, capsule)
             whole = home is None or not home.copy
             here = rows.reached(self._state, self._found.zone, self._row, capsule) if whole else 0
             theirs = self._found.capsules.get(capsule)
             if capsule in self._roots:
-                self.same.append(capsule)
+                roots.append(capsule)
             elif theirs is not None:
                 if self._is_same(here, theirs):
                     self.same.append(capsule)
@@ -292,6 +302,13 @@ class _Plan:
             elif self._is_meant(capsule):
                 only_here = here > self._there and self._scope.alive(capsule)
                 (self.own if only_here else self.gone).append(capsule)
+        if not self._round:
+            self.same += roots
+        elif self.same or self.own or self.gone or further:
+            raise RefusedError(
+                f"zone {self._heir.name} took the place of {self._row}, which took this one's, and this one had taken "
+                f"that of zone {self._heir.name}: who goes round in a circle is not followed",
+            )
         self._set_aside(further)
 
     def _check_own(self) -> None:

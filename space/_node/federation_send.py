@@ -145,10 +145,15 @@ class ZoneSource:
         with self._store._read() as txn:
             known = rows.zones(txn)
         told = {number: row.promoted for number, row in known.items() if row.taken and number in follows}
+        missed = tuple(
+            (row.promoted, row.parted)
+            for number, row in known.items()
+            if number not in (*follows, self._zone.id) and 0 < row.promoted < row.parted
+        )
         roots = tuple(sorted(each for each in map(_id_in, _list(cursors.get("roots"))) if each))
         parted = max((known[number].parted for number in told), default=0)
         if heir is None:
-            return _Thirds(0, parted, told, roots)
+            return _Thirds(0, parted, told, roots, missed)
         by, epoch = (_id_in(heir[0]), _number(heir[1])) if len(_list(heir)) == 2 else (b"", 0)
         row = known.get(by)
         if row is None or row.epoch < epoch or not row.parted:
@@ -158,7 +163,7 @@ class ZoneSource:
                 "not learnt that yet",
                 hint="it does when that zone connects here" if row is None else "it does when they connect",
             )
-        return _Thirds(epoch, max(row.parted, parted), told, roots)
+        return _Thirds(epoch, max(row.parted, parted), told, roots, missed)
 
     def _settle(self, epoch: int, promoted: int, cursors: Mapping[int, Cursor], *, own: bool) -> None:
         """Sees that both zones agree who took whose place, and gives way if the other one did.
@@ -264,9 +269,12 @@ class ZoneSource:
         What is still at home here is copied, as of then; if its place was taken in turn, as of right before that.
         Likewise for one that follows a third zone, which took this one's place.
         """
+        if at is None:
+            return None
         row = self._row()
-        parted = max(row.parted, third.parted)
-        if at is None or at.position >= parted:
+        missed = [parted for promoted, parted in third.missed if at.position < promoted]
+        parted = max(row.parted, third.parted, *missed)
+        if at.position >= parted:
             return at
         again = [each for each in (row.promoted, *third.told.values()) if each > parted]
         return Begin(min(again) - 1 if again else self._store.last, copying=True)
@@ -556,12 +564,15 @@ class _Thirds:
         parted: where this one learnt that; or that one of those in ``told`` had taken its place before.
         told: zones whose place this one took, and that it follows this one for; where in this log.
         roots: zones in whose directories there this one gives names.
+        missed: where this one took a third one's place, and where it learnt that it lost it again, for each that the
+            zone does not follow this one for.
     """
 
     epoch: int = 0
     parted: int = 0
     told: dict[bytes, int] = attrs.field(factory=dict)
     roots: tuple[bytes, ...] = ()
+    missed: tuple[tuple[int, int], ...] = ()
 
     def directories(self, zone: bytes) -> dict[bytes, bytes]:
         """Directories of third zones here, and what stands for them in a zone."""
