@@ -182,6 +182,7 @@ class ZoneSource:
                 came = [_all_up_to(each) for _, _, each in rows.cursors(txn, self._zone.id)]
             # What of its own it had not shipped is told too, in lanes that brought nothing yet.
             begins = max(1, min((promoted, *came))) if came or not own else 1
+            self._note_followed()
             with self._lock:
                 self._forget()
                 follow(self._store, self._zone, Promotion(epoch, begins, lanes), self._ask_reached)
@@ -201,6 +202,22 @@ class ZoneSource:
                 f"this zone and zone {name} both took each other's place in epoch {epoch}",
                 hint="decide which of the two goes on, and there: space zone promote --again, with the other's name",
             )
+
+    def _note_followed(self) -> None:
+        """Notes what the zone was not sent, and has as it follows this one for a third one: it takes that over too.
+
+        Raises:
+            SpaceError: it does not say what it has; or the log does not reach back there.
+        """
+        with self._store._read() as txn:
+            taken = {number: row.promoted for number, row in rows.zones(txn).items() if row.taken}
+            sent = {capsule for capsule, _ in rows.sent_capsules(txn, self._zone.id)}
+        taken.pop(self._zone.id, None)
+        for number, position in taken.items():
+            if there := sorted(self._there(number, position) - sent):
+                noted = [(capsule, position) for capsule in there]
+                record = cmd.RecordShipment(self._zone.id, SHARD, 0, position, position, 0, noted, 0)
+                self._store.execute(record, actor="federation")
 
     def _row(self) -> rows.ZoneRow:
         with self._store._read() as txn:
