@@ -28,7 +28,14 @@ if TYPE_CHECKING:
 FOLDED_AT_ONCE: Final = 4096
 """Batches that are read before they are folded, unless one is to be judged sooner."""
 
-_JUDGED: Final = (ev.PolicyChanged, ev.CapsulesPurged, ev.ShipmentSent)
+_JUDGED: Final = (
+    ev.PolicyChanged,
+    ev.CapsulesPurged,
+    ev.ShipmentSent,
+    ev.ZonePromoted,
+    ev.HomeLost,
+    ev.HeirFollowed,
+)
 """What an audit looks at; the state before anything else is nobody's question."""
 
 

@@ -56,12 +56,16 @@ class Selection:
     def lane(self, state: Reader | Overlay, number: int) -> int | None:
         """The lane in which capsules of that policy go to the zone; None if they must not."""
         policy = self.policy(state, number)
+        named = self.zone in policy.federation_targets or not policy.federation_targets
+        return self.lane_of(policy, None if named else self.stood_in_for(state))
+
+    def lane_of(self, policy: Policy, stood_in: tuple[bytes, str] | None) -> int | None:
+        """:meth:`lane` of a policy, where :meth:`stood_in_for` says that."""
         if policy.sovereignty is not Sovereignty.GLOBAL or policy.federation_shards is not None:
             return None
-        if self.zone not in policy.federation_targets:
-            stood_in = self.stood_in_for(state) if policy.federation_targets else None
-            if stood_in is None or stood_in[1] not in policy.federation_targets:
-                return None
+        named = self.zone in policy.federation_targets
+        if not named and (stood_in is None or stood_in[1] not in policy.federation_targets):
+            return None
         return policy.federation_priority
 
     def stood_in_for(self, state: Reader | Overlay) -> tuple[bytes, str] | None:

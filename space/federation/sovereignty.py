@@ -5,7 +5,8 @@ The home's log says what went where (:class:`space.events.types.ShipmentSent`; f
 :class:`Audit` reads the log once, in order, beside the state it folds to, and remembers of each capsule from when on it
 had which policy, for as long as a shipment may refer to it.  It is offline: no key, no content, no other zone.
 
-It remembers some 200 bytes for each change of a policy, and for each capsule that could be shipped and was purged.
+It remembers some 200 bytes for each change of a policy, and for each capsule that could be shipped and was purged; and
+which zones' places this one had taken when.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from space.statemachine.tables import Overlay, Reader
 
 FINDINGS_MAX: Final = 1000
 """Findings that are kept: one is reason enough."""
+
+_PLACES: Final = (ev.ZonePromoted, ev.HomeLost, ev.HeirFollowed)
+"""After these a policy that names this zone may speak of another one, or not any more."""
 
 
 @attrs.frozen
@@ -72,6 +76,9 @@ class Audit:
         self._before: dict[
             bytes, list[tuple[int, int]]
         ] = {}  # capsule → (position up to which, policy), in order
+        self._stood_in: dict[
+            str, list[tuple[int, tuple[bytes, str] | None]]
+        ] = {}  # zone → the same of its place
 
     def batch(self, before: Reader, position: int, events: Iterable[ev.Event]) -> None:
         """Looks at a batch; ``before`` is the state right before it."""
@@ -82,6 +89,8 @@ class Audit:
             elif isinstance(event, ev.CapsulesPurged):
                 for at in range(0, len(event.purged), ID_BYTES):
                     self._purged(state, event.purged[at : at + ID_BYTES], position)
+            elif isinstance(event, _PLACES):
+                self._remember_places(state, position)
             elif isinstance(event, ev.ShipmentSent):
                 self._sent(state, position, event)
             elif isinstance(event, ev.ActionTaken) and event.action == "ShardEC":
@@ -94,6 +103,17 @@ class Audit:
             spans = self._before.setdefault(capsule, [])
             if not spans or spans[-1][0] < position - 1:
                 spans.append((position - 1, row.policy))
+
+    def _remember_places(self, state: Overlay, position: int) -> None:
+        """Up to the position before this one, this zone stood in for the zones for which it does now."""
+        for zone in zones.zones(state).values():
+            stood_in = self._selection(zone.name).stood_in_for(state)
+            spans = self._stood_in.setdefault(zone.name, [])
+            if not spans or spans[-1][0] < position - 1:
+                spans.append((position - 1, stood_in))
+
+    def _selection(self, zone: str) -> Selection:
+        return self._selections.setdefault(zone, Selection(zone))
 
     def _purged(self, state: Overlay, capsule: bytes, position: int) -> None:
         """A capsule goes for good.  One that no zone was ever to have need not be remembered: it is not there."""
@@ -108,7 +128,7 @@ class Audit:
         self.shipments += 1
         zone = zones.zone_row(state, event.zone)
         name = "" if zone is None else zone.name
-        selection = self._selections.setdefault(name, Selection(name))
+        selection = self._selection(name)
         for capsule, sent_as_of in ev.SHIPPED.iter_unpack(event.capsules):
             self.capsules += 1
             reason = self._reason(state, selection, capsule, sent_as_of, position)
@@ -128,7 +148,7 @@ class Audit:
             if own is not None and name == own[1].name:
                 continue
             self.capsules += 1
-            selection = self._selections.setdefault(name, Selection(name))
+            selection = self._selection(name)
             policy = DEFAULT_POLICY if row is None else selection.policy(state, row.policy)
             reason = ""
             if policy.federation_shards is None:
@@ -146,11 +166,20 @@ class Audit:
         policy = self._policy(state, capsule, sent_as_of)
         if policy is None:
             return "there was no such capsule"
-        if selection.lane(state, policy) is None:
-            allowed = selection.policy(state, policy)
+        allowed = selection.policy(state, policy)
+        named = selection.zone in allowed.federation_targets
+        stood_in = None if named else self._place(state, selection, sent_as_of)
+        if selection.lane_of(allowed, stood_in) is None:
             targets = ", ".join(allowed.federation_targets) or "no zone"
             return f"its policy said sovereignty {allowed.sovereignty.value}, to {targets}"
         return ""
+
+    def _place(self, state: Overlay, selection: Selection, position: int) -> tuple[bytes, str] | None:
+        """What :meth:`Selection.stood_in_for` said after a batch."""
+        for until, stood_in in self._stood_in.get(selection.zone, ()):
+            if position <= until:
+                return stood_in
+        return selection.stood_in_for(state)
 
     def _policy(self, state: Overlay, capsule: bytes, position: int) -> int | None:
         """Row number of the policy a capsule had after a batch."""

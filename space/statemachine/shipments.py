@@ -328,12 +328,11 @@ class _Delivery:
                 raise _refuse(Status.INVALID, f"{type(command).__name__} cannot come in a shipment")
 
     def _has_replica(self, capsule: bytes) -> bool:
-        """Whether a capsule is here, and neither followed another zone nor stayed when others did."""
+        """Whether a capsule is here that can be withdrawn, or must not; not what followed another zone or stayed."""
         row = self._tried.capsule(capsule)
         if row is None or self._is_home(capsule, row):
             return row is not None
-        gone = self._row.heir or row.deleted
-        return not gone and zones.home_of(self._tried, capsule, row) is not None
+        return not (self._row.heir or zones.heirs(self._tried, self._zone))
 
     def _change(self, command: Any) -> None:
         """Carries out a command on what is there."""
@@ -490,18 +489,10 @@ class _Delivery:
             self._link(capsule, name)
         self._happen(*(ev.NameUnlinked(capsule, *name) for name in old))
 
-    def _unname(self, capsule: bytes, *, first: bool) -> None:
-        """A capsule that has no name at its home, as one that was only just made, has none here.
-
-        A directory has it by the ``first`` part of a copy, and more parts may give it its times.
-        """
-        row = self._ours(capsule)
-        if row.kind == _DIRECTORY and not first:
-            return
-        names = self._names_of(capsule, row, [self._apart(capsule)])
-        self._happen(
-            *(ev.NameUnlinked(capsule, *name) for name in names if not self._keeps(capsule, name, ()))
-        )
+    def _unname(self, capsule: bytes) -> None:
+        """What was another zone's has no name until the last part of a copy gives it some: it may have none there."""
+        names = self._names_of(capsule, self._ours(capsule), [self._apart(capsule)])
+        self._happen(*(ev.NameUnlinked(capsule, *name) for name in names))
 
     def _keeps(self, capsule: bytes, name: Name, gone: Iterable[Name]) -> bool:
         """Whether a capsule whose home was given away has a name in a directory whose home was not: nobody tells of it.
@@ -597,7 +588,9 @@ class _Delivery:
                 raise _refuse(
                     Status.INVALID, "a copy begins with the creation of its capsule, without a name"
                 )
-            self._begin_copy(first)
+            inherited = self._begin_copy(first)
+            if inherited and not any(isinstance(each, cmd.PlaceCapsule) for each in commands):
+                self._unname(capsule)
         for each in commands:
             if not isinstance(each, (*_CONTENT, cmd.PlaceCapsule)) or each.capsule != capsule:
                 raise _refuse(
@@ -607,8 +600,6 @@ class _Delivery:
                 self._place(capsule, each.names, each.gone)
             else:
                 self._change(each)
-        if copied.last and not any(isinstance(each, cmd.PlaceCapsule) for each in commands):
-            self._unname(capsule, first=not copied.step)
         home = zones.home_row(self._tried, capsule)
         position = copied.position if home is None or not copied.step else max(home.position, copied.position)
         going_on = (0, 0) if copied.last else (copied.position, copied.step + 1)
@@ -675,12 +666,13 @@ class _Delivery:
             self._ours(child)
             self._happen(ev.NameUnlinked(child, directory, name))
 
-    def _begin_copy(self, command: cmd.CreateCapsule) -> None:
+    def _begin_copy(self, command: cmd.CreateCapsule) -> bool:
+        """Makes a capsule, or empties the one that is there; whether that was another zone's."""
         capsule = bytes(command.capsule)
         row = self._tried.capsule(capsule)
         if row is None:
             self._create(command)
-            return
+            return False
         fixed = (int(command.kind), command.rdev, command.block_size, command.target)
         if fixed != (row.kind, row.rdev, row.block_size, row.target):
             raise _refuse(Status.STALE, f"capsule {capsule_text(capsule)} was something else before")
@@ -700,6 +692,7 @@ class _Delivery:
         self._happen(*self._rule(cmd.SetPolicy(capsule, command.policy or b"")))
         if command.key is not None and not (nobodys and command.key.key == row.key):
             self._happen(self._key(capsule, command.key))
+        return nobodys
 
 
 def _not_found_again(frame: cmd.StoredFrame) -> cmd.StoredFrame:
