@@ -24,7 +24,7 @@ from space._node.caller import Document
 from space._node.federation_home import Walk
 from space._node.federation_promote import ASKED_MAX, WHOLE, Arrival
 from space.events import commands as cmd
-from space.events.ids import BRANCHES, ID_BYTES, ROOT, CapsuleId, zone_root
+from space.events.ids import BRANCHES, ID_BYTES, NIL, ROOT, CapsuleId, zone_root
 from space.events.types import COPY_BYTES_MAX, Kind
 from space.federation.scope import Moment, Scope, Slot
 from space.federation.selection import Selection, moved
@@ -484,13 +484,17 @@ class Setting:
             self.commands.append(cmd.SetPolicy(capsule, document))
 
     def take_new(self, directory: bytes, theirs: set[bytes], since: int) -> None:
-        """Moves what came into a directory since a position, and would have been shipped, into the branch."""
+        """Moves what came into a directory since a position, and would have been shipped, into the branch.
+
+        Of one that was set aside before, and is the other zone's all the same, everything: it stays in a branch.
+        """
         row = self.scope.state.capsule(directory)
         if row is None or row.kind != Kind.DIRECTORY:
             return
+        aside = self._is_aside(directory)
         for name, entry in self.scope.children(directory):
             child = entry.capsule
-            if child in theirs or not self._would_leave(child, since):
+            if child in theirs or not self._would_leave(child, since, aside=aside):
                 continue
             slot = self.in_branch(child, (directory, name))
             self.commands.append(cmd.Rename(directory, name, *slot, replace=False))
@@ -499,12 +503,21 @@ class Setting:
                 self._moved.add(child)
                 self._keep_here(child, theirs)
 
-    def _would_leave(self, capsule: bytes, since: int) -> bool:
-        """Whether a capsule that changed since a position is this zone's and would be shipped to the other one."""
+    def _is_aside(self, directory: bytes) -> bool:
+        """Whether a directory is in a branch."""
+        at = directory
+        while (row := self.scope.state.capsule(at)) is not None and row.parent not in (NIL, at):
+            at = row.parent
+            if at == BRANCHES:
+                return True
+        return False
+
+    def _would_leave(self, capsule: bytes, since: int, *, aside: bool) -> bool:
+        """Whether a capsule that changed since a position is this zone's, and would be shipped or was set ``aside``."""
         row = self.scope.state.capsule(capsule)
         if row is None or row.change <= since or self.scope.moved(capsule):
             return False
-        return self._selection.lane(self.scope.state, row.policy) is not None
+        return aside or self._selection.lane(self.scope.state, row.policy) is not None
 
     def _keep_here(self, capsule: bytes, theirs: set[bytes]) -> None:
         inside = (

@@ -105,17 +105,13 @@ def inheritance(store: Store, zone: bytes, follower: str) -> Inheritance:
             hint="space zone rm and add, on both sides, ships everything anew",
         ) from None
     with store._read() as txn:
-        present = Overlay(txn)
-        found = {each: at for each, at in listed.items() if not _is_at_home_in(present, follower, each)}
-    return Inheritance(zone, row.epoch, row.promoted, reached, found)
-
-
-def _is_at_home_in(state: Overlay, follower: str, capsule: bytes) -> bool:
-    """Whether a capsule has its home in the zone that is told, which took this one's place since."""
-    row = state.capsule(capsule)
-    home = None if row is None else rows.home_of(state, capsule, row)
-    zone = None if home is None else rows.zone_row(state, home)
-    return zone is not None and zone.name == follower
+        since = next((each.lost for each in rows.zones(txn).values() if each.name == follower), 0)
+        if (
+            since > row.promoted
+        ):  # what the follower took over itself, or this zone set aside, is nobody's news
+            present = Scope(txn, Selection(follower), b"")
+            listed = {each: at for each, at in listed.items() if present.lane(each) is not None}
+    return Inheritance(zone, row.epoch, row.promoted, reached, listed)
 
 
 def _listed(state: Overlay, scope: Scope, zone: bytes, now: Reader) -> Iterator[tuple[bytes, int]]:

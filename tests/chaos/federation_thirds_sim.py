@@ -27,6 +27,7 @@ from space._node.store import Store
 from space.events.types import Kind
 from space.statemachine import zones as rows
 from space.statemachine.tables import Overlay
+from tests.chaos.swarm import main
 from tests.federation_support import shared
 from tests.federation_third import NAMES, Several, several
 from tests.property.test_federation_follow import act, below, seen
@@ -34,7 +35,7 @@ from tests.property.test_federation_follow import act, below, seen
 STEPS: Final = 50
 """Things that happen in a run, most of which are several changes."""
 
-PROMOTIONS: Final = 2
+PROMOTIONS: Final = 3
 """At most so many in a run."""
 
 TARGETS: Final = ("paris", "lima")
@@ -48,8 +49,9 @@ def top(name: str) -> str:
 class Run:
     """One run; ``counts`` says what happened in it."""
 
-    def __init__(self, zones: Several, seed: int) -> None:
+    def __init__(self, zones: Several, seed: int, promotions: int = PROMOTIONS) -> None:
         self.zones = zones
+        self._promotions_max = promotions
         self.random = random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.home = "oslo"
@@ -117,7 +119,7 @@ class Run:
     def _promote(self) -> None:
         others = [name for name in NAMES if name != self.home]
         name = self.random.choice(others)
-        if self.promotions >= PROMOTIONS or not self._follows(name):
+        if self.promotions >= self._promotions_max or not self._follows(name):
             return
         third = next(each for each in others if each != name)
         if self._took(third, name):
@@ -215,35 +217,18 @@ def _last(past: list[bytes], content: bytes) -> int:
     return len(past) - 1 - past[::-1].index(content)
 
 
-def simulate(seed: int) -> Counter[str]:
-    """A run; what happened in it.
+def simulate(seed: int, promotions: int = PROMOTIONS) -> Counter[str]:
+    """A run with so many promotions at most; what happened in it.
 
     Raises:
         AssertionError: something does not hold.
         SpaceError: something was refused that must not be.
     """
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, several(Path(directory)) as zones:
-        run = Run(zones, seed)
+        run = Run(zones, seed, promotions)
         run.run()
         return run.counts
 
 
-def main(arguments: list[str]) -> int:
-    """Runs many; says which seeds failed, and what happened in all of them."""
-    runs = int(arguments[0]) if arguments else 100
-    first = int(arguments[1]) if len(arguments) > 1 else 0
-    total: Counter[str] = Counter()
-    failed = 0
-    for seed in range(first, first + runs):
-        try:
-            total += simulate(seed)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the seed is what finds it again
-            failed += 1
-            sys.stdout.write(f"seed {seed}: {type(error).__name__}: {error!s:.300}\n")
-            sys.stdout.flush()
-    sys.stdout.write(f"{runs} runs from seed {first}, {failed} failed; {dict(sorted(total.items()))}\n")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(simulate, sys.argv[1:], runs=100))
