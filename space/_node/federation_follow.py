@@ -13,7 +13,7 @@ this zone, whatever the policies of what is in it said: it is what the other zon
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -32,7 +32,7 @@ from space.policy.model import Sovereignty
 from space.projections import content_map
 from space.statemachine import zones as rows
 from space.statemachine.homes import shared
-from space.statemachine.tables import CAPSULE, ENTRY, POLICY, U32, CapsuleRow, Reader
+from space.statemachine.tables import CAPSULE, ENTRY, HOME, POLICY, U32, CapsuleRow, Reader
 
 if TYPE_CHECKING:
     from space._node.federation_zones import Zone
@@ -361,6 +361,21 @@ class _Fork:
             return then.times
         return then.row.atime, arrival.mtime, arrival.ctime, then.row.btime
 
+    def _with_taken_over(self, scope: Scope, theirs: set[bytes]) -> Iterator[bytes]:
+        """Directories of the other zone with what this one took over from a third one since all was there.
+
+        It has not changed by that, and the other zone was not told of it.
+        """
+        known = rows.zones(scope.state)
+        taken = {each for each, row in known.items() if row.taken and row.promoted > self._all_there}
+        found = [
+            key
+            for key, value in (scope.state.scan(HOME, b"") if taken - {self._zone.id} else ())
+            if rows.HomeRow.decode(value).zone in taken and key not in theirs and not scope.moved(key)
+        ]
+        for names in names_of(scope, found).values():
+            yield from (parent for parent, _ in names if parent in theirs)
+
     def _set_aside(self, made: Setting, txn: Reader, forks: dict[bytes, int]) -> None:
         theirs = {each for each in shared(txn, self._zone.id, self._row) if self._is_there(each)}
         pairs = []
@@ -371,7 +386,7 @@ class _Fork:
         for capsule, then, now in pairs:
             made.keep(capsule, then, now)
         made.clear([each for each in pairs if each[1].row.kind == Kind.DIRECTORY])
-        for directory in (*made.tops, *forks):
+        for directory in dict.fromkeys((*made.tops, *forks, *self._with_taken_over(made.scope, theirs))):
             made.take_new(directory, theirs, self._all_there)
         made.place([each for each in pairs if each[1].row.kind != Kind.DIRECTORY])
         for capsule, then, now in pairs:
@@ -515,9 +530,17 @@ class Setting:
     def _would_leave(self, capsule: bytes, since: int, *, aside: bool) -> bool:
         """Whether a capsule that changed since a position is this zone's, and would be shipped or was set ``aside``."""
         row = self.scope.state.capsule(capsule)
-        if row is None or row.change <= since or self.scope.moved(capsule):
+        if row is None or self.scope.moved(capsule):
+            return False
+        if max(row.change, self._taken_over(capsule)) <= since:
             return False
         return aside or self._selection.lane(self.scope.state, row.policy) is not None
+
+    def _taken_over(self, capsule: bytes) -> int:
+        """Where this zone became the home of a capsule that came from a third one, whose place it took; else 0."""
+        home = rows.home_row(self.scope.state, capsule)
+        zone = None if home is None else rows.zone_row(self.scope.state, home.zone)
+        return zone.promoted if zone is not None and zone.taken else 0
 
     def _keep_here(self, capsule: bytes, theirs: set[bytes]) -> None:
         inside = (

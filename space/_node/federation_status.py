@@ -218,12 +218,15 @@ def _received(store: Store, zone: Zone, note: Document) -> Document:
     with store._read() as txn:
         streams = rows.cursors(txn, zone.id)
         sealed = sealed_keys(txn, zone.id)
+        known = rows.zones(txn)
+    heir = known.get(known[zone.id].heir)
     position = max((cursor.position for _, _, cursor in streams), default=0)
     return {
         "position": position,
         "heard_position": note.get("heard_position"),
         "heard_ns": note.get("heard_ns"),
         "sealed_keys": sealed,
+        "heir": None if heir is None else heir.name,
         "streams": [
             {"shard": shard, "lane": lane, "position": cursor.position, "step": cursor.step}
             for shard, lane, cursor in streams

@@ -307,7 +307,7 @@ class Zones:
                     found += _is_of(txn, capsule, home) if home.moved else _inode(txn, capsule) > taken
             lost = 0 if row is None else row.lost
             for capsule, position in rows.sent_capsules(txn, zone.id) if lost else ():
-                found += position <= lost and txn.get(HOME, capsule) is None
+                found += position < lost and txn.get(HOME, capsule) is None
         return found
 
     # --- another authority -----------------------------------------------------------------------

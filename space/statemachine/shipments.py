@@ -94,9 +94,8 @@ def names_in(state: Overlay, zone: bytes, directory: bytes, row: CapsuleRow) -> 
     if home == zone:
         return True
     inherited = zones.heirs(state, zone)
-    if (
-        home is not None
-    ):  # what the zone took the place of; and its own root, also where that is another one's by now
+    if home is not None:
+        # What the zone took the place of; and its own root, also where that is another one's by now.
         own = directory in (zone_root(zone), zone_capsules(zone))
         return own or any(number == home for number, _ in inherited)
     # What was this store's own goes on where it always was, also in directories that never left.

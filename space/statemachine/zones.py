@@ -95,10 +95,10 @@ class ZoneRow:
 
     def encode(self) -> bytes:
         fields = attrs.astuple(self)
-        written = (
-            len(fields) if self.heir else len(fields) - (2 if self.declined else 3)
-        )  # as rows always were
-        packed: bytes = msgpack.packb(fields[:written])
+        # What was added later is left out while it says nothing: rows are as they always were.
+        if not self.heir:
+            fields = fields[: -2 if self.declined else -3]
+        packed: bytes = msgpack.packb(fields)
         return packed
 
     @classmethod
@@ -206,13 +206,14 @@ def _lost_on(state: Overlay, capsule: bytes, since: int = 0) -> bytes | None:
 
 
 def _lost_to(state: Overlay, capsule: bytes, taken: HomeRow | None, since: int = 0) -> bytes | None:
-    """The zone that took this store's place for a capsule that was at home here (if it was ``taken``: since then)."""
+    """The zone that took this store's place for a capsule that was at home here (if it was ``taken``: since then).
+
+    What was sent as of the very position at which that was learnt, was sent after it, and is this store's.
+    """
     for number, zone in zones(state).items():
         if zone.lost <= (since if taken is None else taken.moved):
             continue
-        if (taken is not None and taken.zone == number) or 0 < sent_as_of(
-            state, number, capsule
-        ) <= zone.lost:
+        if (taken is not None and taken.zone == number) or 0 < sent_as_of(state, number, capsule) < zone.lost:
             return number
     return None
 

@@ -1,4 +1,4 @@
-"""Third zones that follow a new home, simulated: a seeded swarm, seeds that found something once, and that it notices."""
+"""Third zones that follow a new home, simulated: a seeded swarm, and seeds that found something once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Final
 import pytest
 
 from space._errors import SpaceError
-from space._node import federation_heir, federation_promote, federation_send
+from space._node import federation_heir, federation_promote
+from space._node.federation_send import ZoneSource
 from space.federation.stream import Begin
 from space.statemachine.shipments import _Delivery
 from tests.chaos.federation_thirds_sim import simulate
@@ -23,8 +24,6 @@ RUNS_FOR_EVERYTHING: Final = 60
 """From so many runs on, whatever can happen has happened."""
 
 HAPPENS: Final = ("promoted", "ahead", "in branches", "shipments")
-
-CONTROL_SEEDS: Final = (0, 1, 2)
 
 
 @pytest.mark.timeout(6 * 3600)
@@ -47,6 +46,7 @@ def test_a_swarm_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         (300168, 3),
         (300215, 3),
         (400004, 3),
+        (500086, 3),
     ],
 )
 def test_what_was_found_once_stays_fixed(seed: int, promotions: int) -> None:
@@ -70,33 +70,31 @@ def _keeps_names(self: Any, capsule: bytes) -> None:
     return None
 
 
-def _asks_the_present(state: Any, zone: bytes, capsule: bytes) -> bool:
+def _only_knows_the_present(state: Any, zone: bytes, capsule: bytes) -> bool:
     return False
 
 
 @pytest.mark.parametrize(
-    "broken",
+    "where, what, instead, runs",
     [
-        "what is behind or ahead counts as the same",
-        "what is ahead is not kept",
-        "what a home did that lost its place is told",
+        (federation_heir._Plan, "_is_same", _all_alike, [(0, 3), (1, 3), (2, 3)]),
+        (federation_heir._Plan, "_set_aside", _sets_nothing_aside, [(0, 3), (1, 3), (2, 3)]),
+        (ZoneSource, "_after_parting", _goes_on, [(200061, 2)]),
+        (federation_promote, "_is_anothers", _only_knows_the_present, [(200036, 2)]),
+        (_Delivery, "_unname", _keeps_names, [(200390, 2)]),
     ],
 )
-def test_it_would_be_noticed(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_would_be_noticed(
+    where: object, what: str, instead: object, runs: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With one promise broken, one of the same seeds fails."""
-    match broken:
-        case "what is behind or ahead counts as the same":
-            monkeypatch.setattr(federation_heir._Plan, "_is_same", _all_alike)
-        case "what is ahead is not kept":
-            monkeypatch.setattr(federation_heir._Plan, "_set_aside", _sets_nothing_aside)
-        case _:
-            monkeypatch.setattr(federation_send.ZoneSource, "_after_parting", _goes_on)
-    assert any(map(_fails, CONTROL_SEEDS))
+    monkeypatch.setattr(where, what, instead)
+    assert any(_fails(*run) for run in runs)
 
 
-def _fails(seed: int) -> bool:
+def _fails(seed: int, promotions: int) -> bool:
     try:
-        simulate(seed)
+        simulate(seed, promotions)
     except (AssertionError, SpaceError):
         return True
     return False

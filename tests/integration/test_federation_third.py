@@ -15,6 +15,7 @@ import space
 from space._errors import RefusedError, SpaceError
 from space._node.federation_audit import audit
 from space._node.federation_promote import branches
+from space._node.federation_status import status
 from tests.federation_support import Served, shared, space_command, until
 from tests.federation_third import Several, several
 from tests.property.test_federation_follow import seen
@@ -70,6 +71,10 @@ def test_who_has_the_same_follows_and_nothing_of_it_moves(three: Several) -> Non
     assert lima.get("/zones/oslo/all/f1").startswith(b"by paris")
     assert lima.get("/zones/oslo/all/big") == big
     assert files(three, "lima") == {}
+    assert {each["zone"]: each["received"]["heir"] for each in status(lima)["zones"]} == {
+        "oslo": "paris",
+        "paris": None,
+    }
     with pytest.raises(RefusedError, match="paris"):
         lima.write(lima.resolve("/zones/oslo/all/f1"), 0, b"x")
     three.away = set()
