@@ -47,6 +47,7 @@ def test_a_swarm_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         (300215, 3),
         (400004, 3),
         (500086, 3),
+        (500123, 3),
     ],
 )
 def test_what_was_found_once_stays_fixed(seed: int, promotions: int) -> None:
@@ -77,8 +78,8 @@ def _only_knows_the_present(state: Any, zone: bytes, capsule: bytes) -> bool:
 @pytest.mark.parametrize(
     "where, what, instead, runs",
     [
-        (federation_heir._Plan, "_is_same", _all_alike, [(0, 3), (1, 3), (2, 3)]),
-        (federation_heir._Plan, "_set_aside", _sets_nothing_aside, [(0, 3), (1, 3), (2, 3)]),
+        (federation_heir._Plan, "_is_same", _all_alike, [(0, 3), (1, 3), (2, 3), (4, 3)]),
+        (federation_heir._Plan, "_set_aside", _sets_nothing_aside, [(4, 3), (7, 3)]),
         (ZoneSource, "_after_parting", _goes_on, [(200061, 2)]),
         (federation_promote, "_is_anothers", _only_knows_the_present, [(200036, 2)]),
         (_Delivery, "_unname", _keeps_names, [(200390, 2)]),
