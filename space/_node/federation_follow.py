@@ -450,7 +450,7 @@ class Setting:
         )
         return made
 
-    def _mirror(self, directory: bytes) -> bytes:
+    def mirror(self, directory: bytes) -> bytes:
         """The directory of the branch that stands for one of this store."""
         if directory in self.tops:
             return self._top()
@@ -459,7 +459,7 @@ class Setting:
             names = self.scope.names(directory)
             if row is None or not names or not self.scope.alive(directory):
                 return self._top()
-            parent = self._mirror(names[0][0])
+            parent = self.mirror(names[0][0])
             self._mirrors[directory] = self._directory(parent, self._free(parent, names[0][1]), row.mode)
         return self._mirrors[directory]
 
@@ -474,7 +474,7 @@ class Setting:
         return found
 
     def in_branch(self, capsule: bytes, slot: Slot | None) -> Slot:
-        parent = self._top() if slot is None else self._mirror(slot[0])
+        parent = self._top() if slot is None else self.mirror(slot[0])
         return parent, self._free(parent, str(CapsuleId(capsule)).encode() if slot is None else slot[1])
 
     def stays(self, capsule: bytes, row: CapsuleRow) -> None:

@@ -7,8 +7,8 @@ for each ten thousand capsules, and a last one, :class:`space.events.commands.Fo
 * What is *the same* follows at once: its home is the heir, and nothing of it moves.
 * What is not stays as it is until the heir has shipped it as it was there (:meth:`Translator.translate` of the
   promotion does), which replaces it.  Where the follower had come further, a clone of it is kept in a branch first.
-* What the heir does not have, though the zone's policy lets it, goes into the branch itself if it is from after all
-  that came there; else it is gone there, and so it is here.
+* What the heir does not have, though the zone's policy lets it, is gone; if it is from after all that came there, a
+  clone of it is kept in the branch first.
 
 What the heir may not have stays the zone's, which nobody has replaced for it.  The names of such capsules are told to
 nobody: the heir says what it has, and the follower does not ask.
@@ -17,7 +17,7 @@ nobody: the heir says what it has, and the follower does not ask.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -30,11 +30,11 @@ from space._node.federation_promote import ASKED_MAX
 from space.events import commands as cmd
 from space.events.ids import ID_BYTES, ROOT, zone_capsules, zone_root
 from space.events.types import Kind
-from space.federation.scope import Scope, Slot
+from space.federation.scope import Scope
 from space.federation.selection import Selection
 from space.statemachine import zones as rows
 from space.statemachine.shipments import names_in
-from space.statemachine.tables import CapsuleRow, Overlay, Reader
+from space.statemachine.tables import Overlay, Reader
 
 if TYPE_CHECKING:
     from space._node.federation_zones import Zone
@@ -231,7 +231,7 @@ def _followed(store: Store, heir: Zone, found: Inheritance) -> bool:
         store.execute(cmd.FollowHeir(*about, some, seen=seen), actor=f"zone:{heir.name}")
     made = plan.made
     store.execute(
-        cmd.FollowHeir(*about, rest, plan.own, made.commands, plan.times, plan.gone, seen, done=True),
+        cmd.FollowHeir(*about, rest, made.commands, plan.times, plan.gone, seen, done=True),
         actor=f"zone:{heir.name}",
     )
     log.warning(
@@ -253,7 +253,6 @@ class _Plan:
         self, store: Store, heir: Zone, found: Inheritance, row: rows.ZoneRow, own: bytes, txn: Reader
     ) -> None:
         self.same: list[bytes] = []
-        self.own: list[bytes] = []
         self.gone: list[bytes] = []
         self.times: list[tuple[bytes, tuple[int, int, int, int]]] = []
         self._found = found
@@ -282,6 +281,7 @@ class _Plan:
         """
         self._check_own()
         further: list[bytes] = []
+        only_here: list[bytes] = []
         roots: list[bytes] = []
         for capsule in rows.replicas(self._state, self._found.zone):
             home = rows.home_row(self._state, capsule)
@@ -296,16 +296,17 @@ class _Plan:
                 elif here > theirs:
                     further.append(capsule)
             elif self._is_meant(capsule):
-                only_here = here > self._there and self._scope.alive(capsule)
-                (self.own if only_here else self.gone).append(capsule)
+                self.gone.append(capsule)
+                if here > self._there and self._scope.alive(capsule):
+                    only_here.append(capsule)
         if not self._round:
             self.same += roots
-        elif self.same or self.own or self.gone or further:
+        elif self.same or self.gone or further:
             raise RefusedError(
                 f"zone {self._heir.name} took the place of {self._row}, which took this one's, and this one had taken "
                 f"that of zone {self._heir.name}: who goes round in a circle is not followed",
             )
-        self._set_aside(further)
+        self._set_aside(further, only_here)
 
     def _check_own(self) -> None:
         for capsule in self._found.capsules:
@@ -340,33 +341,18 @@ class _Plan:
 
     # --- what is set aside ---------------------------------------------------------------------------
 
-    def _set_aside(self, further: list[bytes]) -> None:
-        names = names_of(self._scope, [*further, *self.own, *self.gone])
-        for capsule in further:
-            self.made.clone(capsule, self._scope.row(capsule), names[capsule])
-        inside = set(self.own)
-        for capsule in self.own:
-            self._move(capsule, names[capsule], inside)
-        left = {parent for capsule in (*self.own, *self.gone) for parent, _ in names[capsule]}
+    def _set_aside(self, further: list[bytes], only_here: list[bytes]) -> None:
+        names = names_of(self._scope, [*further, *self.gone])
+        for capsule in (*further, *only_here):
+            row = self._scope.row(capsule)
+            if row.kind != Kind.DIRECTORY:
+                self.made.clone(capsule, row, names[capsule])
+            elif capsule in only_here:
+                self.made.mirror(capsule)
+        left = {parent for capsule in self.gone for parent, _ in names[capsule]}
         for directory in sorted(left.intersection(self.same)):
             row = self._scope.row(directory)
             self.times.append((directory, (row.atime, row.mtime, row.ctime, row.btime)))
-
-    def _move(self, capsule: bytes, names: Iterable[Slot], inside: set[bytes]) -> None:
-        """Moves what only came here into the branch: by the directory it is in, if that is such a capsule too."""
-        row: CapsuleRow = self._scope.row(capsule)
-        outside = [slot for slot in names if slot[0] not in inside]
-        stays = len(outside) < len(list(names))
-        if row.kind != Kind.DIRECTORY:
-            self.made.aside[capsule] = None
-        if not stays:
-            place = self.made.in_branch(capsule, outside[0] if outside else None)
-            if outside:
-                self.made.commands.append(cmd.Rename(*outside.pop(0), *place, replace=False))
-            else:
-                self.made.commands.append(cmd.Link(capsule, *place))
-        self.made.commands += [cmd.Unlink(*slot) for slot in outside]
-        self.made.stays(capsule, row)
 
 
 def roots_for(state: Overlay, peer: bytes) -> list[bytes]:

@@ -264,7 +264,6 @@ _SPECIAL: Final[dict[tuple[type[Any], str], _Read]] = {
     (cmd.LoseHome, "given"): _ids,
     (cmd.FollowHeir, "commands"): _decoded,
     (cmd.FollowHeir, "same"): _ids,
-    (cmd.FollowHeir, "own"): _ids,
     (cmd.FollowHeir, "times"): _capsule_times,
     (cmd.FollowHeir, "gone"): _ids,
     (cmd.PromoteZone, "cursors"): _steps,

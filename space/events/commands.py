@@ -599,9 +599,8 @@ class FollowHeir:
     """Follows ``heir``, which took the place of ``zone`` (:class:`PromoteZone`) with ``epoch`` at ``position``.
 
     Both are other zones.  ``same`` are replicas of the zone that are here as they were there: their home is the heir.
-    ``own`` are those that never came there: they are this store's, and the first ``commands`` move them into a branch;
-    the others keep, as clones in it, what came here and not there.  ``times`` (atime, mtime, ctime, btime) are those
-    that directories keep.  ``gone`` are replicas that are not there any more.  Unless it is ``done``, more of the same
+    ``gone`` are those that are not there; ``commands`` first keep, as clones in a branch, what came here and not there.
+    ``times`` (atime, mtime, ctime, btime) are those that directories keep.  Unless it is ``done``, more of the same
     comes.  ``seen`` is the position of this log it was made for: if any replica of the zone has changed since, nothing
     happens.
     """
@@ -611,7 +610,6 @@ class FollowHeir:
     epoch: int
     position: int
     same: Sequence[bytes]
-    own: Sequence[bytes] = ()
     commands: Sequence[Command] = ()
     times: Sequence[tuple[bytes, tuple[int, int, int, int]]] = ()
     gone: Sequence[bytes] = ()

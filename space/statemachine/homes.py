@@ -421,17 +421,15 @@ def follow_heir(state: Overlay, command: cmd.FollowHeir, payload: PayloadPlacer,
     tried = Overlay(state)
     events, happen = _happening(tried)
 
-    def homed(capsule: bytes, home: bytes, *times: int | None) -> None:
-        position = 0 if home == own[0] else command.position - 1
-        happen(ev.CapsuleHomed(bytes(capsule), home, position, 0, 0, *(times or (None,) * 4)))
+    def homed(capsule: bytes, *times: int | None) -> None:
+        position = command.position - 1
+        happen(ev.CapsuleHomed(bytes(capsule), bytes(command.heir), position, 0, 0, *(times or (None,) * 4)))
 
     happen(*_directories(tried, payload, rules))
-    for capsule in (*command.same, *command.own, *command.gone):
+    for capsule in (*command.same, *command.gone):
         row = tried.capsule(capsule)
         if row is None or zones.home_of(tried, capsule, row) != command.zone:
             return Rejected(Status.STALE, f"capsule {capsule_text(capsule)} is not that zone's: look again")
-    for capsule in command.own:
-        homed(capsule, own[0])
     for each in command.commands:
         if type(each) not in _BRANCHING:
             return Rejected(Status.INVALID, f"{type(each).__name__} sets nothing aside")
@@ -441,12 +439,12 @@ def follow_heir(state: Overlay, command: cmd.FollowHeir, payload: PayloadPlacer,
         happen(*decided)
     happen(*_withdrawn(tried, command.gone, bytes(command.zone)))
     for capsule in command.same:
-        homed(capsule, command.heir)
+        homed(capsule)
     for capsule, times in command.times:
         row = tried.capsule(capsule)
         if row is None or zones.home_of(tried, capsule, row) != command.heir:
             return Rejected(Status.INVALID, f"capsule {capsule_text(capsule)} goes to no other home")
-        homed(capsule, command.heir, *times)
+        homed(capsule, *times)
     if command.done:
         happen(
             ev.HeirFollowed(

@@ -92,18 +92,20 @@ def test_what_the_heir_deleted_is_deleted(state: State) -> None:
 
 
 def test_what_only_came_here_is_kept_in_a_branch(state: State) -> None:
-    """It is this store's own and moves into the branch; of what came further here a clone is kept there."""
+    """A clone is this store's own; it is all that stays of what never came there, and the rest goes on as it is."""
     keep: list[cmd.Command] = [
         cmd.CreateCapsule(capsule(70), Kind.DIRECTORY, parent=bytes(BRANCHES), name=b"paris+oslo-1"),
         cmd.Clone(capsule(71), capsule(2), capsule(70), b"b"),
-        cmd.Rename(TREE, b"c", capsule(70), b"c", replace=False),
+        cmd.Clone(capsule(72), capsule(3), capsule(70), b"c"),
     ]
-    command = attrs.evolve(FOLLOW, same=[TREE, APART, capsule(1)], own=[capsule(3)], commands=keep)
+    command = attrs.evolve(FOLLOW, same=[TREE, APART, capsule(1)], gone=[capsule(3)], commands=keep)
     follow(state, attrs.evolve(command, times=[(TREE, (1, 2, 3, 4))]))
-    assert homes(state) == [(OTHER, 8), (HOME, 3), (None, 0)]
-    state.done(cmd.Resize(capsule(3), 5))
-    state.done(cmd.Resize(capsule(71), 5))
-    top = state.overlay.capsule(TREE)
+    assert homes(state)[:2] == [(OTHER, 8), (HOME, 3)]
+    for number in (71, 72):
+        state.done(cmd.Resize(capsule(number), 5))
+    gone, top = state.overlay.capsule(capsule(3)), state.overlay.capsule(TREE)
+    assert gone is not None
+    assert gone.deleted
     assert top is not None
     assert (top.atime, top.mtime, top.ctime, top.btime) == (1, 2, 3, 4)
     folds_again(state)
@@ -136,7 +138,7 @@ def test_what_differs_is_replaced_when_the_heir_ships_it(state: State) -> None:
         ({"position": 0}, UsageError),
         ({"seen": 4}, ConflictError),
         ({"same": [ROOT_ID]}, ConflictError),
-        ({"own": [capsule(9)]}, ConflictError),
+        ({"gone": [capsule(9)]}, ConflictError),
         ({"commands": [cmd.TakeSnapshot(ROOT_ID, "s")]}, UsageError),
         ({"times": [(capsule(3), (1, 2, 3, 4))]}, UsageError),
     ],
