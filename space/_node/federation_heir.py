@@ -58,6 +58,8 @@ class Inheritance:
         epoch: which of the two zones' that was.
         position: of its log, where it did.
         reached: the position of that zone's log up to which it had everything.
+        base: the one as of which it gave that zone its place back, 0 if it never did: that one took back then what it
+            had done before, and told nobody.
         capsules: what the follower may have: how far each had come there.
     """
 
@@ -65,6 +67,7 @@ class Inheritance:
     epoch: int
     position: int
     reached: int
+    base: int
     capsules: Mapping[bytes, int]
 
     def documents(self) -> Iterator[Document]:
@@ -76,6 +79,7 @@ class Inheritance:
                 "epoch": self.epoch,
                 "position": self.position,
                 "reached": self.reached,
+                "base": self.base,
                 "at": at,
                 "capsules": told[at : at + ASKED_MAX],
                 "more": at + ASKED_MAX < len(told),
@@ -98,6 +102,8 @@ def inheritance(store: Store, zone: bytes, follower: str) -> Inheritance:
                 _listed(Overlay(was.state), Scope(was.state, Selection(follower), b""), zone, now.state)
             )
             reached = all_there(Overlay(was.state), zone)
+            before = rows.zone_row(was.state, zone)
+            base = 0 if before is None else before.base
     except NotFoundError:
         raise RefusedError(
             f"{row} was replaced at position {row.promoted}, and the log begins at {store.wal.first_index}: what zone "
@@ -111,7 +117,7 @@ def inheritance(store: Store, zone: bytes, follower: str) -> Inheritance:
         ):  # what the follower took over itself, or this zone set aside, is nobody's news
             present = Scope(txn, Selection(follower), b"")
             listed = {each: at for each, at in listed.items() if present.lane(each) is not None}
-    return Inheritance(zone, row.epoch, row.promoted, reached, listed)
+    return Inheritance(zone, row.epoch, row.promoted, reached, base, listed)
 
 
 def _listed(state: Overlay, scope: Scope, zone: bytes, now: Reader) -> Iterator[tuple[bytes, int]]:
@@ -168,9 +174,9 @@ class Listening:
         return Inheritance(*about, told)
 
 
-def _parsed(document: Document) -> tuple[tuple[bytes, int, int, int], dict[bytes, int]]:
+def _parsed(document: Document) -> tuple[tuple[bytes, int, int, int, int], dict[bytes, int]]:
     try:
-        numbers = [document[key] for key in ("epoch", "position", "reached")]
+        numbers = [document[key] for key in ("epoch", "position", "reached", "base")]
         capsules = {bytes.fromhex(capsule): position for capsule, position in document["capsules"]}
         zone = bytes.fromhex(document["zone"])
     except (KeyError, TypeError, ValueError):
@@ -264,6 +270,7 @@ class _Plan:
         self._selection = Selection(heir.name)
         self._scope = Scope(txn, self._selection, own)
         self._there = found.reached
+        self._base = max(found.base, row.base)
         self._here = all_there(self._state, found.zone)
         self._roots = {
             bytes(each) for zone in rows.zones(txn) for each in (zone_root(zone), zone_capsules(zone))
@@ -320,7 +327,7 @@ class _Plan:
 
     def _is_same(self, here: int, theirs: int) -> bool:
         """Whether a capsule is alike that came as of two positions: equal ones, or nothing came in between."""
-        if not here or not theirs:
+        if not here or not theirs or min(here, theirs) < self._base <= max(here, theirs):
             return False
         return here == theirs or theirs < here <= self._there or here < theirs <= self._here
 
