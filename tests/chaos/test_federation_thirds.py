@@ -48,6 +48,8 @@ def test_a_swarm_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         (400004, 3),
         (500086, 3),
         (500123, 3),
+        (600016, 3),
+        (600200, 3),
     ],
 )
 def test_what_was_found_once_stays_fixed(seed: int, promotions: int) -> None:
@@ -59,7 +61,7 @@ def _all_alike(self: Any, here: int, theirs: int) -> bool:
     return True
 
 
-def _sets_nothing_aside(self: Any, further: list[bytes]) -> None:
+def _sets_nothing_aside(self: Any, further: list[bytes], only_here: list[bytes]) -> None:
     return None
 
 
