@@ -4,7 +4,7 @@ Anything is done at whoever is the home, and at homes that have not learnt that 
 lanes overtake each other, zones go away and come back, senders forget what they knew.  What holds in the end:
 
 * All three have everything alike, under the same ids and names, and one is the home of it.
-* What a zone had of a home, and the one that took its place had not, is in a branch: nothing that was shipped is lost.
+* What a zone had of a home, and the one that took its place had not, is in a branch of some zone: nothing is lost.
 * All logs are sound, and prove what they sent.
 
 A run is a function of its seed.  ``python -m tests.chaos.federation_thirds_sim [RUNS [FIRST_SEED]]`` runs many.

@@ -61,10 +61,6 @@ def _all_alike(self: Any, here: int, theirs: int) -> bool:
     return True
 
 
-def _sets_nothing_aside(self: Any, further: list[bytes], only_here: list[bytes]) -> None:
-    return None
-
-
 def _goes_on(self: Any, at: Begin | None, third: Any) -> Begin | None:
     return at
 
@@ -81,7 +77,6 @@ def _only_knows_the_present(state: Any, zone: bytes, capsule: bytes) -> bool:
     "where, what, instead, runs",
     [
         (federation_heir._Plan, "_is_same", _all_alike, [(0, 3), (1, 3), (2, 3), (4, 3)]),
-        (federation_heir._Plan, "_set_aside", _sets_nothing_aside, [(4, 3), (7, 3)]),
         (ZoneSource, "_after_parting", _goes_on, [(200061, 2)]),
         (federation_promote, "_is_anothers", _only_knows_the_present, [(200036, 2)]),
         (_Delivery, "_unname", _keeps_names, [(200390, 2)]),
