@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from space._node.store import Store
     from space.events.codec import Entry
 
-READY_SECONDS: Final = 30.0
 LINGER_SECONDS: Final = 0.1
 """How long the loop goes on at its end: asyncio closes sockets of TLS handshakes that were given up a little later."""
 
@@ -121,7 +120,7 @@ class Federation:
         self._stirred = False
         self._thread = threading.Thread(target=self._run, name="space-federation", daemon=True)
         self._thread.start()
-        self.port = self._begun.result(READY_SECONDS)
+        self.port = self._begun.result()
         store.watchers.append(self._watch)
         store.federation = self
         self._soon(self._look)

@@ -84,7 +84,6 @@ ALIVE_SECONDS: Final = 5.0
 """How often a client that waits is told that the call is still at work."""
 
 KEEPALIVE_SECONDS: Final = 30.0
-READY_SECONDS: Final = 30.0
 PIECE_BYTES: Final = 1 << 18
 STREAMED: Final = frozenset({"get", "put"})
 REFUSED_CALLS: Final = frozenset(
@@ -482,7 +481,7 @@ class HttpServer:
         self._site: web.TCPSite | None = None
         self._thread = threading.Thread(target=self._run, name="space-http", daemon=True)
         self._thread.start()
-        self._port = self._begun.result(READY_SECONDS)
+        self._port = self._begun.result()
 
     @property
     def url(self) -> str:
@@ -493,11 +492,14 @@ class HttpServer:
     def _run(self) -> None:
         try:
             asyncio.run(self._main())
-        except OSError as error:
-            if not self._begun.done():
-                self._begun.set_exception(
-                    UnavailableError(f"cannot listen on {self._host}:{self._port}: {error.strerror or error}")
-                )
+        except BaseException as error:  # whoever waits for the start is told; else it is in the log
+            if self._begun.done():
+                log.exception("the HTTP server has ended")
+            elif isinstance(error, OSError):
+                said = f"cannot listen on {self._host}:{self._port}: {error.strerror or error}"
+                self._begun.set_exception(UnavailableError(said))
+            else:
+                self._begun.set_exception(error)
 
     async def _main(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
