@@ -35,9 +35,12 @@ from space.projections.csi.server import Counts, serving
 
 MODES: Final = ("all", "controller", "node", "store")
 WATCH_SECONDS: Final = 0.5
+STARTING_SECONDS: Final = 0.1
+"""As the one above while an owner starts: whoever uses a volume waits for it."""
+
 START_SECONDS: Final = 60.0
 AGAIN_SECONDS: Final = 2.0
-"""Between two starts of an owner: one that cannot start says why in its log, and not twice a second."""
+"""Between two starts of an owner that never answered: why it cannot start is in its log, and not twice a second."""
 
 COMPLETE_SECONDS: Final = 5.0
 """How often paths that are missing are looked for."""
@@ -230,12 +233,14 @@ class Driver:
             return
         said = ""
         while True:
+            pause = WATCH_SECONDS
             try:
                 await self._look(self._volumes)
                 said = ""
             except UnavailableError as error:
                 self._repaired.clear()
                 self._start()
+                pause = STARTING_SECONDS if self._starting() else WATCH_SECONDS
                 if str(error) != said:
                     said = str(error)
                     log.warning("%s", said)
@@ -246,7 +251,7 @@ class Driver:
                 ) from None
             except SpaceError as error:
                 log.warning("%s", error)
-            await asyncio.sleep(WATCH_SECONDS)
+            await asyncio.sleep(pause)
 
     async def _alone(self) -> None:
         """What there is to be done without an owner: once, to see what is left from before."""
@@ -257,6 +262,7 @@ class Driver:
 
     async def _look(self, volumes: RemoteVolumes) -> None:
         about = await volumes.about()
+        self._start_after = 0.0  # it could start, and if it dies it can again
         if about["incarnation"] != self._owner or not self._repaired.is_set():
             self._mount = about["mount"]
             if self._host is not None:
@@ -266,12 +272,15 @@ class Driver:
             self._repaired.set()
 
     def _start(self) -> None:
-        if self._spawn is None or (self._child is not None and self._child.poll() is None):
+        if self._spawn is None or self._starting():
             return
         now = asyncio.get_running_loop().time()
         if now >= self._start_after:
             self._start_after = now + AGAIN_SECONDS
             self._child = self._spawn()
+
+    def _starting(self) -> bool:
+        return self._child is not None and self._child.poll() is None
 
     # --- metrics ---------------------------------------------------------------------------------
 
