@@ -1,8 +1,8 @@
 """The driver, with a step at which somebody is killed: it counts the steps of staging and publishing as it takes them.
 
-``CSI_KILL=driver:N`` kills this process before its step number N, ``owner:N`` the owner of the store.  ``CSI_STEPS``
-names a file for how many there were.  Steps are the calls that change something: notes kept and dropped, calls of the
-kernel, files made and removed.
+``CSI_STEPS`` names a file.  While it is there, steps are counted in it, and it says who dies before which: with
+``3 driver 5`` three were taken, and this process is killed before the fifth; ``owner`` owns the store.  Steps are
+the calls that change something: notes kept and dropped, calls of the kernel, files made and removed.
 """
 
 from __future__ import annotations
@@ -23,23 +23,22 @@ from space._node.views import start_time
 from space.cli import main
 
 _LOCK = threading.Lock()
-_WHO, _, _AT = os.environ.get("CSI_KILL", ":0").partition(":")
 _ARMED = Path(os.environ["CSI_STEPS"])
-"""A file that is there while steps are counted, with how many there were."""
 
 
 def _step() -> None:
     with _LOCK:
         if not _ARMED.exists():
             return
-        taken = int(_ARMED.read_text()) + 1
-        _ARMED.write_text(str(taken))
-        if taken == int(_AT):
-            _kill()
+        count, who, number = _ARMED.read_text().split()
+        taken = int(count) + 1
+        _ARMED.write_text(f"{taken} {who} {number}")
+        if taken == int(number):
+            _kill(who)
 
 
-def _kill() -> None:
-    if _WHO == "driver":
+def _kill(who: str) -> None:
+    if who == "driver":
         os.kill(os.getpid(), signal.SIGKILL)
     data = Path(sys.argv[sys.argv.index("--data") + 1])
     for note in (data / "views").glob("csi-*.json"):

@@ -70,16 +70,15 @@ class Node:
         self._driver: subprocess.Popen[bytes] | None = None
         self._client: Client | None = None
 
-    def start(self, *, worker: bool = False, environment: dict[str, str] | None = None) -> None:
-        """Starts the driver and waits until it answers; ``worker`` counts its steps."""
-        program = ["-c", "from space.cli import main; main()"]
-        if worker:
+    def start(self, *, steps: Path | None = None) -> None:
+        """Starts the driver and waits until it answers; with ``steps`` it counts its steps there."""
+        program, environment = ["-c", "from space.cli import main; main()"], dict(os.environ)
+        if steps is not None:
+            environment["CSI_STEPS"] = str(steps)
             program = [str(SHARE / "packages/tests/csi_killed_worker.py")]
         command = [sys.executable, *program, "--data", str(HOME), "csi", "--mode", "node", "--remote"]
         options = ["--node-id", self.name, "--node-address", "127.0.0.1", "--endpoint", str(SOCKET)]
-        self._driver = subprocess.Popen(
-            [*command, *options], stdout=subprocess.PIPE, env={**os.environ, **(environment or {})}
-        )
+        self._driver = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, env=environment)
         assert self._driver.stdout is not None
         assert self._driver.stdout.readline(), "the driver did not start"
         if self._client is not None:
@@ -350,8 +349,7 @@ def again(work: Callable[[], object]) -> None:
 def job_kill_driver(node: Node, transport: str) -> None:
     """Killed before each step of publishing and of taking it back, and asked again: there once and whole, then gone."""
     armed = Path("/tmp/steps")
-    environment = {"CSI_STEPS": str(armed)}
-    node.start(worker=True, environment=environment)
+    node.start(steps=armed)
     volume = ask("create", "killed", transport, str(8 * MIB))
 
     def publish() -> None:
@@ -362,21 +360,19 @@ def job_kill_driver(node: Node, transport: str) -> None:
 
     steps = {}
     for work in (publish, unpublish):
-        armed.write_text("0")
+        armed.write_text("0 nobody 0")
         work()
-        steps[work] = int(armed.read_text())
+        steps[work] = int(armed.read_text().split()[0])
         armed.unlink()
     assert min(steps.values()) > 4, steps
     for work, number in [(each, n + 1) for each, count in steps.items() for n in range(count)]:
-        node.kill()
-        node.start(worker=True, environment={**environment, "CSI_KILL": f"driver:{number}"})
         if work is unpublish:
             publish()
-        armed.write_text("0")
+        armed.write_text(f"0 driver {number}")
         assert code_of(work)[0] == "UNAVAILABLE", f"step {number} of {work.__name__} was not taken"
         armed.unlink()
         node.gone()
-        node.start(worker=True, environment=environment)
+        node.start(steps=armed)
         again(work)
         if work is publish:
             check_whole(node, volume, transport)
