@@ -12,6 +12,7 @@ import signal
 import stat as statmod
 import sys
 from collections.abc import Iterator, Sequence
+from gc import freeze
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
@@ -747,6 +748,7 @@ def main() -> NoReturn:
         status = run(sys.argv[1:])
     finally:
         _detach_stdout()
+        freeze()  # all there is ends with the process: the interpreter would go through it, twice, for garbage
     sys.exit(status)
 
 

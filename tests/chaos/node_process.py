@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import faulthandler
 import functools
+import gc
 import json
 import logging
 import math
@@ -220,4 +221,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    gc.freeze()  # as space.cli does it
+    sys.exit(status)

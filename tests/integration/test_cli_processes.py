@@ -142,6 +142,17 @@ def test_a_full_disk_for_output(data: Path, owned: bool, request: pytest.Fixture
         assert "Traceback" not in outcome.err
 
 
+def test_a_command_ends_without_a_look_for_garbage(data: Path) -> None:
+    """What a command leaves ends with its process: the interpreter does not go through it once more."""
+    frozen = "atexit.register(lambda: print(gc.get_freeze_count() > 0))"
+    program = f"import atexit, gc; from space.cli import main; {frozen}; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "stat", "/hello.txt"],
+        env=environment(data), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "True"
+
+
 def test_closed_standard_streams(data: Path) -> None:
     """With its standard streams closed a command works, and no file of the store takes their place."""
     script = f"{sys.executable} -m space.cli {{}} <&- >&- 2>&-"
