@@ -22,25 +22,28 @@ HERE: Final = Path(__file__).parent
 
 TOGETHER: Final = (
     *("tests/unit/", "tests/golden/", "tests/property/"),
-    *("tests/chaos/test_federation", "tests/chaos/test_linearizability", "tests/chaos/test_rules"),
-    "tests/chaos/test_simulation",
-    *("tests/integration/test_federation_arrival", "tests/integration/test_federation_keys"),
-    *("tests/integration/test_federation_link", "tests/integration/test_federation_move"),
+    *("tests/chaos/test_federation", "tests/chaos/test_kill9", "tests/chaos/test_linearizability"),
+    *("tests/chaos/test_rules", "tests/chaos/test_simulation"),
+    *("tests/integration/test_beside", "tests/integration/test_cli_", "tests/integration/test_csi_driver"),
     *(
-        "tests/integration/test_nfs_limits",
-        "tests/integration/test_nfs_others",
-        "tests/integration/test_nfs_sockets",
+        "tests/integration/test_csi_group",
+        "tests/integration/test_csi_kill",
+        "tests/integration/test_csi_many",
     ),
-    *(
-        "tests/integration/test_nvme_sockets",
-        "tests/integration/test_policy_actions",
-        "tests/integration/test_shards",
-    ),
+    *("tests/integration/test_csi_network", "tests/integration/test_federation_arrival"),
+    *("tests/integration/test_federation_keys", "tests/integration/test_federation_link"),
+    *("tests/integration/test_federation_move", "tests/integration/test_fuse_"),
+    *("tests/integration/test_nfs_kernel", "tests/integration/test_nfs_limits"),
+    *("tests/integration/test_nfs_others", "tests/integration/test_nfs_referrals"),
+    *("tests/integration/test_nfs_sockets", "tests/integration/test_node_life"),
+    *("tests/integration/test_nvme_kernel", "tests/integration/test_nvme_sockets"),
+    *("tests/integration/test_policy_actions", "tests/integration/test_shards"),
 )
-"""Tests that compute, or talk to servers of their own on loopback: ``pytest -n`` runs them at once, a file a process.
+"""Tests that compute, or use one server of their own, over loopback, a mount, or from a guest whose kernel is the client:
+``pytest -n`` runs them at once, a file a process.
 
-All others are one after the other, when these are done: they start nodes, boot guests, mount file systems, and wait
-for elections and leases that a machine with more to do than it can makes late."""
+All others are one after the other, when these are done: they start clusters and zones, and wait for elections and leases
+that a machine with more to do than it can makes late."""
 
 ALONE: Final = "alone"
 
