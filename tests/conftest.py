@@ -22,28 +22,28 @@ HERE: Final = Path(__file__).parent
 
 TOGETHER: Final = (
     *("tests/unit/", "tests/golden/", "tests/property/"),
-    *("tests/chaos/test_federation", "tests/chaos/test_kill9", "tests/chaos/test_linearizability"),
-    *("tests/chaos/test_rules", "tests/chaos/test_simulation"),
-    *("tests/integration/test_beside", "tests/integration/test_cli_", "tests/integration/test_csi_driver"),
     *(
-        "tests/integration/test_csi_group",
-        "tests/integration/test_csi_kill",
-        "tests/integration/test_csi_many",
+        f"tests/chaos/test_{each}"
+        for each in ("federation", "kill9", "linearizability", "rules", "simulation")
     ),
-    *("tests/integration/test_csi_network", "tests/integration/test_federation_arrival"),
-    *("tests/integration/test_federation_keys", "tests/integration/test_federation_link"),
-    *("tests/integration/test_federation_move", "tests/integration/test_fuse_"),
-    *("tests/integration/test_nfs_kernel", "tests/integration/test_nfs_limits"),
-    *("tests/integration/test_nfs_others", "tests/integration/test_nfs_referrals"),
-    *("tests/integration/test_nfs_sockets", "tests/integration/test_node_life"),
-    *("tests/integration/test_nvme_kernel", "tests/integration/test_nvme_sockets"),
-    *("tests/integration/test_policy_actions", "tests/integration/test_shards"),
+    *(f"tests/integration/test_{each}" for each in ("beside", "cli_", "csi_driver", "csi_group", "csi_kill")),
+    *(f"tests/integration/test_{each}" for each in ("csi_network", "federation_arrival", "federation_keys")),
+    *(f"tests/integration/test_{each}" for each in ("federation_link", "federation_move", "fuse_")),
+    *(
+        f"tests/integration/test_{each}"
+        for each in ("nfs_kernel", "nfs_limits", "nfs_others", "nfs_referrals")
+    ),
+    *(
+        f"tests/integration/test_{each}"
+        for each in ("nfs_sockets", "node_life", "nvme_kernel", "nvme_sockets")
+    ),
+    *(f"tests/integration/test_{each}" for each in ("policy_actions", "shards")),
 )
-"""Tests that compute, or use one server of their own, over loopback, a mount, or from a guest whose kernel is the client:
-``pytest -n`` runs them at once, a file a process.
+"""Tests that compute, or have one server of their own, which they reach over loopback, by a mount or from a guest whose
+kernel is the client: ``pytest -n`` runs them at once, a file a process.
 
-All others are one after the other, when these are done: they start clusters and zones, and wait for elections and leases
-that a machine with more to do than it can makes late."""
+All others are one after the other, when these are done: they start clusters and zones, and wait for elections and
+leases that a machine with more to do than it can makes late."""
 
 ALONE: Final = "alone"
 
