@@ -28,6 +28,9 @@ _DROP_SOLE: Final = f"{METHOD} drop sole"
 ASK_SECONDS: Final = 30.0
 """A node answers after it has written a file."""
 
+KNOWN_SECONDS: Final = 10.0
+"""What a node has it says at once: one that does not is down, and nobody has to wait longer to hear that."""
+
 
 class OtherNodes:
     """The other members of a cluster, as :class:`space._node.keys.Others`."""
@@ -44,7 +47,7 @@ class OtherNodes:
         """
         number = master_fingerprint(key)
         for node in self._others():
-            known = self._ask(node, shard, METHOD)
+            known = self._ask(node, shard, METHOD, KNOWN_SECONDS)
             if not isinstance(known, list):
                 raise UnavailableError(f"node {node} gave a malformed answer", hint="is it older or newer?")
             if number in known:
@@ -70,13 +73,13 @@ class OtherNodes:
         store = self._node.store
         return sorted(number for number in store.members() if number != self._node.config.node)
 
-    def _ask(self, node: int, shard: int, method: str) -> Any:
+    def _ask(self, node: int, shard: int, method: str, seconds: float = ASK_SECONDS) -> Any:
         async def ask(running: Any) -> Any:
-            answer, _ = await running.transport.request(node, "call", [shard, method], timeout=ASK_SECONDS)
+            answer, _ = await running.transport.request(node, "call", [shard, method], timeout=seconds)
             return answer
 
         try:
-            return self._node.call(ask, seconds=2 * ASK_SECONDS)
+            return self._node.call(ask, seconds=2 * seconds)
         except UnavailableError as error:
             raise UnavailableError(
                 f"node {node} does not answer, and every node needs the new master key: {Exception.__str__(error)}",
