@@ -198,12 +198,13 @@ class DevCluster:
         for number in {1, *known}:
             if not self._await_ready(self._children[number]):
                 return False
+        new = [number for number in plan.peers if number not in {1, *known}]
+        for number in new:
+            self._invite(plan, number)
+            self._start(plan, number)
         for number in plan.peers:
-            if number not in known and number != 1:
-                self._invite(plan, number)
-                self._start(plan, number)
-                if not self._await_ready(self._children[number]):
-                    return False
+            if number in new and not self._await_ready(self._children[number]):
+                return False
             if number != 1 and not self._add(plan, number):
                 return False
         return True

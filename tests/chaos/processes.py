@@ -250,8 +250,13 @@ class Cluster:
             first.home.mkdir(parents=True, exist_ok=True)
             self.config = found(first.home, listen=first.address, tls=tls or namespaces, shards=shards)
             self.start(1)
-            for node in range(2, count + 1):
-                self.add(node)
+            others = range(2, count + 1)
+            for node in others:
+                self._join(node)
+                self.start(node, wait=False)
+            for node in others:
+                self.ready(node)
+                self.change("add", node, self.nodes[node].address)
         except BaseException:
             self.show()
             self.close()
@@ -269,6 +274,12 @@ class Cluster:
 
     def add(self, node: int) -> None:
         """A new node joins, and is a voter when this returns."""
+        self._join(node)
+        self.start(node)
+        self.change("add", node, self.nodes[node].address)
+
+    def _join(self, node: int) -> None:
+        """The directory of a new node."""
         process = self._place(node)
         if self.config.tls:
             host = process.address.rpartition(":")[0]
@@ -281,8 +292,6 @@ class Cluster:
             shards=self._shards,
             tls=self.config.tls,
         )
-        self.start(node)
-        self.change("add", node, process.address)
 
     def change(self, what: str, node: int, address: str = "") -> None:
         """Changes the members through any node that answers."""
