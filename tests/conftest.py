@@ -21,29 +21,20 @@ TIERS: Final = ("unit", "golden", "property", "integration", "chaos")
 HERE: Final = Path(__file__).parent
 
 TOGETHER: Final = (
-    *("tests/unit/", "tests/golden/", "tests/property/"),
-    *(
-        f"tests/chaos/test_{each}"
-        for each in ("federation", "kill9", "linearizability", "rules", "simulation")
-    ),
-    *(f"tests/integration/test_{each}" for each in ("beside", "cli_", "csi_driver", "csi_group", "csi_kill")),
-    *(f"tests/integration/test_{each}" for each in ("csi_network", "federation_arrival", "federation_keys")),
-    *(f"tests/integration/test_{each}" for each in ("federation_link", "federation_move", "fuse_")),
-    *(
-        f"tests/integration/test_{each}"
-        for each in ("nfs_kernel", "nfs_limits", "nfs_others", "nfs_referrals")
-    ),
-    *(
-        f"tests/integration/test_{each}"
-        for each in ("nfs_sockets", "node_life", "nvme_kernel", "nvme_sockets")
-    ),
-    *(f"tests/integration/test_{each}" for each in ("policy_actions", "shards")),
-)
+    "tests/unit/", "tests/golden/", "tests/property/",
+    *(f"tests/chaos/test_{each}" for each in ("federation", "kill9", "linearizability", "rules", "simulation")),
+    *(f"tests/integration/test_{each}" for each in (
+        "beside", "cli_", "csi_driver", "csi_group", "csi_kill", "csi_network", "federation_arrival", "federation_keys",
+        "federation_link", "federation_move", "federation_promote", "federation_zones", "fuse_", "nfs_kernel",
+        "nfs_limits", "nfs_others", "nfs_referrals", "nfs_sockets", "node_life", "nvme_kernel", "nvme_sockets",
+        "policy_actions", "shards",
+    )),
+)  # fmt: skip
 """Tests that compute, or have one server of their own, which they reach over loopback, by a mount or from a guest whose
 kernel is the client: ``pytest -n`` runs them at once, a file a process.
 
-All others are one after the other, when these are done: they start clusters and zones, and wait for elections and
-leases that a machine with more to do than it can makes late."""
+All others are one after the other, when these are done: they start clusters, and wait for elections and leases that a
+machine with more to do than it can makes late."""
 
 ALONE: Final = "alone"
 
