@@ -16,7 +16,6 @@ import contextlib
 import ctypes
 import faulthandler
 import functools
-import gc
 import json
 import logging
 import math
@@ -221,6 +220,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    gc.freeze()  # as space.cli does it
-    sys.exit(status)
+    sys.exit(main())
