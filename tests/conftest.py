@@ -24,17 +24,17 @@ TOGETHER: Final = (
     "tests/unit/", "tests/golden/", "tests/property/",
     *(f"tests/chaos/test_{each}" for each in ("federation", "kill9", "linearizability", "rules", "simulation")),
     *(f"tests/integration/test_{each}" for each in (
-        "beside", "cli_", "csi_driver", "csi_group", "csi_kill", "csi_network", "federation_arrival", "federation_keys",
-        "federation_link", "federation_move", "federation_promote", "federation_zones", "fuse_", "nfs_kernel",
-        "nfs_limits", "nfs_others", "nfs_referrals", "nfs_sockets", "node_life", "nvme_kernel", "nvme_sockets",
-        "policy_actions", "shards",
+        "beside", "cli_", "cluster_cli", "cluster_keys", "csi_driver", "csi_group", "csi_kill", "csi_network",
+        "federation_arrival", "federation_keys", "federation_link", "federation_move", "federation_promote",
+        "federation_zones", "fuse_", "nfs_kernel", "nfs_limits", "nfs_others", "nfs_referrals", "nfs_sockets",
+        "node_life", "nvme_kernel", "nvme_sockets", "policy_actions", "shards",
     )),
 )  # fmt: skip
 """Tests that compute, or have one server of their own, which they reach over loopback, by a mount or from a guest whose
-kernel is the client: ``pytest -n`` runs them at once, a file a process.
+kernel is the client, or ask a cluster as patiently as people do: ``pytest -n`` runs them at once, a file a process.
 
-All others are one after the other, when these are done: they start clusters, and wait for elections and leases that a
-machine with more to do than it can makes late."""
+All others are one after the other, when these are done: they wait for elections and leases that a machine with more to
+do than it can makes late, or look at all there is on it."""
 
 ALONE: Final = "alone"
 
