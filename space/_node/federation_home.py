@@ -8,8 +8,9 @@ after the other into them.  A moment is a read transaction on them: it stays wha
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import attrs
 from crc32c import crc32c
@@ -18,7 +19,6 @@ from space._errors import CorruptionError, RefusedError
 from space._node import history
 from space.content.frames import Buffer, FrameRef, pack_frames
 from space.content.keys import DESTROYED
-from space.events.codec import decode_batch
 from space.events.commands import StoredFrame
 from space.federation.scope import Extent
 from space.federation.sealing import is_for_home, seal_key
@@ -33,8 +33,14 @@ if TYPE_CHECKING:
     from space._node.federation_keys import ZoneKeys
     from space._node.federation_zones import Zone
     from space._node.store import Store
+    from space.events.types import Event
     from space.policy.model import Policy
     from space.statemachine.tables import Reader
+    from space.wal.segment_format import RecordInfo
+
+AHEAD: Final = 64
+AHEAD_BYTES: Final = 4 << 20
+"""Records that are read from the log at a time, and metadata of them: one by one, finding them takes longest."""
 
 
 class HomeMoment:
@@ -72,6 +78,7 @@ class Walk:
         self._tables = history.build(store.path, store.wal, store.views, self._path, history.Target(position))
         self._applied = self._tables.applied
         self.now = HomeMoment(self._tables, position)
+        self._ahead: deque[RecordInfo] = deque()
 
     @property
     def position(self) -> int:
@@ -80,12 +87,26 @@ class Walk:
 
     def step(self) -> tuple[HomeMoment, HomeMoment, Batch]:
         """Goes on by one batch, which is there: the moments before and after it, and what it did."""
-        before = self.now
-        record = self._store.wal.read(self.position + 1)
-        self._applied = fold(self._tables, self._store.views, [record], start=self._applied)
+        before, record = self.now, self._record()
+        events: list[Event] = []
+        self._applied = fold(self._tables, self._store.views, [record], start=self._applied, seen=events)
         self.now = HomeMoment(self._tables, self.position)
-        events = [event for entry in decode_batch(record.metadata) for _, event in entry.events]
         return before, self.now, Batch(record.index, record.time_ns, events)
+
+    def _record(self) -> RecordInfo:
+        """The next record.  Several are read at a time, from the last one on, so that all links are checked."""
+        if not self._ahead:
+            wal, position = self._store.wal, self.position
+            total = 0
+            for record in wal.records(
+                max(position, min(position + 1, wal.first_index)), self._store.last + 1
+            ):
+                if record.index > position:
+                    self._ahead.append(record)
+                    total += len(record.metadata)
+                if len(self._ahead) >= AHEAD or total >= AHEAD_BYTES:
+                    break
+        return self._ahead.popleft()
 
     def close(self) -> None:
         """Removes the tables; moments of them are not to be used any more."""

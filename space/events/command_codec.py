@@ -30,6 +30,7 @@ _RESERVED: Final = frozenset({cmd.WriteExtent, cmd.CopyRange, cmd.Deallocate})
 COMMANDS_MAX: Final = EVENTS_MAX
 """Commands in one: as many as the batch of a log they were made from has events."""
 
+_PLAIN: Final = frozenset((bytes, int, bool, str, type(None)))
 _CLASSES: Final[dict[str, type[Any]]] = {each.__name__: each for each in typing.get_args(cmd.Command)}
 
 
@@ -71,6 +72,8 @@ def _named(command: cmd.Command, attachments: list[Buffer]) -> list[Any]:
 
 
 def _plain(value: Any, attachments: list[Buffer]) -> Any:
+    if type(value) in _PLAIN:  # nearly all of them
+        return value
     if isinstance(value, cmd.NewKey):
         return [value.key, value.version, value.wrapped]
     if type(value) in _NAMES:

@@ -5,6 +5,7 @@ Time and randomness are arguments here as everywhere in the core.
 
 from __future__ import annotations
 
+import functools
 import re
 import uuid
 from collections.abc import Callable
@@ -96,11 +97,17 @@ ZONE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 """What a zone may be called: what a policy may name, and a directory."""
 
 
+ZONES_REMEMBERED: Final = 256
+"""Zones whose directories' ids are not computed again: there are a few, and each batch that is shipped asks."""
+
+
+@functools.lru_cache(ZONES_REMEMBERED)
 def zone_root(zone: bytes) -> CapsuleId:
     """The directory ``/zones/NAME`` that stands for the root directory of a zone, from the zone's id."""
     return ZONES.derive(zone)
 
 
+@functools.lru_cache(ZONES_REMEMBERED)
 def zone_capsules(zone: bytes) -> CapsuleId:
     """The directory ``/zones/NAME/.capsules``: replicas hang there whose own directory is not shipped."""
     return zone_root(zone).derive(b"capsules")

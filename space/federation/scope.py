@@ -11,6 +11,7 @@ them out.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Container, Iterator, Mapping
 from typing import Final, Protocol, final
@@ -86,6 +87,13 @@ class Scope:
         self._alive: dict[bytes, bool] = {}
         self._named: dict[bytes, bool] = {}  # files that are not where they last got a name
         self._shown: dict[bytes, int] = {}
+
+    def again(self, without: Container[bytes] = ()) -> Scope:
+        """The scope of the same moment, with something else out of scope; rows are not looked at again."""
+        found = copy.copy(self)
+        found._without = without
+        found._lanes, found._named, found._shown = {}, {}, {}
+        return found
 
     def _moved_with(self) -> bytes | None:
         """Id of the zone that sees it, if homes of single capsules moved: else no name in its directories counts."""

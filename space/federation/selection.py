@@ -11,6 +11,7 @@ know, a number without a document.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, final
 
 import attrs
@@ -19,7 +20,7 @@ import msgpack
 from space._errors import UsageError
 from space.policy.model import DEFAULT_POLICY, Policy, Sovereignty
 from space.statemachine import zones
-from space.statemachine.tables import POLICY, U32, Overlay, Reader
+from space.statemachine.tables import POLICY, U32, ZONE, Overlay, Reader
 
 LANES: Final = 101
 """Lanes a zone can have: priorities are 0 to 100."""
@@ -38,6 +39,7 @@ class Selection:
     def __init__(self, zone: str) -> None:
         self.zone: Final = zone
         self._known: dict[int, Policy] = {}
+        self._stood_in: tuple[list[tuple[bytes, bytes]], tuple[bytes, str] | None] = ([], None)
 
     def policy(self, state: Reader | Overlay, number: int) -> Policy:
         """The policy with that row number; one that keeps everything at home where there is none to be understood."""
@@ -70,7 +72,13 @@ class Selection:
 
     def stood_in_for(self, state: Reader | Overlay) -> tuple[bytes, str] | None:
         """Id of the zone and name of this one, if this one took its place; else None."""
-        found = zones.zones(state)
+        known, answer = self._stood_in
+        if (found := list(state.scan(ZONE, b""))) != known:
+            answer = self._stands_in({key: zones.ZoneRow.decode(value) for key, value in found})
+            self._stood_in = found, answer
+        return answer
+
+    def _stands_in(self, found: Mapping[bytes, zones.ZoneRow]) -> tuple[bytes, str] | None:
         own = next((row.name for row in found.values() if row.role == zones.OWN), None)
         for number, row in found.items():
             if row.name == self.zone and row.role == zones.PEER and own is not None:

@@ -210,10 +210,24 @@ class _Lane:
     passed_at: float = float("-inf")
     parts: deque[_Waiting] = attrs.field(factory=deque)
     """Not confirmed, oldest first; those that are sent come first."""
+    _rest: deque[_Waiting] = attrs.field(factory=deque)
+    """The last of them: none that is not sent is missing."""
 
     @property
     def next(self) -> _Waiting | None:
-        return next((each for each in self.parts if not each.sent), None)
+        """The oldest that is not sent."""
+        rest = self._rest
+        while rest and rest[0].sent:
+            rest.popleft()
+        return rest[0] if rest else None
+
+    def add(self, waiting: _Waiting) -> None:
+        self.parts.append(waiting)
+        self._rest.append(waiting)
+
+    def rewound(self) -> None:
+        """Some may count as not sent again."""
+        self._rest = deque(each for each in self.parts if not each.sent)
 
 
 @final
@@ -294,7 +308,7 @@ class Streams:
         waiting = _Waiting(part, self._before(part), _weight(part))
         waiting.rewind(cursor)
         self._waiting += waiting.size
-        lane.parts.append(waiting)
+        lane.add(waiting)
         self._remember(waiting)
 
     def _before(self, part: Part) -> frozenset[_Waiting]:
@@ -373,6 +387,7 @@ class Streams:
         except BaseException:
             for each, was in filled.touched.items():
                 each.restore(*was)
+            lane.rewound()
             raise
         return self._send(number, filled)
 
@@ -445,6 +460,7 @@ class Streams:
             lane.sent = (cursor.position, cursor.step)
             for waiting in lane.parts:
                 waiting.rewind(cursor)
+            lane.rewound()
         return True
 
     # --- how far -----------------------------------------------------------------------------------

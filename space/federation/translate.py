@@ -150,6 +150,7 @@ class Translator:
         self.missing: set[bytes] = set()
         self.roots: dict[bytes, bytes] = {}
         self.followed: dict[bytes, Collection[bytes]] = {}
+        self._latest: tuple[Moment, Scope] | None = None  # what is after a batch is before the next one
 
     def lacks(self, capsule: bytes) -> None:
         """The zone turned out not to have a capsule: see :func:`missing_capsule`."""
@@ -159,6 +160,17 @@ class Translator:
     def scope(self, moment: Moment) -> Scope:
         """What the zone may see of a moment."""
         return Scope(moment.state, self.selection, self.home, (), self.roots)
+
+    def scopes(self, before: Moment, after: Moment) -> tuple[Scope, Scope]:
+        """What the zone may see before and after a batch; what it turned out to lack counts as not there before."""
+        missing = self.missing.copy()
+        if self._latest is not None and self._latest[0] is before:
+            was = self._latest[1].again(missing)
+        else:
+            was = Scope(before.state, self.selection, self.home, missing, self.roots)
+        now = self.scope(after)
+        self._latest = after, now
+        return was, now
 
     def handed_over(self, scope: Scope, capsule: bytes, epoch: int) -> cmd.TakeHome:
         """Gives the zone the home of a capsule: it becomes what policies called the home, and this zone the target."""
@@ -257,9 +269,7 @@ class _Translation:
     def __init__(self, translator: Translator, before: Moment, after: Moment, batch: Batch) -> None:
         self._translator = translator
         self._copier = translator.copier
-        missing = translator.missing.copy()
-        self._before = Scope(before.state, translator.selection, translator.home, missing, translator.roots)
-        self._after = translator.scope(after)
+        self._before, self._after = translator.scopes(before, after)
         self._moment = after
         self._batch = batch
         self._touched: dict[bytes, None] = {}
@@ -839,7 +849,7 @@ class _Translation:
     def _homes(self) -> None:
         """Gives the homes of capsules away, at the very end.  Of one that is copied in parts it would be too early."""
         translator = self._translator
-        zone = zones.zone_row(self._after.state, translator.zone)
+        zone = zones.zone_row(self._after.state, translator.zone) if self._given else None
         for capsule in self._given:
             lane = self._after.lane(capsule)
             if lane is None or zone is None or capsule in self._beside:

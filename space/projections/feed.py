@@ -16,6 +16,7 @@ import attrs
 from space._errors import CorruptionError
 from space.events.codec import READERS, batch_rows
 from space.events.registry import BY_NUMBER
+from space.events.types import Event
 from space.projections.contract import Folder, Handler, View
 from space.statemachine import replies
 from space.statemachine.apply import HANDLERS, Context
@@ -65,6 +66,7 @@ def fold(
     stop_event: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     wanted: Callable[[], bool] | None = None,
+    seen: list[Event] | None = None,
 ) -> Applied:
     """Folds ``records`` into the state (unless ``with_state`` is false) and ``views``; returns where it ended.
 
@@ -74,6 +76,7 @@ def fold(
         stop_event: fold the last record only up to and including this event (a moment inside a batch).
         on_progress: called after every transaction.
         wanted: whether somebody waits for the tables: a transaction then ends after the record at hand.
+        seen: gets every event.
 
     Raises:
         CorruptionError: an event does not decode or contradicts the state.
@@ -89,7 +92,9 @@ def fold(
         while not done:
             with store.write(handles) as txn:
                 try:
-                    applied, done = _transaction(txn, views, source, applied, with_state, stop_event, wanted)
+                    applied, done = _transaction(
+                        txn, views, source, applied, with_state, stop_event, wanted, seen
+                    )
                 except _NONSENSE as error:
                     raise CorruptionError(
                         f"events after position {applied.position} contradict what they change: {error!r}",
@@ -114,6 +119,7 @@ def _transaction(
     with_state: bool,
     stop_event: int | None,
     wanted: Callable[[], bool] | None,
+    seen: list[Event] | None,
 ) -> tuple[Applied, bool]:
     overlay = Overlay(txn)
     folders = [view.folder(txn) for view in views]
@@ -129,6 +135,8 @@ def _transaction(
             for row in rows:
                 read, on_state, on_views = plan[row[0]]
                 link, event = read(row)
+                if seen is not None:
+                    seen.append(event)
                 if on_state is not None:
                     on_state(overlay, context, link, event)
                 for on_view in on_views:

@@ -246,7 +246,7 @@ class Overlay:
         self._capsules: dict[bytes, CapsuleRow | None] = {}
         self._seen: dict[bytes, CapsuleRow | None] = {}  # read from below and unchanged
         self._before: dict[bytes, bytes | None] = {}  # capsule rows as they were below
-        self._rows: dict[int, dict[bytes, bytes | None]] = {table: {} for table in TABLES}
+        self._rows: dict[int, dict[bytes, bytes | None]] = {}
 
     def capsule(self, key: bytes) -> CapsuleRow | None:
         """The row to look at, not to change."""
@@ -298,10 +298,13 @@ class Overlay:
             return self._parent.get(table, key)
 
     def put(self, table: int, key: bytes, value: bytes) -> None:
-        self._rows[table][key] = value
+        try:
+            self._rows[table][key] = value
+        except KeyError:
+            self._rows[table] = {key: value}
 
     def delete(self, table: int, key: bytes) -> None:
-        self._rows[table][key] = None
+        self._rows.setdefault(table, {})[key] = None
 
     def scan(self, table: int, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """Rows of both layers, merged; rows must not be changed while a scan is under way."""
@@ -342,7 +345,7 @@ class Overlay:
     def _changed(self, table: int) -> dict[bytes, bytes | None]:
         if table == CAPSULE:
             return {key: None if row is None else row.encode() for key, row in self._capsules.items()}
-        return self._rows[table]
+        return self._rows.get(table, {})
 
 
 def _write_table(
