@@ -91,9 +91,13 @@ class Scope:
     def again(self, without: Container[bytes] = ()) -> Scope:
         """The scope of the same moment, with something else out of scope; rows are not looked at again."""
         found = copy.copy(self)
-        found._without = without
-        found._lanes, found._named, found._shown = {}, {}, {}
+        found.exclude(without)
         return found
+
+    def exclude(self, without: Container[bytes]) -> None:
+        """Has something else out of scope, and forgets what may be different then."""
+        self._without = without
+        self._lanes, self._named, self._shown = {}, {}, {}
 
     def _moved_with(self) -> bytes | None:
         """Id of the zone that sees it, if homes of single capsules moved: else no name in its directories counts."""
