@@ -66,7 +66,8 @@ class Zone:
 
     def _watch_receiver(self) -> None:
         """Notes when the other zone connects, and when shipments are durable here: when they may be answered."""
-        identity, receive = ZoneReceiver.identity, ZoneReceiver.receive
+        identity, receive, settle = ZoneReceiver.identity, ZoneReceiver.receive, ZoneReceiver.settle
+        taken: list[int] = []
 
         def identity_and_note(receiver: ZoneReceiver, peer: Peer) -> dict[str, Any]:
             self._met = time.monotonic()
@@ -74,14 +75,23 @@ class Zone:
 
         def receive_and_note(receiver: ZoneReceiver, peer: Peer, shipments: Sequence[bytes]) -> Received:
             received = receive(receiver, peer, shipments)
+            with self._came:
+                taken.extend(int(cursor["position"]) for cursor in received.cursors)
+            return received
+
+        def settle_and_note(receiver: ZoneReceiver) -> None:
+            with self._came:
+                count = len(taken)
+            settle(receiver)
             now = time.monotonic()
             with self._came:
-                self._arrivals += [(int(cursor["position"]), now) for cursor in received.cursors]
+                self._arrivals += [(position, now) for position in taken[:count]]
+                del taken[:count]
                 self._came.notify_all()
-            return received
 
         setattr(ZoneReceiver, "identity", identity_and_note)  # noqa: B010 - a method is not assigned to
         setattr(ZoneReceiver, "receive", receive_and_note)  # noqa: B010
+        setattr(ZoneReceiver, "settle", settle_and_note)  # noqa: B010
 
     def begin(self, listen: str) -> None:
         """Ships and listens; a zone that was away is asked as soon as it would ever be."""

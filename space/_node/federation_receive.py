@@ -127,9 +127,10 @@ class ZoneReceiver:
                 except SpaceError as failed:
                     error = failed
                     break
-        if cursors:
-            self._store.sync()
         return Received(cursors, error)
+
+    def settle(self) -> None:
+        self._store.sync()
 
     def _take(self, peer: Peer, body: bytes) -> Document:
         shipment = decode_shipment(body)

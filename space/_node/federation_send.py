@@ -88,6 +88,7 @@ class ZoneSource:
         self._thirds = _Thirds()
         self._anew = False  # what was translated is not what the zone needs
         self._held = False  # what comes next needs the zone to be told first
+        self._records: deque[int] = deque()  # positions of our own records that are not known to be durable
         self._looked: set[int] = set()  # where third zones' places were taken when it last was
         self.remark = ""
         """What people should know about how shipping goes on."""
@@ -371,7 +372,7 @@ class ZoneSource:
         shipment = found.shipment
         body = encode_shipment(shipment)
         through, step = shipment.through
-        self._store.sync()
+        self._make_durable()
         position = 0
         if found.capsules or found.withdrawn:
             record = cmd.RecordShipment(
@@ -388,10 +389,23 @@ class ZoneSource:
             position = self._store.execute(
                 record, durability=Durability.BUFFERED, actor="federation"
             ).position
+            self._records.append(position)
         return Outgoing(body, position)
 
+    def _make_durable(self) -> None:
+        """Sees that everything in the log is durable, but for our own records: nobody is told of those."""
+        durable = self._store.wal.durable_index
+        while self._records and self._records[0] <= durable:
+            self._records.popleft()
+        if self._store.wal.last_index - durable > len(self._records):
+            self._store.sync()
+
+    def settle(self, sent: Outgoing) -> None:
+        if sent.token:
+            self._store.sync(sent.token)
+
     def acknowledged(self, sent: Outgoing, cursor: Document) -> None:
-        self._store.sync()
+        self.settle(sent)
         lane, position, step = (cursor.get(key) for key in ("lane", "position", "step"))
         with self._lock:
             assert self._streams is not None

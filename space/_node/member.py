@@ -226,7 +226,7 @@ class Member(Store):
     def wait(self, future: Future[list[Receipt | SpaceError]]) -> list[Receipt | SpaceError]:
         return self.node.wait(future)
 
-    def sync(self) -> None:
+    def sync(self, position: int | None = None) -> None:
         """Nothing to do: what is acknowledged is durable on a quorum."""
 
     def _make_master_key(self) -> None:

@@ -492,9 +492,9 @@ class Store(Reading):
             return []
         return list(itertools.takewhile(lambda request: _releases(request.command), requests))
 
-    def sync(self) -> None:
-        """Makes everything acknowledged so far durable."""
-        self.wal.sync()
+    def sync(self, position: int | None = None) -> None:
+        """Makes everything acknowledged so far durable, or what is acknowledged up to a position."""
+        self.wal.sync(position)
 
     # --- content ---------------------------------------------------------------------------------
 

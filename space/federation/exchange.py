@@ -80,9 +80,9 @@ def addresses(url: str) -> list[str]:
     return url.split(",") if url else []
 
 
-def frame(kind: int, body: bytes) -> bytes:
-    """A frame."""
-    return FRAME.pack(kind, len(body)) + body
+def frame(kind: int, body: bytes) -> tuple[bytes, bytes]:
+    """A frame: how it begins, and its body, which may be too large to be copied for that."""
+    return FRAME.pack(kind, len(body)), body
 
 
 def parse_document(text: bytes) -> Document:

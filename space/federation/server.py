@@ -45,6 +45,9 @@ AHEAD: Final = 64
 AHEAD_BYTES: Final = 16 << 20
 """Frames of one zone that are read while others become durable; they share an fdatasync."""
 
+READ_BYTES: Final = 1 << 20
+"""Bytes of a connection that may wait to be looked at: with fewer, reading stops again and again."""
+
 STATUSES: Final[dict[ErrorKind, int]] = {
     ErrorKind.FAILED: 500,
     ErrorKind.USAGE: 400,
@@ -63,7 +66,7 @@ class Received:
     """What came of some shipments, taken in order.
 
     Attributes:
-        cursors: the cursor of its stream after each that was taken, in order; all durable.
+        cursors: the cursor of its stream after each that was taken, in order; durable after :meth:`Receiver.settle`.
         error: why the next one was not.
     """
 
@@ -88,7 +91,10 @@ class Receiver(Protocol):
         """How far each stream of ``peer`` has come."""
 
     def receive(self, peer: Peer, shipments: Sequence[bytes]) -> Received:
-        """Takes shipments in order, up to the first that has to be refused; returns when they are durable."""
+        """Takes shipments in order, up to the first that has to be refused."""
+
+    def settle(self) -> None:
+        """Returns when all shipments that were taken are durable; others may be taken meanwhile."""
 
     def heard(self, peer: Peer, pulse: Document) -> None:
         """Notes where the log of ``peer`` ends."""
@@ -155,7 +161,13 @@ class FederationServer:
         application.router.add_post(SHIP, self._ship)
         if self._shelf is not None:
             ShelfRoutes(self._shelf, self._peer).add_to(application)
-        runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        runner = web.AppRunner(
+            application,
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=1.0,
+            read_bufsize=READ_BYTES,
+        )
         await runner.setup()
         try:
             await web.TCPSite(runner, host, port, ssl_context=self._tls).start()
@@ -260,20 +272,39 @@ class FederationServer:
             await asyncio.wait([before])
 
     async def _take(self, peer: Peer, queue: _Ahead, response: web.StreamResponse) -> None:
-        """Answers frames in order until they end or one is refused."""
-        while True:
-            found = await queue.take()
-            lines: list[Document] = []
-            over = False
+        """Answers frames in order until they end or one is refused; looks at some while those before become durable."""
+        over = False
+        answering: asyncio.Task[bool] | None = None
+        try:
+            while not over:
+                found = await queue.take()
+                lines: list[Document] = []
+                try:
+                    for kind, group in itertools.groupby(found, key=lambda each: each.kind):
+                        over = await self._take_group(peer, kind, list(group), lines)
+                except SpaceError as error:
+                    over = True
+                    lines.append({"error": error_document(error)})
+                if answering is not None and not await answering:
+                    return
+                answering = asyncio.create_task(self._answer(lines, response))
+            if answering is not None:
+                await answering
+        finally:
+            if answering is not None:
+                answering.cancel()
+                await asyncio.gather(answering, return_exceptions=True)
+
+    async def _answer(self, lines: list[Document], response: web.StreamResponse) -> bool:
+        """Answers once what was taken is durable; False if it does not become so."""
+        settled = True
+        if any("cursor" in line for line in lines):
             try:
-                for kind, group in itertools.groupby(found, key=lambda each: each.kind):
-                    over = await self._take_group(peer, kind, list(group), lines)
+                await asyncio.to_thread(self._receiver.settle)
             except SpaceError as error:
-                over = True
-                lines.append({"error": error_document(error)})
-            await response.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-            if over:
-                return
+                lines, settled = [{"error": error_document(error)}], False
+        await response.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        return settled
 
     async def _take_group(self, peer: Peer, kind: int, frames: list[_Frame], lines: list[Document]) -> bool:
         """Frames of one kind; whether they are the last.
@@ -380,16 +411,18 @@ async def _exactly(content: aiohttp.StreamReader, size: int) -> bytes:
         UsageError: it ends in between.
         TimeoutError: nothing comes for a while; how long all of it takes is the other side's bandwidth.
     """
-    found = bytearray()
-    while len(found) < size:
+    found: list[bytes] = []
+    missing = size
+    while missing:
         async with asyncio.timeout(SILENCE_SECONDS):
-            piece = await content.read(size - len(found))
+            piece = await content.read(missing)
         if not piece and found:
             raise UsageError("the stream ended in the middle of a frame")
         if not piece:
             break
-        found += piece
-    return bytes(found)
+        found.append(piece)
+        missing -= len(piece)
+    return b"".join(found)
 
 
 @web.middleware

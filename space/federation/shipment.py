@@ -152,8 +152,11 @@ def encode_shipment(shipment: Shipment) -> bytes:
     size = HEADER_BYTES + len(document) + sum(map(len, tables)) + sum(map(len, frames)) + HASH_BYTES
     if size > SHIPMENT_BYTES_MAX or len(rows) > ENTRIES_MAX or len(attachments) > FRAMES_MAX:
         raise UsageError(f"a shipment of {size} bytes, {len(rows)} entries and {len(attachments)} frames")
-    body = b"".join([header, document, *tables, *frames])
-    return body + blake3(body).digest()
+    parts = [header, document, *tables, *frames]
+    hasher = blake3()
+    for part in parts:
+        hasher.update(part)
+    return b"".join([*parts, hasher.digest()])
 
 
 @attrs.frozen

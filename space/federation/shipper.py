@@ -61,6 +61,10 @@ FLIGHT_SHIPMENTS_MAX: Final = 64
 PIECE_BYTES: Final = 64 << 10
 """What is sent at once: the unit in which bandwidth is limited."""
 
+QUICK_PIECE_BYTES: Final = 256 << 10
+QUICK_SECONDS: Final = 0.1
+"""What is sent at once, bandwidth not limited, after a piece that took no longer: each costs a turn of the loop."""
+
 RATE_SECONDS: Final = 10.0
 """Throughput is told over so much time."""
 
@@ -85,7 +89,10 @@ class Outgoing:
 
 
 class Source(Protocol):
-    """What one zone is to be sent.  Every method may take its time; all are called on one thread, one by one."""
+    """What one zone is to be sent.
+
+    Methods may take their time; all but :meth:`settle` are called on one thread, one by one.
+    """
 
     def connected(self, identity: Document, cursors: Document) -> None:
         """Takes note of who answers and how far its streams have come; shipping begins there.
@@ -100,8 +107,11 @@ class Source(Protocol):
     def next(self) -> Outgoing | None:
         """The next shipment, recorded as sent; None while there is nothing to send."""
 
+    def settle(self, sent: Outgoing) -> None:
+        """Returns when the record of a shipment is durable; called on another thread, beside the other methods."""
+
     def acknowledged(self, sent: Outgoing, cursor: Document) -> None:
-        """Takes note that a shipment, the oldest under way, is durable there.
+        """Takes note that a shipment, the oldest under way, is durable there, and its record here.
 
         Raises:
             SpaceError: the zone says it has come to where it was not sent.
@@ -179,6 +189,8 @@ class Shipper:
         """Whether :meth:`wake` is of any use: before it connects it has nothing to do, and then it looks by itself."""
         # One thread: what was asked for in a connection that broke has ended before the next one begins.
         self._thread = ThreadPoolExecutor(1, f"space-ship-{target.name}")
+        # One more, so that the next shipment is made while the record of an earlier one becomes durable.
+        self._settling = ThreadPoolExecutor(1, f"space-settle-{target.name}")
         self._moved = 0.0
         """When bytes last went or came."""
 
@@ -196,6 +208,7 @@ class Shipper:
             await self._run(backoff)
         finally:
             self._thread.shutdown(wait=False)
+            self._settling.shutdown(wait=False)
 
     async def _run(self, backoff: Backoff) -> None:
         while True:
@@ -301,7 +314,7 @@ class Shipper:
     async def _stream(self, http: aiohttp.ClientSession) -> None:
         """Ships over one request until it ends or fails."""
         flight = _Flight()
-        outbox: asyncio.Queue[bytes] = asyncio.Queue(2)
+        outbox: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue(2)
         for_as_long = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
         self._moved = self._monotonic()
         await self._pulse(flight, outbox)  # the request is sent with the first bytes of its body
@@ -334,18 +347,23 @@ class Shipper:
             if flight.sent and self._monotonic() - self._moved > SILENCE_SECONDS:
                 raise UnavailableError(f"nothing came or went for {SILENCE_SECONDS:.0f} s")
 
-    async def _pieces(self, outbox: asyncio.Queue[bytes]) -> AsyncIterator[bytes]:
+    async def _pieces(self, outbox: asyncio.Queue[tuple[bytes, bytes]]) -> AsyncIterator[bytes | memoryview]:
         """The body of the request: frames as they come, no faster than they may go."""
+        throttle, most = self._target.throttle, PIECE_BYTES
         while True:
-            view = memoryview(await outbox.get())
-            for at in range(0, len(view), PIECE_BYTES):
-                piece = view[at : at + PIECE_BYTES]
-                if wait := self._target.throttle.delay(len(piece), now=self._monotonic()):
+            head, body = await outbox.get()
+            rest = memoryview(body)
+            while head or rest:
+                room = most - len(head)
+                piece, head, rest = head + rest[:room] if head else rest[:room], b"", rest[room:]
+                if wait := throttle.delay(len(piece), now=self._monotonic()):
                     await asyncio.sleep(wait)
-                self._moved = self._monotonic()
-                yield bytes(piece)
+                self._moved = began = self._monotonic()
+                yield piece
+                quick = not throttle.rate and self._monotonic() - began < QUICK_SECONDS
+                most = QUICK_PIECE_BYTES if quick else PIECE_BYTES
 
-    async def _send(self, flight: _Flight, outbox: asyncio.Queue[bytes]) -> None:
+    async def _send(self, flight: _Flight, outbox: asyncio.Queue[tuple[bytes, bytes]]) -> None:
         """Hands on shipments as long as there is room for them, and a pulse when there has been none for a while."""
         pulsed = self._monotonic()
         self.listens = True
@@ -365,7 +383,7 @@ class Shipper:
                     async with asyncio.timeout(PULSE_SECONDS):
                         await self._wake.wait()
 
-    async def _pulse(self, flight: _Flight, outbox: asyncio.Queue[bytes]) -> None:
+    async def _pulse(self, flight: _Flight, outbox: asyncio.Queue[tuple[bytes, bytes]]) -> None:
         pulse = await self._call(self._source.pulse)
         flight.add(None, self._monotonic())
         await outbox.put(frame(PULSE, json.dumps(pulse).encode()))
@@ -385,6 +403,7 @@ class Shipper:
                 self.status.rtt_seconds = now - when if when is not None else self.status.rtt_seconds
                 continue
             cursor = document.get("cursor")
+            await asyncio.get_running_loop().run_in_executor(self._settling, self._source.settle, outgoing)
             await self._call(self._source.acknowledged, outgoing, cursor if isinstance(cursor, dict) else {})
             self.status.flight_bytes = flight.bytes
             self.status.sent(len(outgoing.body), now)

@@ -78,6 +78,9 @@ class Log:
             cursors.append({"position": len(self.taken)})
         return Received(cursors)
 
+    def settle(self) -> None:
+        """What is taken stays."""
+
     def heard(self, peer: Peer, pulse: Document) -> None:
         self.heard_of.append(pulse)
 
@@ -119,6 +122,9 @@ class Shelf:
             return None
         self.at += 1
         return Outgoing(self.shipments[self.at - 1], self.at)
+
+    def settle(self, sent: Outgoing) -> None:
+        assert threading.get_ident() not in self.threads
 
     def acknowledged(self, sent: Outgoing, cursor: Document) -> None:
         self.threads.add(threading.get_ident())
@@ -180,6 +186,11 @@ async def until(holds: Callable[[], bool]) -> None:
     """Waits for something that comes."""
     while not holds():  # noqa: ASYNC110 - what is waited for happens in the other zone
         await asyncio.sleep(0.005)
+
+
+def framed(kind: int, body: bytes) -> bytes:
+    """A frame as it is sent."""
+    return b"".join(frame(kind, body))
 
 
 def numbered(count: int, size: int = 100) -> list[bytes]:
@@ -467,9 +478,9 @@ async def raw(zones: Pair, body: bytes) -> list[Document]:
         FRAME.pack(PULSE, 1 << 20),
         FRAME.pack(SHIPMENT, 100) + b"0:short",
         b"\1",
-        frame(PULSE, b"not JSON"),
-        frame(PULSE, b"[" * 1000),
-        frame(PULSE, b"[]"),
+        framed(PULSE, b"not JSON"),
+        framed(PULSE, b"[" * 1000),
+        framed(PULSE, b"[]"),
     ],
 )
 def test_what_is_no_frame_is_refused(tmp_path: Path, body: bytes) -> None:
@@ -477,7 +488,7 @@ def test_what_is_no_frame_is_refused(tmp_path: Path, body: bytes) -> None:
 
     async def main() -> None:
         async with pair(tmp_path) as zones:
-            answers = await raw(zones, frame(SHIPMENT, b"0:first") + body + frame(SHIPMENT, b"1:second"))
+            answers = await raw(zones, framed(SHIPMENT, b"0:first") + body + framed(SHIPMENT, b"1:second"))
             assert answers[0] == {"cursor": {"position": 1}}
             assert answers[1]["error"]["kind"] in ("UsageError", "ConflictError")
             assert len(answers) == 2

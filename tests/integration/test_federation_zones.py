@@ -269,7 +269,7 @@ def test_nothing_forbidden_leaves(zones: Two, monkeypatch: pytest.MonkeyPatch) -
     sent = bytearray()
     frame = exchange.frame
 
-    def tapped(kind: int, body: bytes) -> bytes:
+    def tapped(kind: int, body: bytes) -> tuple[bytes, bytes]:
         sent.extend(body)
         return frame(kind, body)
 
