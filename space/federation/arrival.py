@@ -63,7 +63,9 @@ def arrived(
                 anew = recode(bytes(command.capsule), ref, frame.stored)
             known[key] = anew or _arrived(frame, ref, hash_key, find)
         frames.append(known[key])
-    return attrs.evolve(command, frames=frames)
+    return cmd.WriteExtent(
+        command.capsule, command.offset, command.length, frames, command.change, command.reserved
+    )
 
 
 def _checked(frame: StoredFrame) -> FrameRef:

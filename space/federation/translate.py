@@ -205,7 +205,7 @@ def missing_capsule(error: SpaceError) -> bytes | None:
 
 _NO_CAPSULE: Final = re.compile(r"no capsule ([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
 
-_BOOKKEEPING: Final = (
+_BOOKKEEPING: Final = {
     ev.ShipmentSent,
     ev.PayloadReclaimed,
     ev.RepliesForgotten,
@@ -224,12 +224,12 @@ _BOOKKEEPING: Final = (
     ev.KeysRewrapped,
     ev.MasterKeyChanged,
     ev.KeyDestroyed,
-)
+}
 
 
 def is_quiet(events: Iterable[ev.Event]) -> bool:
     """Whether events are only records of this store about itself, which mean nothing to any other zone."""
-    return all(isinstance(event, _BOOKKEEPING) for event in events)
+    return all(type(event) in _BOOKKEEPING for event in events)
 
 
 _CONTENT: Final = (ev.ExtentWritten, ev.RangeDeallocated, ev.CapsuleResized, ev.RangeCopied)

@@ -325,7 +325,7 @@ class Overlay:
     def flush(self, writer: Writer) -> int:
         """Writes every changed row into ``writer``, empties the overlay, returns the change of the digest."""
         change = 0
-        for table in TABLES:
+        for table in sorted({CAPSULE, *self._rows}):
             changed = self._changed(table)
             if changed:
                 change += _write_table(writer, table, changed, self._before if table == CAPSULE else {})
