@@ -96,6 +96,7 @@ class ZoneSource:
     # --- where to begin --------------------------------------------------------------------------
 
     def connected(self, identity: Document, cursors: Document) -> None:
+        self._store.sync()  # what is there counts from now on, and so must be recorded here
         epoch, _, found = _understood(cursors)
         self._settle(epoch, _number(cursors.get("promoted")), found, own=cursors.get("own") is True)
         cursors = self._succeed(cursors)
@@ -372,7 +373,7 @@ class ZoneSource:
         shipment = found.shipment
         body = encode_shipment(shipment)
         through, step = shipment.through
-        self._make_durable()
+        self._make_durable(through)
         position = 0
         if found.capsules or found.withdrawn:
             record = cmd.RecordShipment(
@@ -392,12 +393,12 @@ class ZoneSource:
             self._records.append(position)
         return Outgoing(body, position)
 
-    def _make_durable(self) -> None:
-        """Sees that everything in the log is durable, but for our own records: nobody is told of those."""
+    def _make_durable(self, through: int) -> None:
+        """Sees that all is durable up to a position, and after it all but our own records: nobody is told of those."""
         durable = self._store.wal.durable_index
         while self._records and self._records[0] <= durable:
             self._records.popleft()
-        if self._store.wal.last_index - durable > len(self._records):
+        if durable < through or self._store.wal.last_index - durable > len(self._records):
             self._store.sync()
 
     def settle(self, sent: Outgoing) -> None:

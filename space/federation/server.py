@@ -204,7 +204,9 @@ class FederationServer:
 
     async def _cursors(self, request: web.Request) -> web.StreamResponse:
         peer = await self._peer(request)
-        return web.json_response(await asyncio.to_thread(self._receiver.cursors, peer))
+        found = await asyncio.to_thread(self._receiver.cursors, peer)
+        await asyncio.to_thread(self._receiver.settle)
+        return web.json_response(found)
 
     async def _reached(self, request: web.Request) -> web.StreamResponse:
         peer = await self._peer(request)

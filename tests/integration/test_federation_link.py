@@ -18,7 +18,7 @@ import aiohttp
 import attrs
 import pytest
 
-from space._errors import ConflictError, RefusedError, SpaceError
+from space._errors import ConflictError, RefusedError, SpaceError, StorageError
 from space._node.federation_keys import ZoneAuthority, ZoneKeys, claimed, proves, trust
 from space.federation.exchange import (
     FRAME,
@@ -52,6 +52,7 @@ class Log:
         self.heard_of: list[Document] = []
         self.refuse: Callable[[bytes], SpaceError | None] = lambda _: None
         self.leads = True
+        self.settling: Callable[[], Any] = lambda: None
 
     def recognise(self, certificate: bytes) -> Peer:
         identity = claimed(certificate)
@@ -79,7 +80,7 @@ class Log:
         return Received(cursors)
 
     def settle(self) -> None:
-        """What is taken stays."""
+        self.settling()
 
     def heard(self, peer: Peer, pulse: Document) -> None:
         self.heard_of.append(pulse)
@@ -493,6 +494,51 @@ def test_what_is_no_frame_is_refused(tmp_path: Path, body: bytes) -> None:
             assert answers[1]["error"]["kind"] in ("UsageError", "ConflictError")
             assert len(answers) == 2
             assert zones.log.taken == [b"0:first"]
+
+    asyncio.run(main())
+
+
+def test_the_next_is_taken_while_what_came_becomes_durable(tmp_path: Path) -> None:
+    """Nothing is acknowledged before it is durable, and nothing waits for that to be taken."""
+
+    async def main() -> None:
+        async with pair(tmp_path) as zones:
+            durable = threading.Event()
+            zones.log.settling = lambda: durable.wait(60)
+            first, second = numbered(2)
+            shelf = Shelf([first])
+            shipper = zones.shipper(shelf)
+            try:
+                async with shipping(shipper):
+                    await until(lambda: zones.log.taken == [first])
+                    shelf.shipments.append(second)
+                    shipper.wake()
+                    await until(lambda: zones.log.taken == [first, second])
+                    assert shelf.acknowledged_at == 0
+                    durable.set()
+                    await until(lambda: shelf.acknowledged_at == 2)
+            finally:
+                durable.set()
+
+    asyncio.run(main())
+
+
+def test_what_does_not_become_durable_is_not_acknowledged(tmp_path: Path) -> None:
+    """The home is told why, and asks again where it stands."""
+
+    async def main() -> None:
+        async with pair(tmp_path) as zones:
+
+            def fail() -> None:
+                raise StorageError("the disk is gone")
+
+            zones.log.settling = fail
+            shelf = Shelf(numbered(1))
+            shipper = zones.shipper(shelf)
+            async with shipping(shipper):
+                await until(lambda: "the disk is gone" in shipper.status.error)
+                await until(lambda: shelf.connections == 2)
+                assert shipper.status.shipments == 0
 
     asyncio.run(main())
 
