@@ -2,17 +2,18 @@
 
 A put streams into a capsule that has no name yet and links it at the end, so a name never shows half a
 file and an interrupted put leaves nothing to be seen.  Writes go to the log as they come; one fdatasync at
-the end makes all of it durable.
+the end makes all of it durable.  What is less than an extent is one command, and one position of the log.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import stat as statmod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
@@ -20,7 +21,15 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 import attrs
 from blake3 import blake3
 
-from space._errors import ConflictError, NotFoundError, SpaceError, Status, StorageError, UsageError
+from space._errors import (
+    ConflictError,
+    ErrorKind,
+    NotFoundError,
+    SpaceError,
+    Status,
+    StorageError,
+    UsageError,
+)
 from space._node.reading import Reading, Stat, split_path
 from space.events import commands as cmd
 from space.events.commands import Buffer, Command, Durability, Receipt, Request
@@ -102,12 +111,21 @@ def put(
         if effective != DEFAULT_POLICY:
             create = attrs.evolve(create, policy=pack_policy(effective))
     create = attrs.evolve(create, parent=b"", name=b"")
-    receipt = store.execute(create, durability=Durability.BUFFERED)
     capsule = CapsuleId(create.capsule)
+    pieces = _pieces(stream)
+    first = next(pieces, b"")
+    link = None if parent is None else cmd.Link(capsule, parent, last)
+    if len(first) < EXTENT_BYTES_MAX and (put := _put_at_once(store, create, first, link, effective)):
+        if on_progress is not None and first:
+            on_progress(len(first))
+        return put
+    receipt = store.execute(create, durability=Durability.BUFFERED)
     try:
-        size, digest = _stream_in(store, capsule, stream, on_progress)
-        if parent is not None:
-            receipt = store.execute(cmd.Link(capsule, parent, last), durability=Durability.BUFFERED)
+        size, digest = _stream_in(
+            store, capsule, itertools.chain([first] if first else [], pieces), on_progress
+        )
+        if link is not None:
+            receipt = store.execute(link, durability=Durability.BUFFERED)
         if store.policy(capsule).durability.value == Durability.DURABLE.value:
             store.sync()
     except BaseException:
@@ -116,6 +134,33 @@ def put(
         raise
     stat = store.stat(capsule)
     return PutResult(capsule, max(receipt.position, stat.change), size, stat.stored, f"blake3:{digest}")
+
+
+def _put_at_once(
+    store: Store, create: cmd.CreateCapsule, content: bytes, link: cmd.Link | None, policy: Policy | None
+) -> PutResult | None:
+    """A capsule of at most one extent, as one position of the log: all of it or nothing.
+
+    None if that is refused, as nothing has happened then; or if content is encrypted, with a key that is not there yet.
+    """
+    if create.key is not None:
+        return None
+    from space.policy.model import DEFAULT_POLICY
+
+    capsule, policy = CapsuleId(create.capsule), policy or DEFAULT_POLICY
+    writes = store.encode_extents(capsule, 0, content, policy, 0) if content else []
+    together = cmd.Together([create, *writes, *([] if link is None else [link])])
+    try:
+        receipt = store.execute(together, durability=Durability.BUFFERED)
+    except SpaceError as error:
+        if error.kind in {ErrorKind.UNAVAILABLE, ErrorKind.FAILED}:
+            raise
+        return None
+    if policy.durability.value == Durability.DURABLE.value:
+        store.sync()
+    stat = store.stat(capsule)
+    digest = f"blake3:{blake3(content).hexdigest()}"
+    return PutResult(capsule, max(receipt.position, stat.change), len(content), stat.stored, digest)
 
 
 def _place(store: Store, name: str | bytes) -> tuple[CapsuleId, bytes]:
@@ -164,7 +209,7 @@ def put_again(
         ConflictError: the name is taken, by this capsule too.
         SpaceError: as for :func:`put`; the capsule stays as far as it is.
     """
-    size, digest = _stream_in(store, capsule, source, on_progress)
+    size, digest = _stream_in(store, capsule, _pieces(source), on_progress)
     if store.stat(capsule).size > size:
         store.resize(capsule, size)
     if name is not None:
@@ -207,7 +252,7 @@ def make_directories(store: Store, names: list[bytes]) -> CapsuleId:
 
 
 def _stream_in(
-    store: Store, capsule: CapsuleId, stream: BinaryIO, on_progress: OnBytes | None
+    store: Store, capsule: CapsuleId, pieces: Iterable[bytes], on_progress: OnBytes | None
 ) -> tuple[int, str]:
     stat = store.stat(capsule)
     policy = store.policy(capsule)
@@ -223,7 +268,7 @@ def _stream_in(
             _last_position(store.wait(writing.popleft()))
 
     with ThreadPoolExecutor(1, "space-put") as pool:
-        for piece in _pieces(stream):
+        for piece in pieces:
             hasher.update(piece)
             pending.append(pool.submit(store.encode_extents, capsule, size, piece, policy, stat.key))
             size += len(piece)

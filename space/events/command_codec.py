@@ -303,7 +303,7 @@ _ONES: Final = frozenset(_CLASSES.values()) - {
     cmd.FollowHeir,
 }
 _WITHIN: Final = {
-    cmd.Together: (_ONES - {cmd.WriteExtent, cmd.Copied}, REQUESTS_MAX),
+    cmd.Together: (_ONES - {cmd.Copied}, REQUESTS_MAX),
     cmd.Copied: (_ONES - {cmd.Copied}, COMMANDS_MAX),
     cmd.ReceiveShipment: (_ONES, COMMANDS_MAX),
     cmd.LoseHome: (_ONES - {cmd.Copied}, COMMANDS_MAX),

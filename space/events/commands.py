@@ -383,7 +383,8 @@ class DestroyKeys:
 class Together:
     """Several commands as one: decided in order, each on what those before it did; all of them or none.
 
-    Only commands about names, attributes and clones: their decisions do not depend on where in the log they stand.
+    Only commands about names, attributes, clones and writes: their decisions do not depend on where in the log they
+    stand.
     """
 
     commands: Sequence[Command]

@@ -703,6 +703,7 @@ def _reserved_meanwhile(
 _JOINABLE: Final = frozenset(
     {
         cmd.CreateCapsule,
+        cmd.WriteExtent,
         cmd.Link,
         cmd.Unlink,
         cmd.DeleteCapsule,

@@ -13,6 +13,7 @@ from space.statemachine.decide import TOGETHER_MAX
 from space.statemachine.sequencer import prepare
 from space.statemachine.tables import Overlay
 from tests.state_support import MemoryWriter, Rows
+from tests.zone_support import frame
 
 pytestmark = pytest.mark.unit
 
@@ -89,16 +90,30 @@ def test_the_same_batch_goes_on_after_a_refusal(state: MemoryWriter) -> None:
     assert [type(each) for each in batch.outcomes] == [NotFoundError, Receipt]
 
 
+def test_a_file_with_content_and_a_name_is_all_or_nothing(state: MemoryWriter) -> None:
+    """Its payload is in the batch if the name is free, and otherwise neither that nor the file is there."""
+
+    def named(number: int, name: bytes) -> cmd.Together:
+        file = capsule(number)
+        write = cmd.WriteExtent(file, 0, 3, [frame(b"abc")])
+        return cmd.Together([cmd.CreateCapsule(file), write, cmd.Link(file, ROOT, name)])
+
+    requests = [Request(named(3, b"file")), Request(named(4, b"new"))]
+    batch = prepare(state, requests, position=2, time_ns=2)
+    assert [type(each) for each in batch.outcomes] == [ConflictError, Receipt]
+    assert batch.payload == [b"abc"]
+    assert [batch.overlay.capsule(capsule(number)) is None for number in (3, 4)] == [True, False]
+
+
 @pytest.mark.parametrize(
     "commands",
     [
         [],
-        [cmd.WriteExtent(capsule(2), 0, 10, [])],
         [cmd.Together([cmd.Unlink(ROOT, b"file")])],
         [cmd.ReclaimPayload([(1, 0, 1)])],
         [cmd.SetXattr(capsule(2), b"x", b"")] * (TOGETHER_MAX + 1),
     ],
 )
 def test_what_cannot_be_one_of_several_is_refused(state: MemoryWriter, commands: list[cmd.Command]) -> None:
-    """Nothing, writes, groups in groups, upkeep, and more than the limit are usage errors."""
+    """Nothing, groups in groups, upkeep, and more than the limit are usage errors."""
     assert isinstance(outcome(state, *commands), UsageError)
