@@ -48,7 +48,7 @@ from space._node.store import (
 )
 from space.content.frames import unpack_frames
 from space.events.codec import decode_batch
-from space.events.commands import Buffer, Durability, Receipt, Request
+from space.events.commands import Buffer, Command, Durability, Receipt, Request, Together
 from space.events.registry import BY_CLASS, LINK_BYTES
 from space.events.types import ExtentWritten, KeyDestroyed, PayloadReclaimed
 from space.policy.model import Policy
@@ -215,8 +215,8 @@ class Member(Store):
         Raises:
             RefusedError: one does.
         """
-        for request in requests if not self._ships else ():
-            document = getattr(request.command, "policy", None)
+        for command in _each(requests) if not self._ships else ():
+            document = getattr(command, "policy", None)
             if document and Policy.from_document(msgpack.unpackb(document)).federation_targets:
                 raise RefusedError(
                     "only what has a name is shipped to other zones, and this capsule is in another shard",
@@ -610,6 +610,13 @@ class MemberMachine:
     def applied(self) -> Applied:
         """Where it stands."""
         return self._member.applied_now
+
+
+def _each(requests: Sequence[Request]) -> Iterator[Command]:
+    """The commands of requests, and those that are one."""
+    for request in requests:
+        command = request.command
+        yield from command.commands if isinstance(command, Together) else (command,)
 
 
 def first_difference(ours: ReadTransaction, theirs: ReadTransaction) -> str:

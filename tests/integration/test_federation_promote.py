@@ -185,7 +185,7 @@ def test_what_is_lost_was_predicted(two: Pumped) -> None:
     two.oslo.put(b"new", name="/all/new")
     two.there.pulse()
     told = two.predicted()
-    assert told["positions"] == 6
+    assert told["positions"] == 4
     assert told["unknown"] == 0
     assert not told["more"]
     expected = {str(two.oslo.resolve(f"/all/{name}")) for name in ("f3", "f5", "f7", "new")}
