@@ -105,6 +105,7 @@ class ZoneReceiver:
             "own": own,
             "forgotten": forgotten,
             **third,
+            "sweeps": True,
             "cursors": [
                 {
                     "shard": shard,

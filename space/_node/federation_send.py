@@ -90,6 +90,7 @@ class ZoneSource:
         self._held = False  # what comes next needs the zone to be told first
         self._records: deque[int] = deque()  # positions of our own records that are not known to be durable
         self._looked: set[int] = set()  # where third zones' places were taken when it last was
+        self._sweeps = False  # whether the zone knows what to do at the end of a first copy
         self.remark = ""
         """What people should know about how shipping goes on."""
 
@@ -109,6 +110,7 @@ class ZoneSource:
                 hint="was this store restored from an older copy?",
             )
         with self._lock:
+            self._sweeps = cursors.get("sweeps") is True
             anew = self._anew or self._streams is None or (self._epoch, self._thirds) != (epoch, third)
             if anew or self._streams is None or not self._streams.reconnected(found):
                 self._begin(found, origin, epoch, third, anew=cursors.get("forgotten") is True)
@@ -306,7 +308,7 @@ class ZoneSource:
             known = (capsule for capsule, _ in rows.sent_capsules(walk.now.state, self._zone.id))
             sent = [capsule for capsule in known if not scope.moved(capsule)]
             time_ns = self._store.wal.time_ns(at.position)
-            parts = initial(self._translator, walk.now, at.position, time_ns, sent)
+            parts = initial(self._translator, walk.now, at.position, time_ns, sent, sweep=self._sweeps)
             self._take(parts, at.position, time_ns, quiet=not parts)
 
     def _forget(self) -> None:

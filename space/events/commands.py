@@ -473,6 +473,17 @@ class WithdrawCapsule:
 
 
 @attrs.frozen
+class SweepReplicas:
+    """Deletes what a first copy did not name, once all of it is there; only in a :class:`ReceiveShipment`.
+
+    That is every replica of the zone that has come less far than the copy's position.  Those the zone took over from
+    this store are among them if ``epoch`` is still that of the two zones: at the copy's position they were its own.
+    """
+
+    epoch: int
+
+
+@attrs.frozen
 class ReceiveShipment:
     """What the log of another zone held after ``from_position`` and up to ``through_position``, as commands.
 
@@ -701,6 +712,7 @@ Command = (
     | Copied
     | PlaceCapsule
     | WithdrawCapsule
+    | SweepReplicas
     | ReceiveShipment
     | RecordShipment
     | RecordRefusal

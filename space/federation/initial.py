@@ -3,8 +3,9 @@
 It is the start of each lane's stream, and so goes by the same cursors: a lane is opened at the position of the copy,
 all lanes before anything is copied, and then what is in it comes step by step.  The highest lane begins with what an
 earlier life of the zone left there and is shipped no longer, and with the directories of all lanes, from the top; so
-every other capsule gets its names when it comes.  The lowest ends with the homes that were given to the zone and that
-it has told nothing of: it may have come to where they were given, or not.
+every other capsule gets its names when it comes.  The lowest comes last, and ends with the homes that were given to the
+zone and that it has told nothing of (it may have come to where they were given, or not), and with the word that this
+was all: what the zone has of an earlier life, and this copy did not name, goes then and not before.
 
 The order of the steps depends on nothing but the moment: after a break, the same moment gives the same steps, and the
 copy goes on behind the last one that came.
@@ -38,11 +39,18 @@ from space.statemachine.tables import CAPSULE, ENTRY, POLICY, U32, CapsuleRow
 
 _WITHDRAWN: Final = 1 << 31
 _GIVEN: Final = _WITHDRAWN + 1
-"""Numbers of steps that withdraw, and that give homes, in marks: no copy has so many parts."""
+_SWEPT: Final = _WITHDRAWN + 2
+"""Numbers of steps that withdraw, that give homes, and of the last one, in marks: no copy has so many parts."""
 
 
 def initial(
-    translator: Translator, moment: Moment, position: int, time_ns: int, sent: Iterable[bytes] = ()
+    translator: Translator,
+    moment: Moment,
+    position: int,
+    time_ns: int,
+    sent: Iterable[bytes] = (),
+    *,
+    sweep: bool = True,
 ) -> list[Part]:
     """The first part of every lane, highest first; none if policies allow the zone nothing.
 
@@ -52,6 +60,7 @@ def initial(
         position: where the copy is of, and the streams begin.
         time_ns: when that was.
         sent: what the zone was sent in an earlier life, and may have still.
+        sweep: whether the zone knows :class:`space.events.commands.SweepReplicas`.
     """
     scope = translator.scope(moment)
     selection = translator.selection
@@ -60,7 +69,7 @@ def initial(
     left = sorted(capsule for capsule in sent if scope.lane(capsule) is None)
     if left and not lanes:
         lanes = {0}
-    top = max(lanes, default=0)
+    top, lowest = max(lanes, default=0), min(lanes, default=0)
     return [
         Part(
             position,
@@ -73,9 +82,11 @@ def initial(
                 (position, time_ns),
                 lane,
                 left if lane == top else None,
-                last=lane == min(lanes),
+                last=lane == lowest,
+                sweep=sweep and lane == lowest,
             ),
             writes=frozenset([lane_key(lane)]),
+            reads=frozenset(lane_key(each) for each in lanes if lane == lowest < each),
             alone=lane == top,
             first=True,
         )
@@ -91,16 +102,20 @@ def _copies(
     left: list[bytes] | None,
     *,
     last: bool,
+    sweep: bool,
 ) -> Copies:
     """What comes in one lane; ``left`` is what has to go first, in the highest lane; the ``last`` one gives homes."""
     first = _First(translator, moment, at, lane)
 
     def made(after: Mark | None) -> Iterator[Step]:
-        given = None if after is None or after[1] != _GIVEN else after[0]
-        if given is None:
+        done = 0 if after is None or after[1] < _GIVEN else after[1]
+        given = after[0] if after is not None and done == _GIVEN else None
+        if not done:
             yield from copied(after)
-        if last:
+        if last and done < _SWEPT:
             yield from first.homes(given, at[1])
+        if sweep and done < _SWEPT:
+            yield Step([cmd.SweepReplicas(first.epoch)], (translator.home, _SWEPT), at[1])
 
     def copied(after: Mark | None) -> Iterator[Step]:
         if left is None:
@@ -132,6 +147,13 @@ class _First:
         self._lane = lane
         self._scope: Scope | None = None
         self._several: dict[bytes, list[Slot]] | None = None
+        self._given = zones.given_to(translator.scope(moment).state, translator.zone)
+
+    @property
+    def epoch(self) -> int:
+        """How often one of the two zones had been promoted in the other's place."""
+        row = zones.zone_row(self._moment.state, self._translator.zone)
+        return 0 if row is None else row.epoch
 
     def everything(self) -> Iterator[tuple[Copy, int]]:
         """The directories of all lanes, and what else is in this one."""
@@ -172,22 +194,18 @@ class _First:
         """Homes that were given to the zone, from the one after a capsule on."""
         scope = self._fresh()
         zone = zones.zone_row(scope.state, self._translator.zone)
-        rest = [capsule for capsule in self._given(scope) if after is None or capsule > after]
+        given = sorted(capsule for capsule in self._given if scope.lane(capsule) is not None)
+        rest = [capsule for capsule in given if after is None or capsule > after]
         for start in range(0, len(rest) if zone is not None else 0, STEP_PARTS):
             assert zone is not None
             some = rest[start : start + STEP_PARTS]
             commands = [self._translator.handed_over(scope, capsule, zone.epoch) for capsule in some]
             yield Step(commands, (some[-1], _GIVEN), time_ns)
 
-    def _given(self, scope: Scope) -> list[bytes]:
-        """Capsules the zone may have to take the home of; in scope, as if it were here still."""
-        given = zones.given_to(scope.state, self._translator.zone)
-        return sorted(capsule for capsule in given if scope.lane(capsule) is not None)
-
     def _fresh(self) -> Scope:
         """A scope that has remembered nothing yet, but shows what is given to the zone."""
         scope = self._translator.scope(self._moment)
-        for capsule in zones.given_to(scope.state, self._translator.zone):
+        for capsule in self._given:
             lane = self._translator.selection.lane(scope.state, scope.row(capsule).policy)
             if lane is not None and scope.alive(capsule):
                 scope.show(capsule, lane)
@@ -224,5 +242,6 @@ class _First:
         return found
 
     def _copied(self, scope: Scope, capsule: bytes, names: list[Slot]) -> Iterator[tuple[Copy, int]]:
-        at = Batch(self._position, self._time_ns, ())
+        # What was given to the zone is as it was then: if the zone took it, it did the rest itself.
+        at = Batch(self._given.get(capsule, self._position), self._time_ns, ())
         yield from timed(self._translator.copier, scope, self._moment, capsule, names, at)

@@ -835,6 +835,7 @@ _RULES: Final[Mapping[type[Any], Rule]] = {
     cmd.Copied: _only_in_a_shipment,
     cmd.PlaceCapsule: _only_in_a_shipment,
     cmd.WithdrawCapsule: _only_in_a_shipment,
+    cmd.SweepReplicas: _only_in_a_shipment,
     cmd.ReceiveShipment: _receive_shipment,
     cmd.RecordShipment: homes.record_shipment,
     cmd.RecordRefusal: homes.record_refusal,

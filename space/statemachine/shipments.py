@@ -28,6 +28,7 @@ from space.statemachine.apply import Context, apply, clone_id
 from space.statemachine.decision import Decision, PayloadPlacer, Rejected, Rules, capsule_text, inside
 from space.statemachine.tables import (
     ENTRY,
+    HOME,
     KEY,
     MOVED,
     REPLICA,
@@ -42,6 +43,12 @@ from space.statemachine.zones import ZoneRow
 
 TRIED: Final = U63_MAX
 """Position at which events are tried: later than all there are, as the one they will have."""
+
+SWEEP_EVENTS_MAX: Final = EVENTS_MAX // 2
+"""Events after which no more is swept: they are one entry, and a refused one would come again for ever.
+
+Enough for all an entry or two can have told to delete.  What is left goes with the next first copy.
+"""
 
 _DIRECTORY: Final = ev.Kind.DIRECTORY
 FRAME_BYTES: Final = 48
@@ -102,6 +109,26 @@ def names_in(state: Overlay, zone: bytes, directory: bytes, row: CapsuleRow) -> 
     known = zones.zone_row(state, zone)
     lost = known is not None and (known.lost or any(each.lost for _, each in inherited))
     return bool(lost) and directory != ZONES
+
+
+def names_of(state: Overlay, capsule: bytes, row: CapsuleRow, likely: Iterable[Name] = ()) -> list[Name]:
+    """Every name of a capsule; those that are ``likely``, and those in its last directory, are found quickly."""
+    count = min(row.nlink, 1) if row.kind == _DIRECTORY else row.nlink
+    found: dict[Name, None] = {}
+    for parent, name in likely:
+        if len(found) < count and _at(state, parent, name) == [capsule]:
+            found[parent, name] = None
+    for prefix in (row.parent, b""):
+        if len(found) >= count:
+            break
+        found |= dict.fromkeys(_search(state, capsule, prefix))
+    return list(found)
+
+
+def _search(state: Overlay, capsule: bytes, prefix: bytes) -> Iterator[Name]:
+    for key, value in state.scan(ENTRY, prefix):
+        if EntryRow.decode(value).capsule == capsule:
+            yield key[:ID_BYTES], key[ID_BYTES:]
 
 
 def receive(state: Overlay, command: cmd.ReceiveShipment, payload: PayloadPlacer, rules: Rules) -> Decision:
@@ -316,6 +343,8 @@ class _Delivery:
                 self._snapshot(command)
             case cmd.TakeHome():
                 self._take_home(command)
+            case cmd.SweepReplicas():
+                self._sweep(taken_over=command.epoch == self._row.epoch)
             case cmd.Unlink() | cmd.Rename():
                 leads_to = _at(self._tried, command.parent, command.name)
                 if not leads_to or not self._passed_over(leads_to[0]):
@@ -441,9 +470,11 @@ class _Delivery:
         """What comes from its home has it here from now on.  Else it stays fenced there, until it is taken back."""
         capsule = bytes(command.capsule)
         row, home = self._tried.capsule(capsule), zones.home_row(self._tried, capsule)
-        if row is None or row.deleted or row.key != command.key or not self._is_home(capsule, row):
+        if row is None or row.deleted or not self._is_home(capsule, row):
             return
-        if (home is not None and home.copy) or command.epoch != self._row.epoch:
+        if home is not None and home.position and not self._further(capsule):
+            self._carried[capsule] = True  # it is there, whoever its home is
+        if row.key != command.key or (home is not None and home.copy) or command.epoch != self._row.epoch:
             return
         came = home.came if home is not None and home.zone == self._zone else 0
         if max(self._row.declined, came) < command.given <= self._command.through_position:
@@ -465,7 +496,7 @@ class _Delivery:
     def _place(self, capsule: bytes, names: Iterable[Name], gone: Iterable[Name]) -> None:
         row = self._ours(capsule)
         asked = [(bytes(parent), bytes(name)) for parent, name in names]
-        has = self._names_of(capsule, row, [*asked, *gone, self._apart(capsule)])
+        has = names_of(self._tried, capsule, row, [*asked, *gone, self._apart(capsule)])
         stays = [name for name in has if self._keeps(capsule, name, gone)]
         if row.kind == _DIRECTORY and stays:
             return
@@ -490,7 +521,7 @@ class _Delivery:
 
     def _unname(self, capsule: bytes) -> None:
         """What was another zone's has no name until the last part of a copy gives it some: it may have none there."""
-        names = self._names_of(capsule, self._ours(capsule), [self._apart(capsule)])
+        names = names_of(self._tried, capsule, self._ours(capsule), [self._apart(capsule)])
         self._happen(*(ev.NameUnlinked(capsule, *name) for name in names))
 
     def _keeps(self, capsule: bytes, name: Name, gone: Iterable[Name]) -> bool:
@@ -525,26 +556,11 @@ class _Delivery:
                 continue
             if row is None or not self._is_home(holder, row) or self._further(holder):
                 return False
-            self._happen(ev.NameUnlinked(holder, *name))
+            if self._command.through_step and (row.nlink == 1 or row.kind == _DIRECTORY):
+                self._move_apart(holder, name)  # its own comes with another step, or never
+            else:
+                self._happen(ev.NameUnlinked(holder, *name))
         return True
-
-    def _names_of(self, capsule: bytes, row: CapsuleRow, likely: Iterable[Name]) -> list[Name]:
-        """Every name of a capsule; those that are ``likely``, and those in its last directory, are found quickly."""
-        count = min(row.nlink, 1) if row.kind == _DIRECTORY else row.nlink
-        found: dict[Name, None] = {}
-        for parent, name in likely:
-            if len(found) < count and _at(self._tried, parent, name) == [capsule]:
-                found[parent, name] = None
-        for prefix in (row.parent, b""):
-            if len(found) >= count:
-                break
-            found |= dict.fromkeys(self._search(capsule, prefix))
-        return list(found)
-
-    def _search(self, capsule: bytes, prefix: bytes) -> Iterator[Name]:
-        for key, value in self._tried.scan(ENTRY, prefix):
-            if EntryRow.decode(value).capsule == capsule:
-                yield key[:ID_BYTES], key[ID_BYTES:]
 
     def _withdraw(self, capsule: bytes) -> None:
         """Deletes a replica; what is in a directory, and still shipped, hangs apart.
@@ -558,7 +574,7 @@ class _Delivery:
             ]
             for name, child in inner:  # also what is this store's own: it must not go with what others delete
                 self._move_apart(child, (capsule, name))
-        names = self._names_of(capsule, row, [self._apart(capsule)])
+        names = names_of(self._tried, capsule, row, [self._apart(capsule)])
         self._happen(*(ev.NameUnlinked(capsule, *name) for name in names))
         self._happen(ev.CapsuleWithdrawn(capsule, self._zone, self._command.through_position))
 
@@ -651,6 +667,7 @@ class _Delivery:
     def _empty(self, directory: bytes) -> None:
         """What an older replica of a directory held loses its name in it; what is still there comes with its own.
 
+        Only where that comes in the same entry, or nobody saw any of it: see :meth:`_sweep` for what comes in steps.
         What has its home here, given or taken back, stays; so does what had it here when the directory was copied:
         it came back by another way since, or was given back and is on its way.
         """
@@ -659,11 +676,46 @@ class _Delivery:
             row, home = self._tried.capsule(child), zones.home_row(self._tried, child)
             if row is not None and not self._is_home(child, row):
                 continue
-            untold = home is not None and not (home.here or home.position)
-            if home is not None and home.moved and (untold or self._further(child)):
+            if home is not None and home.moved and (_is_untold(home) or self._further(child)):
                 continue
             self._ours(child)
             self._happen(ev.NameUnlinked(child, directory, name))
+
+    def _sweep(self, *, taken_over: bool) -> None:
+        """Deletes replicas a first copy did not name: their home has none of them any more, and need not know of them.
+
+        Until then they keep their names, as what has not come again yet does: if the zone's place is taken half way,
+        everything is there.
+        """
+        stale = [each for each in self._candidates(taken_over) if self._is_stale(each)]
+        for directories in (False, True):
+            for capsule in stale:
+                row = self._tried.capsule(capsule)
+                if row is None or (row.kind == _DIRECTORY) != directories:
+                    continue
+                if len(self._events) + row.nlink + row.entries > SWEEP_EVENTS_MAX:
+                    return
+                self._withdraw(capsule)
+
+    def _candidates(self, taken_over: bool) -> Iterator[bytes]:
+        """What may have its home in the shipping zone; with what was ``taken_over`` from here, or without."""
+        for capsule, value in self._state.scan(HOME, b""):
+            row = self._state.capsule(capsule)
+            came = row is not None and row.ino > self._row.returned
+            if zones.HomeRow.decode(value).zone == self._zone and (taken_over or came):
+                yield capsule
+        for capsule, _ in zones.sent_capsules(self._state, self._zone) if taken_over else ():
+            if zones.home_row(self._state, capsule) is None:
+                yield capsule
+
+    def _is_stale(self, capsule: bytes) -> bool:
+        """Whether a capsule has its home in the shipping zone, and had come less far than all that zone has."""
+        row, home = self._state.capsule(capsule), zones.home_row(self._state, capsule)
+        if row is None or row.deleted or capsule in (zone_root(self._zone), zone_capsules(self._zone)):
+            return False
+        if not self._is_home(capsule, row) or self._further(capsule):
+            return False
+        return home is None or not home.moved or not _is_untold(home)
 
     def _begin_copy(self, command: cmd.CreateCapsule) -> bool:
         """Makes a capsule, or empties the one that is there; whether that was another zone's."""
@@ -678,9 +730,11 @@ class _Delivery:
         nobodys = self._is_nobodys(capsule, row, zones.home_row(self._tried, capsule))
         if nobodys:
             self._happen(self._homed(capsule, 0))
-        if row.deleted:
+        deleted = bool(row.deleted)
+        if deleted:
             self._happen(*self._rule(cmd.Undelete(capsule, *self._apart(capsule))))
-        self._empty(capsule)
+        if deleted or not self._command.through_step:
+            self._empty(capsule)
         if row.size:
             self._happen(ev.RangeDeallocated(capsule, 0, row.size))
         if row.size != command.size:
@@ -692,6 +746,11 @@ class _Delivery:
         if command.key is not None and not (nobodys and command.key.key == row.key):
             self._happen(self._key(capsule, command.key))
         return nobodys
+
+
+def _is_untold(home: zones.HomeRow) -> bool:
+    """Whether nothing was heard of a capsule since its home was given to the zone that is to tell of it."""
+    return not (home.here or home.position)
 
 
 def _not_found_again(frame: cmd.StoredFrame) -> cmd.StoredFrame:

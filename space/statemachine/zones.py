@@ -256,10 +256,10 @@ def reached(state: Overlay, number: bytes, zone: ZoneRow, capsule: bytes) -> int
     home = home_row(state, capsule)
     if home is None or home.here or home.zone != number:
         return zone.base
-    if (
-        home.moved
-    ):  # what that zone did to it comes in its stream, from before it took this one's place as well
-        return home.position
+    if home.moved:
+        # What that zone did to it comes in its stream, from before it took this one's place as well; what it did before
+        # it gave the home away was all here when that was taken.
+        return max(home.position, home.came)
     return max(home.position, zone.base) if row.ino <= zone.returned else home.position
 
 
