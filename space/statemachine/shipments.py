@@ -698,15 +698,22 @@ class _Delivery:
                 self._withdraw(capsule)
 
     def _candidates(self, taken_over: bool) -> Iterator[bytes]:
-        """What may have its home in the shipping zone; with what was ``taken_over`` from here, or without."""
+        """What may have its home in the shipping zone; with what that zone took over from this store, or without."""
         for capsule, value in self._state.scan(HOME, b""):
-            row = self._state.capsule(capsule)
-            came = row is not None and row.ino > self._row.returned
-            if zones.HomeRow.decode(value).zone == self._zone and (taken_over or came):
+            home = zones.HomeRow.decode(value)
+            if home.zone == self._zone and (taken_over or not self._was_ours(capsule)):
                 yield capsule
         for capsule, _ in zones.sent_capsules(self._state, self._zone) if taken_over else ():
             if zones.home_row(self._state, capsule) is None:
                 yield capsule
+
+    def _was_ours(self, capsule: bytes) -> bool:
+        """Whether the zone took a capsule over from this store."""
+        row = self._state.capsule(capsule)
+        if row is None or not self._row.lost:
+            return False
+        sent = zones.sent_as_of(self._state, self._zone, capsule)
+        return row.ino <= self._row.returned or 0 < sent <= self._row.lost
 
     def _is_stale(self, capsule: bytes) -> bool:
         """Whether a capsule has its home in the shipping zone, and had come less far than all that zone has."""
