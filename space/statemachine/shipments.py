@@ -676,7 +676,7 @@ class _Delivery:
             row, home = self._tried.capsule(child), zones.home_row(self._tried, child)
             if row is not None and not self._is_home(child, row):
                 continue
-            if home is not None and home.moved and (_is_untold(home) or self._further(child)):
+            if home is not None and home.moved and (self._is_untold(home) or self._further(child)):
                 continue
             self._ours(child)
             self._happen(ev.NameUnlinked(child, directory, name))
@@ -701,19 +701,19 @@ class _Delivery:
         """What may have its home in the shipping zone; with what that zone took over from this store, or without."""
         for capsule, value in self._state.scan(HOME, b""):
             home = zones.HomeRow.decode(value)
-            if home.zone == self._zone and (taken_over or not self._was_ours(capsule)):
+            if home.zone == self._zone and (taken_over or not self._was_ours(capsule, home)):
                 yield capsule
         for capsule, _ in zones.sent_capsules(self._state, self._zone) if taken_over else ():
             if zones.home_row(self._state, capsule) is None:
                 yield capsule
 
-    def _was_ours(self, capsule: bytes) -> bool:
+    def _was_ours(self, capsule: bytes, home: zones.HomeRow) -> bool:
         """Whether the zone took a capsule over from this store."""
-        row = self._state.capsule(capsule)
-        if row is None or not self._row.lost:
+        row, lost = self._state.capsule(capsule), self._row.lost
+        if row is None or not lost:
             return False
         sent = zones.sent_as_of(self._state, self._zone, capsule)
-        return row.ino <= self._row.returned or 0 < sent <= self._row.lost
+        return row.ino <= self._row.returned or 0 < sent <= lost or 0 < home.moved <= lost
 
     def _is_stale(self, capsule: bytes) -> bool:
         """Whether a capsule has its home in the shipping zone, and had come less far than all that zone has."""
@@ -722,7 +722,14 @@ class _Delivery:
             return False
         if not self._is_home(capsule, row) or self._further(capsule):
             return False
-        return home is None or not home.moved or not _is_untold(home)
+        return home is None or not self._is_untold(home)
+
+    def _is_untold(self, home: zones.HomeRow) -> bool:
+        """Whether the zone has told nothing of a capsule since its home was given to it, and may not have taken it.
+
+        What was given before the zone took this store's place has its home there, whether it was taken or not.
+        """
+        return home.moved > self._row.parted and not (home.here or home.position)
 
     def _begin_copy(self, command: cmd.CreateCapsule) -> bool:
         """Makes a capsule, or empties the one that is there; whether that was another zone's."""
@@ -753,11 +760,6 @@ class _Delivery:
         if command.key is not None and not (nobodys and command.key.key == row.key):
             self._happen(self._key(capsule, command.key))
         return nobodys
-
-
-def _is_untold(home: zones.HomeRow) -> bool:
-    """Whether nothing was heard of a capsule since its home was given to the zone that is to tell of it."""
-    return not (home.here or home.position)
 
 
 def _not_found_again(frame: cmd.StoredFrame) -> cmd.StoredFrame:
