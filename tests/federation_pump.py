@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import space
 from space._errors import UnavailableError
@@ -20,7 +20,11 @@ from space._node.federation_zones import Zones
 from space._node.store import Store
 from space.events.ids import CapsuleId
 from space.federation.exchange import Peer
+from space.federation.translate import missing_capsule
 from tests.federation_support import introduce
+
+LACKING_MAX: Final = 100
+"""Capsules a target turns out not to have before it is no accident."""
 
 
 class Pump:
@@ -56,13 +60,18 @@ class Pump:
         """Ships up to so many; returns how many there were.
 
         Raises:
-            SpaceError: one was refused.
+            SpaceError: one was refused, and not because the target lacks a capsule, which it gets then.
         """
-        count = 0
+        count = lacking = 0
         while count < shipments and (outgoing := self.source.next()) is not None:
             received = self.receiver.receive(self.peer, [outgoing.body])
             if received.error is not None:
-                raise received.error
+                self.source.refused(received.error)
+                lacking += 1
+                if missing_capsule(received.error) is None or lacking > LACKING_MAX:
+                    raise received.error
+                self.connect()
+                continue
             self.source.acknowledged(outgoing, received.cursors[0])
             self.shipped_bytes += len(outgoing.body)
             count += 1

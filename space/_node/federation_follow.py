@@ -13,7 +13,7 @@ this zone, whatever the policies of what is in it said: it is what the other zon
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -329,21 +329,28 @@ class _Fork:
             return None
         return {"branch": made.path, "capsules": [str(CapsuleId(each)) for each in made.aside]}
 
-    def _as_there(self, scope: Scope, capsule: bytes, then: _State, now: _State) -> _State:
+    def _as_there(
+        self, scope: Scope, capsule: bytes, then: _State, now: _State, forks: Container[bytes]
+    ) -> _State:
         """A capsule at its fork, as the other zone has it.
 
         One whose home came from that zone had its policy changed then, of which that zone may not have heard; and it
-        kept the names it has in directories whose home is there, which nobody here gives or takes.
+        kept the names it has in directories whose home is there, which nobody here gives or takes: not so in those that
+        were given to that zone, and not taken (they are among ``forks``).
         """
         home = rows.home_row(scope.state, capsule)
         if home is None or not home.since or home.zone != self._zone.id:
             return then
         if not (home.here or scope.moved(capsule)):  # taken over since
             return then
-        kept = [slot for slot in now.names if scope.moved(slot[0])]
-        if kept or any(scope.moved(parent) for parent, _ in then.names):
+
+        def theirs(parent: bytes) -> bool:
+            return parent not in forks and scope.moved(parent)
+
+        kept = [slot for slot in now.names if theirs(slot[0])]
+        if kept or any(theirs(parent) for parent, _ in then.names):
             here = () if then.row.kind == Kind.DIRECTORY else then.names
-            names = [*kept, *(slot for slot in here if not scope.moved(slot[0]))]
+            names = [*kept, *(slot for slot in here if not theirs(slot[0]))]
             then = attrs.evolve(then, names=names or now.names)
         if self._reached.get(capsule, _NOT_ASKED).position >= home.since:
             return then
@@ -382,7 +389,7 @@ class _Fork:
         for capsule, names in names_of(made.scope, forks).items():
             then, now = self._then[capsule][1], made.state(capsule, names)
             if then is not None and now is not None:
-                pairs.append((capsule, self._as_there(made.scope, capsule, then, now), now))
+                pairs.append((capsule, self._as_there(made.scope, capsule, then, now, forks), now))
         for capsule, then, now in pairs:
             made.keep(capsule, then, now)
         made.clear([each for each in pairs if each[1].row.kind == Kind.DIRECTORY])

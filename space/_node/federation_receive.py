@@ -26,7 +26,7 @@ from space._node.federation_move import residences
 from space._node.federation_promote import ASKED_MAX, arrivals
 from space.events import commands as cmd
 from space.events.commands import Command, Durability, Request
-from space.events.ids import ID_BYTES
+from space.events.ids import ID_BYTES, zone_root
 from space.federation.arrival import Recode, arrived
 from space.federation.exchange import VERSION, Peer
 from space.federation.sealing import is_for_home, open_key
@@ -34,7 +34,7 @@ from space.federation.selection import Selection
 from space.federation.server import Received
 from space.federation.shipment import Shipment, decode_shipment
 from space.statemachine import zones as rows
-from space.statemachine.tables import CAPSULE, HOME, POLICY, U32, CapsuleRow, Overlay
+from space.statemachine.tables import CAPSULE, POLICY, U32, CapsuleRow, Overlay
 
 if TYPE_CHECKING:
     from space._node.federation_zones import Zone, Zones
@@ -96,7 +96,9 @@ class ZoneReceiver:
             streams = rows.cursors(txn, peer.id)
             promoted = 0 if row is None else rows.begins_at(txn, peer.id, row)
             own = promoted > 0 and _has_own(txn, peer.name)
-            forgotten = row is not None and not streams and _came_before(txn, peer.id, row)
+            # Something of it came before this store followed it, and it was removed and added since.
+            began = txn.get(CAPSULE, bytes(zone_root(peer.id))) is not None
+            forgotten = row is not None and row.base > 0 and not streams and began
             third = _third(txn, peer.id)
         return {
             "epoch": 0 if row is None else row.epoch,
@@ -264,12 +266,6 @@ def _ids(capsules: Sequence[str]) -> list[bytes]:
     if len(found) > ASKED_MAX or any(len(each) != ID_BYTES for each in found):
         raise UsageError(f"not the ids of 1 to {ASKED_MAX} capsules", hint="is the other zone newer?")
     return found
-
-
-def _came_before(txn: ReadTransaction, zone: bytes, row: rows.ZoneRow) -> bool:
-    """Whether a zone that took this one's place was removed and added since: more came than where it began."""
-    homes = (rows.HomeRow.decode(value) for _, value in txn.scan(HOME, b"")) if row.base else ()
-    return any(home.zone == zone and home.position > row.base for home in homes)
 
 
 def _third(txn: ReadTransaction, peer: bytes) -> Document:
