@@ -14,7 +14,7 @@ from space.events.registry import DOCUMENT_BYTES_MAX, U32_MAX, U63_MAX
 from space.statemachine import zones
 from space.statemachine.apply import Context, apply, tree_nodes
 from space.statemachine.decision import Decision, PayloadPlacer, Rejected, Rules, capsule_text
-from space.statemachine.shipments import TRIED, touched
+from space.statemachine.shipments import TRIED, names_of, touched
 from space.statemachine.tables import (
     CAPSULE,
     ENTRY,
@@ -328,9 +328,7 @@ def _incomplete(state: Overlay, command: cmd.PromoteZone) -> list[ev.Event] | Re
         row, home = state.capsule(capsule), zones.home_row(state, capsule)
         if row is None or home is None or home.zone != command.zone or not home.copy:
             return Rejected(Status.STALE, f"capsule {capsule_text(capsule)} is no half of a copy: look again")
-        apart = (bytes(zone_capsules(command.zone)), capsule_text(capsule).encode())
-        if state.get(ENTRY, apart[0] + apart[1]) is not None:
-            events.append(ev.NameUnlinked(bytes(capsule), *apart))
+        events += [ev.NameUnlinked(bytes(capsule), *name) for name in names_of(state, capsule, row)]
     if command.incomplete:
         events.append(ev.CapsulesPurged(bytes(ROOT), b"".join(command.incomplete)))
     return events

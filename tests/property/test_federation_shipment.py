@@ -36,6 +36,7 @@ CONTENT = st.one_of(
 COMMANDS = st.one_of(
     CONTENT,
     st.builds(cmd.WithdrawCapsule, IDS),
+    st.builds(cmd.SweepReplicas, st.integers(0, 2**32 - 1)),
     st.builds(
         cmd.Copied,
         IDS,

@@ -59,6 +59,7 @@ SAMPLES: list[cmd.Command] = [
     cmd.RemoveZone(B),
     cmd.Copied(A, 5, 0, True, [cmd.CreateCapsule(A)], (1, 2, 3, -4)),
     cmd.WithdrawCapsule(A),
+    cmd.SweepReplicas(3),
     cmd.GiveHomes(B, [A]),
     cmd.TakeHome(A, b"policy", 3, 1, 7),
     cmd.DeclineHomes(B, 7),
