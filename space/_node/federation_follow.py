@@ -142,6 +142,23 @@ def _is_elsewhere(pair: Pair) -> bool:
     return set(then.names) != set(now.names) or bool(then.row.deleted) != bool(now.row.deleted)
 
 
+def _claims(
+    scope: Scope, pairs: Iterable[Pair], forks: dict[bytes, int], theirs: Container[bytes]
+) -> dict[Slot, bytes]:
+    """What has each name in the other zone, of several that had it at their forks: the one that came there last.
+
+    What has not changed since its fork, and has the name here, got it after all others.
+    """
+    claims: dict[Slot, bytes] = {}
+    for capsule, then, _ in sorted(pairs, key=lambda pair: forks[pair[0]]):
+        claims |= dict.fromkeys(then.names, capsule)
+    for slot in claims:
+        holder = scope.entry(slot)
+        if holder is not None and holder in theirs and holder not in forks:
+            claims[slot] = holder
+    return claims
+
+
 def follow(store: Store, zone: Zone, promotion: Promotion, ask: Ask) -> Document:
     """Gives up the home of what ``zone`` took over, and sets aside what it does not have.
 
@@ -390,16 +407,27 @@ class _Fork:
             then, now = self._then[capsule][1], made.state(capsule, names)
             if then is not None and now is not None:
                 pairs.append((capsule, self._as_there(made.scope, capsule, then, now, forks), now))
+        made.claims = _claims(made.scope, pairs, forks, theirs)
         for capsule, then, now in pairs:
             made.keep(capsule, then, now)
         made.clear([each for each in pairs if each[1].row.kind == Kind.DIRECTORY])
-        for directory in dict.fromkeys((*made.tops, *forks, *self._with_taken_over(made.scope, theirs))):
+        older = (*self._with_taken_over(made.scope, theirs), *self._copied(made.scope, theirs))
+        for directory in dict.fromkeys((*made.tops, *forks, *older)):
             made.take_new(directory, theirs, self._all_there)
         made.place([each for each in pairs if each[1].row.kind != Kind.DIRECTORY])
         for capsule, then, now in pairs:
             made.restore(capsule, then, now)
             made.times.append((capsule, self._times(capsule, then)))
         made.close()
+
+    def _copied(self, scope: Scope, theirs: Iterable[bytes]) -> Iterator[bytes]:
+        """Directories that have not changed since they came there, before all that was in them had."""
+        for capsule in sorted(theirs):
+            row = scope.state.capsule(capsule)
+            late = row is not None and row.kind == Kind.DIRECTORY and row.change > self._all_there
+            if late and not scope.moved(capsule):
+                yield capsule
+            scope.forget()
 
 
 class Setting:
@@ -424,6 +452,8 @@ class Setting:
         self._parked: dict[bytes, Slot] = {}
         self._directories: list[Pair] = []
         self._given: set[Slot] = set()
+        self.claims: dict[Slot, bytes] = {}
+        """What gets a name that several have had."""
 
     @property
     def path(self) -> str | None:
@@ -667,9 +697,7 @@ class Setting:
 
     def _arrive(self, capsule: bytes, names: Sequence[Slot]) -> None:
         for slot in names:
-            if (
-                slot in self._given
-            ):  # of two that came by different lanes, and had one name at different times
+            if slot in self._given or self.claims.get(slot, capsule) != capsule:
                 continue
             self._given.add(slot)
             self._vacate(slot, capsule)

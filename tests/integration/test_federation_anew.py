@@ -12,6 +12,7 @@ from space._node.federation_audit import audit
 from space._node.federation_move import move
 from space._node.federation_promote import promote
 from space._node.federation_zones import Zones
+from space._node.store import Store
 from space.federation import stream, translate
 from tests.federation_pump import Pumped, pumped
 from tests.federation_support import introduce, shared
@@ -59,6 +60,14 @@ def forgotten(zones: Pumped) -> None:
     zones.reopen()
 
 
+def moved_about(oslo: Store) -> None:
+    """Names of the home's go to something else, one after the other."""
+    oslo.mv(f"{HERE}/dir", f"{HERE}/e")
+    oslo.mv(f"{HERE}/a", f"{HERE}/e/a")
+    oslo.mv(f"{HERE}/b", f"{HERE}/a")
+    oslo.put(b"new", name=f"{HERE}/b")
+
+
 def alike(zones: Pumped) -> None:
     """Both zones have the same, and prove what they sent."""
     assert seen(zones.oslo, HERE) == seen(zones.paris, THERE)
@@ -89,15 +98,10 @@ def test_names_stay_while_everything_is_copied_anew(two: Pumped) -> None:
 def test_what_changed_meanwhile_is_exact_in_the_end(two: Pumped) -> None:
     """Nothing is without a name half way, also what lost its own to something else; in the end all is as at home."""
     had = set(names(two).values())
+    two.oslo.rm(f"{HERE}/c")
+    moved_about(two.oslo)
     forgotten(two)
-    oslo = two.oslo
-    oslo.rm(f"{HERE}/c")
-    oslo.mv(f"{HERE}/dir", f"{HERE}/c")
-    oslo.mv(f"{HERE}/a", f"{HERE}/c/a")
-    oslo.mv(f"{HERE}/b", f"{HERE}/a")
-    oslo.put(b"new", name=f"{HERE}/b")
-    two.reopen()
-    gone = had - {bytes(found[0]) for found in seen(oslo, HERE).values()}
+    gone = had - {bytes(found[0]) for found in seen(two.oslo, HERE).values()}
     assert len(gone) == 1
     while two.there.run(1):
         apart = {bytes(stat.id) for _, stat in two.paris.walk(two.paris.resolve("/zones/oslo/.capsules"))}
@@ -108,7 +112,7 @@ def test_what_changed_meanwhile_is_exact_in_the_end(two: Pumped) -> None:
 
 def test_what_the_home_does_not_know_any_more_goes_in_the_end(two: Pumped) -> None:
     """A removal that left and never came is made up for by the next copy of everything, also in the zone's own root."""
-    oslo, paris = two.oslo, two.paris
+    oslo = two.oslo
     oslo.put(b"top", name="/top", policy=shared("paris"))
     two.settle()
     oslo.rm("/top")
@@ -116,7 +120,7 @@ def test_what_the_home_does_not_know_any_more_goes_in_the_end(two: Pumped) -> No
     assert two.there.source.next() is not None  # recorded as sent, and lost
     forgotten(two)
     two.there.run()
-    assert [name for name, _ in paris.walk(paris.resolve("/zones/oslo"))] == [
+    assert [name for name, _ in two.paris.walk(two.paris.resolve("/zones/oslo"))] == [
         b"",
         b".capsules",
         b"all",
@@ -133,17 +137,11 @@ def test_what_the_home_does_not_know_any_more_goes_in_the_end(two: Pumped) -> No
 @pytest.mark.parametrize("shipments", range(1, SHIPMENTS))
 def test_a_promotion_while_everything_is_copied_anew(two: Pumped, shipments: int, changed: bool) -> None:
     """Wherever the copy is cut, the zone that takes over has everything under a name, and the old home the same."""
-    oslo, paris = two.oslo, two.paris
     had = names(two)
-    forgotten(two)
     if changed:
-        oslo = two.oslo
-        oslo.mv(f"{HERE}/dir", f"{HERE}/e")
-        oslo.mv(f"{HERE}/a", f"{HERE}/e/a")
-        oslo.mv(f"{HERE}/b", f"{HERE}/a")
-        oslo.put(b"new", name=f"{HERE}/b")
-        two.reopen()
-    oslo, paris = two.oslo, two.paris
+        moved_about(two.oslo)
+    forgotten(two)
+    paris = two.paris
     two.there.run(shipments)
     promote(paris, Zones(paris), "oslo")
     apart = {bytes(stat.id) for _, stat in paris.walk(paris.resolve("/zones/oslo/.capsules"))}
