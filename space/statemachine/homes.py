@@ -378,10 +378,17 @@ def lose(state: Overlay, command: cmd.LoseHome, payload: PayloadPlacer, rules: R
         theirs = row is not None and zones.home_of(tried, capsule, row) == command.zone
         if not theirs and capsule not in command.given:
             return Rejected(Status.INVALID, f"capsule {capsule_text(capsule)} goes to no other home")
-        happen(ev.CapsuleHomed(bytes(capsule), bytes(command.zone), command.position, 0, 0, *times))
+        position = max(command.position, _came(state, command.zone, capsule))
+        happen(ev.CapsuleHomed(bytes(capsule), bytes(command.zone), position, 0, 0, *times))
     if len(events) > EVENTS_MAX:
         return Rejected(Status.TOO_LARGE, f"{len(events)} events to set aside what was not shipped")
     return events
+
+
+def _came(state: Overlay, zone: bytes, capsule: bytes) -> int:
+    """The position of a zone's log at which the home of a capsule was last taken from there; 0 if it never was."""
+    home = zones.home_row(state, capsule)
+    return home.came if home is not None and home.zone == zone else 0
 
 
 def _happening(tried: Overlay, *, links: bool = False) -> tuple[list[ev.Event], Callable[..., None]]:

@@ -249,16 +249,20 @@ def replicas(state: Overlay, zone: bytes) -> Iterator[bytes]:
 
 
 def reached(state: Overlay, number: bytes, zone: ZoneRow, capsule: bytes) -> int:
-    """The position of its home's log that a replica of ``zone``, of that id, has come to; 0 for what is not here."""
+    """The position of its home's log that a replica of ``zone``, of that id, has come to; 0 for what is not here.
+
+    What that zone did before it gave the home away was all here when that was taken, whoever has it now.
+    """
     row = state.capsule(capsule)
     if row is None:
         return 0
     home = home_row(state, capsule)
-    if home is None or home.here or home.zone != number:
+    if home is None or home.zone != number:
         return zone.base
+    if home.here:
+        return max(zone.base, home.came)
     if home.moved:
-        # What that zone did to it comes in its stream, from before it took this one's place as well; what it did before
-        # it gave the home away was all here when that was taken.
+        # What that zone did to it comes in its stream, from before it took this one's place as well.
         return max(home.position, home.came)
     return max(home.position, zone.base) if row.ino <= zone.returned else home.position
 
