@@ -2,7 +2,9 @@
 
 Two stores are zones of each other, with one tree that both have.  Files and directories of it go to the other zone and
 back; both sides try to change everything all the time, as users would; shipments stop anywhere, senders forget what
-they knew, hand-overs are taken back, and now and then one zone takes the other one's place.  What holds:
+they knew, hand-overs are taken back, and now and then one zone takes the other one's place.  In runs of
+:func:`simulate_anew` zones are removed and added again besides, so that everything comes anew, and in half of these
+each capsule of a copy goes in a shipment of its own, so that copies are cut everywhere.  What holds:
 
 * No capsule ever has its home in both zones, and none was changed where its home is not, unless a zone took the other
   one's place and that one does not know yet.
@@ -10,7 +12,8 @@ they knew, hand-overs are taken back, and now and then one zone takes the other 
   what moved is where it always was.
 * Both logs prove what they sent, and are sound.
 
-A run is a function of its seed.  ``python -m tests.chaos.federation_moves_sim [RUNS [FIRST_SEED]]`` runs many.
+A run is a function of its seed.  ``python -m tests.chaos.federation_moves_sim [RUNS [FIRST_SEED]]`` runs many of both
+kinds.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Final
+from unittest import mock
 
 from space._errors import ConflictError, NotFoundError, RefusedError, UnavailableError
 from space._node.federation_audit import audit
@@ -30,11 +34,12 @@ from space._node.federation_promote import promote
 from space._node.federation_zones import Zones
 from space._node.store import Store
 from space.events.types import Kind
+from space.federation import stream, translate
 from space.statemachine import zones as rows
 from space.statemachine.tables import Overlay
 from tests.chaos.swarm import main
 from tests.federation_pump import Pump, Pumped, pumped
-from tests.federation_support import shared
+from tests.federation_support import introduce, shared
 from tests.property.test_federation_follow import act, below, seen
 
 STEPS: Final = 60
@@ -47,10 +52,13 @@ TOPS: Final = {"oslo": "/all", "paris": "/zones/oslo/all"}
 
 
 class Run:
-    """One run; ``counts`` says what happened in it."""
+    """One run; ``counts`` says what happened in it.  With ``anew`` zones are removed and added."""
 
-    def __init__(self, zones: Pumped, seed: int) -> None:
+    def __init__(self, zones: Pumped, seed: int, *, anew: bool = False) -> None:
         self.zones = zones
+        self.kinds = ["act"] * 8 + ["ship"] * 6 + ["move"] * 5 + ["back", "restart", "settle", "promote"]
+        if anew:
+            self.kinds += ["forget"]
         self.random = random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.promotions = 0
@@ -74,8 +82,7 @@ class Run:
 
     def step(self) -> None:
         """Something that happens."""
-        kinds = ["act"] * 8 + ["ship"] * 6 + ["move"] * 5 + ["back", "restart", "settle", "promote"]
-        kind = self.random.choice(kinds)
+        kind = self.random.choice(self.kinds)
         getattr(self, f"_{kind}")()
 
     def _store(self, name: str) -> Store:
@@ -105,6 +112,20 @@ class Run:
         name = self._one()
         self.zones.restart(name)
         self._pump(name).connect()
+
+    def _forget(self) -> None:
+        """A zone removes the other one, and adds it again."""
+        name = self._one()
+        other = "paris" if name == "oslo" else "oslo"
+        store = self._store(name)
+        Zones(store).remove(other, sure=True)
+        introduce(store, self._store(other), f"https://{other}:1")
+        for each in (name, other):
+            self.zones.restart(each)
+        for pump in (self.zones.there, self.zones.back):
+            with contextlib.suppress(UnavailableError):
+                pump.connect()
+        self.counts["forgotten"] += 1
 
     def _settle(self) -> None:
         self.zones.settle()
@@ -214,11 +235,24 @@ def simulate(seed: int) -> Counter[str]:
         AssertionError: something does not hold.
         SpaceError: something was refused that must not be.
     """
+    return _simulated(seed, anew=False)
+
+
+def simulate_anew(seed: int) -> Counter[str]:
+    """A run in which zones are removed and added again; else as :func:`simulate`."""
+    with contextlib.ExitStack() as stack:
+        if seed % 2:
+            stack.enter_context(mock.patch.object(stream, "SHIPMENT_BYTES", 1))
+            stack.enter_context(mock.patch.object(translate, "STEP_PARTS", 1))
+        return _simulated(seed, anew=True)
+
+
+def _simulated(seed: int, *, anew: bool) -> Counter[str]:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, pumped(Path(directory)) as zones:
-        run = Run(zones, seed)
+        run = Run(zones, seed, anew=anew)
         run.run()
         return run.counts
 
 
 if __name__ == "__main__":
-    sys.exit(main(simulate, sys.argv[1:], runs=100))
+    sys.exit(main(lambda seed: simulate(seed) + simulate_anew(seed), sys.argv[1:], runs=100))

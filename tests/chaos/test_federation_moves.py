@@ -15,7 +15,7 @@ from space.federation import translate
 from space.statemachine import decide
 from space.statemachine.decision import Decision, PayloadPlacer
 from space.statemachine.tables import Overlay, Reader
-from tests.chaos.federation_moves_sim import simulate
+from tests.chaos.federation_moves_sim import simulate, simulate_anew
 from tests.chaos.swarm import swarm
 
 pytestmark = pytest.mark.requires("py:aiohttp")
@@ -46,6 +46,18 @@ def test_a_swarm_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert not failures
     if RUNS >= RUNS_FOR_EVERYTHING:
         assert [name for name in HAPPENS if not counts[name]] == []
+
+
+@pytest.mark.timeout(6 * 3600)
+def test_a_swarm_in_which_everything_is_copied_anew_finds_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same holds where zones are removed and added again, and copies are cut everywhere."""
+    with capsys.disabled():
+        counts, failures = swarm(simulate_anew, RUNS, FIRST_SEED, sys.stderr)
+    assert not failures
+    if RUNS >= RUNS_FOR_EVERYTHING:
+        assert [name for name in (*HAPPENS, "forgotten") if not counts[name]] == []
 
 
 @pytest.mark.parametrize("seed", [8, 123, 133, 1017, 1079])

@@ -9,11 +9,11 @@ from space._errors import ConflictError, NotFoundError, RefusedError, UsageError
 from space.events import commands as cmd
 from space.events import types as ev
 from space.events.commands import Receipt
-from space.events.ids import BRANCHES, CLUSTER, ROOT, ZONES, zone_root
+from space.events.ids import BRANCHES, CLUSTER, ID_BYTES, ROOT, ZONES, zone_root
 from space.events.types import Kind, ZoneKind
 from space.statemachine import zones
 from space.statemachine.homes import ZONES_MAX
-from space.statemachine.tables import FEDERATED, HOME_LOST
+from space.statemachine.tables import ENTRY, FEDERATED, HOME_LOST
 from tests.state_support import MemoryWriter, fold_state
 from tests.zone_support import (
     HERE,
@@ -233,6 +233,19 @@ def lost(
     return state.done(cmd.LoseHome(HOME, epoch, 30, [(0, 0, 6)], commands, kept))
 
 
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_sweep_knows_of_what_was_taken_over(epoch: int) -> None:
+    """A copy of before the promotion does not name what was taken over by it, and one of after it names all of it."""
+    state = old_home()
+    lost(state, kept=(capsule(4),))
+    state.done(shipment(30, 31, made(5, name=b"theirs"), epoch=1))
+    state.done(shipment(31, 40, epoch=1, resume=b"copying"))
+    state.done(shipment(40, 40, cmd.SweepReplicas(epoch), steps=(0, 1), epoch=1))
+    rows = [state.overlay.capsule(capsule(number)) for number in range(1, 6)]
+    swept = [row is not None and row.deleted > 0 for row in rows]
+    assert swept == [epoch == 1, epoch == 1, False, False, True]
+
+
 def test_a_lost_home_is_one_event() -> None:
     """What had been sent to the promoted zone is its replica; what had not, and what is made later, is not."""
     state = old_home()
@@ -367,8 +380,13 @@ def test_halves_of_copies_are_purged(state: State) -> None:
     state.done(shipment(0, 2, attrs.evolve(half, capsule=capsule(4), commands=[made(4)]), zone=OTHER))
     for wrong in (capsule(3), capsule(4), capsule(9)):
         assert isinstance(state.refused(cmd.PromoteZone(HOME, incomplete=[wrong])), ConflictError)
-    state.done(cmd.PromoteZone(HOME, incomplete=[capsule(1), capsule(2)]))
+    named = cmd.Copied(
+        capsule(5), 4, 0, False, [made(5), cmd.PlaceCapsule(capsule(5), [(TREE, b"n")])], (0,) * 4
+    )
+    state.done(shipment(3, 4, named))
+    state.done(cmd.PromoteZone(HOME, incomplete=[capsule(1), capsule(2), capsule(5)]))
     assert [state.overlay.capsule(capsule(n)) is None for n in (1, 2, 3, 4)] == [True, True, False, False]
+    assert [key[ID_BYTES:] for key, _ in state.rows.scan(ENTRY, TREE)] == [b".capsules", b"c"]
     folds_again(state)
 
 

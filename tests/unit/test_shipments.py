@@ -11,8 +11,9 @@ from space.events import types as ev
 from space.events.commands import Receipt
 from space.events.ids import ROOT, ZONES, zone_capsules, zone_root
 from space.events.types import Kind
-from space.statemachine import zones
+from space.statemachine import shipments, zones
 from space.statemachine.apply import clone_id
+from space.statemachine.decision import capsule_text
 from space.statemachine.tables import ENTRY, KEY, REPLICA, U32, XATTR, EntryRow
 from tests.state_support import MemoryWriter, fold_state
 from tests.zone_support import HOME, OTHER, ROOT_ID, State, capsule, made, shipment, write, zone_commands
@@ -242,7 +243,12 @@ def test_a_shipment_out_of_range_is_an_error(state: State, wrong: dict[str, obje
 
 @pytest.mark.parametrize(
     "command",
-    [made(1), cmd.Copied(capsule(1), 1, 0, True, [made(1)], (0,) * 4), cmd.WithdrawCapsule(capsule(1))],
+    [
+        made(1),
+        cmd.Copied(capsule(1), 1, 0, True, [made(1)], (0,) * 4),
+        cmd.WithdrawCapsule(capsule(1)),
+        cmd.SweepReplicas(0),
+    ],
 )
 def test_parts_of_shipments_are_no_commands(state: State, command: cmd.Command) -> None:
     """What has a meaning only in a shipment is refused alone, and among several."""
@@ -427,6 +433,61 @@ def test_a_copy_of_a_withdrawn_capsule_brings_it_back(state: State) -> None:
 
 
 # --- names -------------------------------------------------------------------------------------------
+
+
+def anew(state: State) -> None:
+    """Paris had a directory 1 with files 2 to 4; it is removed and added, and a copy as of position 9 is opened."""
+    files = [made(number, name=b"%d" % number, parent=capsule(1)) for number in (2, 3, 4)]
+    state.done(shipment(0, 5, made(1, Kind.DIRECTORY, name=b"d"), *files))
+    state.done(cmd.RemoveZone(HOME))
+    (added,) = [each for each in zone_commands() if isinstance(each, cmd.AddZone) and each.zone == HOME]
+    state.done(added)
+    state.done(shipment(0, 9, resume=b"copying"))
+
+
+def part(number: int, parent: bytes, name: bytes, kind: Kind = Kind.FILE) -> cmd.Copied:
+    """A copy as of position 9 that is one part."""
+    commands = [made(number, kind), cmd.PlaceCapsule(capsule(number), [(parent, name)])]
+    return cmd.Copied(capsule(number), 9, 0, True, commands, (1, 2, 3, 4))
+
+
+def test_a_copy_in_steps_takes_no_names_before_its_end(state: State) -> None:
+    """What has not come again keeps its name, or hangs apart where that went to something else; at the end it goes."""
+    anew(state)
+    directory = part(1, TREE, b"d", Kind.DIRECTORY)
+    state.done(shipment(9, 9, directory, steps=(0, 1), resume=b"1"))
+    assert [leads_to(state, capsule(1), b"%d" % n) for n in (2, 3, 4)] == [capsule(n) for n in (2, 3, 4)]
+    state.done(shipment(9, 9, part(2, capsule(1), b"3"), steps=(1, 2), resume=b"2"))
+    assert leads_to(state, capsule(1), b"3") == capsule(2)
+    assert leads_to(state, APART, capsule_text(capsule(3)).encode()) == capsule(3)
+    state.done(shipment(9, 9, part(3, capsule(1), b"2"), steps=(2, 3), resume=b"3"))
+    assert leads_to(state, APART, capsule_text(capsule(3)).encode()) is None
+    assert leads_to(state, capsule(1), b"4") == capsule(4)
+    state.done(shipment(9, 9, cmd.SweepReplicas(0), steps=(3, 4), resume=b"4"))
+    gone = state.overlay.capsule(capsule(4))
+    assert gone is not None
+    assert gone.deleted
+    assert reached(state, 4) == 9
+    assert [leads_to(state, capsule(1), b"%d" % n) for n in (2, 3, 4)] == [capsule(3), capsule(2), None]
+    folds_again(state)
+
+
+def test_a_sweep_is_no_larger_than_an_entry(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more than can go at once some go, and the stream goes on."""
+    anew(state)
+    monkeypatch.setattr(shipments, "SWEEP_EVENTS_MAX", 3)
+    state.done(shipment(9, 9, cmd.SweepReplicas(0), steps=(0, 1)))
+    rows = [state.overlay.capsule(capsule(number)) for number in (1, 2, 3, 4)]
+    assert [bool(row is None or row.deleted) for row in rows] == [False, True, True, False]
+
+
+def test_a_copy_in_one_entry_is_all_there_is_in_a_directory(state: State) -> None:
+    """What comes with the directory, in the same entry, is what is in it."""
+    anew(state)
+    directory = attrs.evolve(part(1, TREE, b"d", Kind.DIRECTORY), position=10)
+    again = attrs.evolve(part(3, capsule(1), b"3"), position=10)
+    state.done(shipment(9, 10, directory, again))
+    assert [leads_to(state, capsule(1), b"%d" % n) for n in (2, 3, 4)] == [None, capsule(3), None]
 
 
 def test_a_place_is_all_names_there_are(state: State) -> None:
