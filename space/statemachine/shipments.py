@@ -565,10 +565,10 @@ class _Delivery:
     def _withdraw(self, capsule: bytes) -> None:
         """Deletes a replica; what is in a directory, and still shipped, hangs apart.
 
-        What is in one that was deleted before, when its home was here, is gone with it.
+        What is in one that was deleted before, also with one above it, when its home was here, is gone with it.
         """
         row = self._ours(capsule)
-        if row.kind == _DIRECTORY and not row.deleted:
+        if row.kind == _DIRECTORY and not self._is_gone(capsule):
             inner = [
                 (key[ID_BYTES:], EntryRow.decode(v).capsule) for key, v in self._tried.scan(ENTRY, capsule)
             ]
@@ -577,6 +577,14 @@ class _Delivery:
         names = names_of(self._tried, capsule, row, [self._apart(capsule)])
         self._happen(*(ev.NameUnlinked(capsule, *name) for name in names))
         self._happen(ev.CapsuleWithdrawn(capsule, self._zone, self._command.through_position))
+
+    def _is_gone(self, directory: bytes) -> bool:
+        """Whether a directory was deleted, or is in one that was."""
+        row = self._tried.capsule(directory)
+        while row is not None and not row.deleted and directory != ROOT:
+            directory = row.parent
+            row = self._tried.capsule(directory)
+        return row is None or bool(row.deleted)
 
     def _move_apart(self, child: bytes, name: Name) -> None:
         apart = self._apart(child)
