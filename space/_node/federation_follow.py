@@ -261,7 +261,10 @@ class _Fork:
         return max(self._all_there, reached if reached < WHOLE else 0, home.moved if home.here else 0)
 
     def _changed(self, txn: Reader) -> dict[bytes, int]:
-        """Shared capsules that the other zone has, and that changed after their fork, with it."""
+        """Shared capsules that the other zone has, and that changed after their fork, with it.
+
+        And directories that were given to it and not taken: what was in one at its own fork may have left it since.
+        """
         scope = self._scope(txn)
         found = {}
         for capsule in shared(txn, self._zone.id, self._row):
@@ -269,7 +272,8 @@ class _Fork:
             if row is None or not self._is_there(capsule):
                 continue
             fork = self._fork_of(txn, capsule)
-            if row.change > fork > 0:
+            given = row.kind == Kind.DIRECTORY and self._is_given(txn, capsule)
+            if fork > 0 and (row.change > fork or given):
                 found[capsule] = fork
             scope.forget()
         return found

@@ -216,3 +216,18 @@ def test_what_was_removed_in_a_directory_that_was_given_back_untaken_is_back(two
     two.settle()
     assert two.paris.get(f"{THERE}/a") == b"a"
     alike(two)
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_what_left_a_directory_is_back_in_it_also_if_it_was_given_and_not_taken(two: Pumped) -> None:
+    """A zone that takes over half way has it in there, and so has the old home, which had given the directory away."""
+    two.oslo.mv(f"{HERE}/dir/d", f"{HERE}/d")
+    forgotten(two)
+    oslo, paris = two.oslo, two.paris
+    two.there.run(4)  # both lanes begin, and the directories come
+    move(oslo, Zones(oslo), f"{HERE}/dir", "paris", wait_seconds=0, asked=two.there.homes)
+    promote(paris, Zones(paris), "oslo")
+    assert paris.get(f"{THERE}/dir/d") == b"dir/d"
+    two.settle()
+    assert oslo.get(f"{HERE}/dir/d") == b"dir/d"
+    alike(two)
