@@ -16,7 +16,8 @@ from space._errors import RefusedError, SpaceError
 from space._node.federation_audit import audit
 from space._node.federation_promote import branches
 from space._node.federation_status import status
-from tests.federation_support import Served, shared, space_command, until
+from space._node.federation_zones import Zones
+from tests.federation_support import Served, introduce, shared, space_command, until
 from tests.federation_third import Several, several
 from tests.property.test_federation_follow import seen
 
@@ -286,3 +287,22 @@ def _content(data: Path, path: str) -> str | None:
         return space_command("--data", data, "get", path)
     except AssertionError:
         return None
+
+
+def test_a_copy_anew_deletes_nothing_that_another_zone_took_over(three: Several) -> None:
+    """A home that lost its place knows of none of it any more; who does not follow the new one yet keeps all it has."""
+    oslo, _, lima = three.stores.values()
+    oslo.put(b"own", name="/own", policy=shared("lima"))
+    three.settle()
+    three.promote("paris", "oslo")
+    three.ship(("paris", "oslo"))
+    three.ship(("oslo", "paris"))
+    had = seen(lima, "/zones/oslo")
+    Zones(lima).remove("oslo", sure=True)
+    introduce(lima, oslo, "https://oslo:1")
+    for name in ("oslo", "lima"):
+        three.restart(name)
+    assert three.ship(("oslo", "lima"))
+    assert seen(lima, "/zones/oslo") == had
+    three.settle()
+    alike(three)
