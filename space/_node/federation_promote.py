@@ -241,10 +241,11 @@ def _arrival(state: Overlay, number: bytes, zone: rows.ZoneRow | None, capsule: 
     home = rows.home_row(state, capsule)
     if home is not None and home.zone != number and rows.home_of(state, capsule, row) == home.zone:
         return Arrival(there=False)  # what that zone's heir has not brought yet
-    if (
-        home is not None and home.moved
-    ):  # what came here has all there was; of what went there again, until it came
-        return Arrival(WHOLE if home.here else home.position or home.came, True, row.mtime, row.ctime)
+    if home is not None and home.moved:
+        # What was taken here has all there was, unless that zone took this one's place since; what went there again has
+        # what had come until then.
+        whole = home.here and home.moved > zone.parted
+        return Arrival(WHOLE if whole else home.position or home.came, True, row.mtime, row.ctime)
     return Arrival(rows.reached(state, number, zone, capsule), True, row.mtime, row.ctime)
 
 

@@ -472,8 +472,8 @@ class _Delivery:
         row, home = self._tried.capsule(capsule), zones.home_row(self._tried, capsule)
         if row is None or row.deleted or not self._is_home(capsule, row):
             return
-        if home is not None and home.position and not self._further(capsule):
-            self._carried[capsule] = True  # it is there, whoever its home is
+        if home is not None and home.position:
+            self._passed_over(capsule)  # it has come as far, whoever its home is
         if row.key != command.key or (home is not None and home.copy) or command.epoch != self._row.epoch:
             return
         came = home.came if home is not None and home.zone == self._zone else 0

@@ -510,6 +510,29 @@ def test_a_home_that_was_taken_back_is_given_again(two: Pumped) -> None:
     sound(two)
 
 
+@pytest.mark.parametrize("told", [False, True], ids=["", "told"])
+def test_what_was_taken_before_both_zones_were_taken_over_is_as_far_as_it_came(
+    two: Pumped, told: bool
+) -> None:
+    """A zone that had taken a home, lost it to a promotion and takes over in turn has no more than what came since."""
+    oslo, paris = two.oslo, two.paris
+    given(two, "/all/f")
+    two.settle()
+    promote(oslo, Zones(oslo), "paris")
+    two.settle()
+    given(two, "/all/f")
+    assert take_back(oslo, Zones(oslo), "paris", asked=two.there.homes)["capsules"] == 1
+    if told:  # that it was given, and no more
+        two.there.run()
+    oslo.write(oslo.resolve("/all/f"), 0, b"OSLO")
+    promote(paris, Zones(paris), "oslo")
+    two.settle()
+    assert homes(two, "/all/f") == ["paris"]
+    assert both(two, "/all/f") == [b"one"] * 2
+    assert [oslo.get(f"{each['path']}/all/f") for each in branches(oslo)] == [b"OSLO"]
+    sound(two)
+
+
 @pytest.mark.parametrize("write", [False, True], ids=["", "written"])
 def test_a_home_that_is_taken_back_is_known_to_have_come_from_there(two: Pumped, write: bool) -> None:
     """A zone that got a home back, gave it again and took that back sets aside what it did since, and no more."""
