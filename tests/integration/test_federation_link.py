@@ -91,6 +91,9 @@ class Log:
     def homes(self, peer: Peer, capsules: Sequence[tuple[str, int]], declined: int) -> Document:
         return {"capsules": [0 for _ in capsules]}
 
+    def inherits(self, peer: Peer, told: Document) -> Document:
+        return {"follows": False}
+
     def take_authority(self, peer: Peer, pem: bytes, signature: bytes) -> Document:
         if not self.home.signed(pem, signature):
             raise RefusedError("not signed")

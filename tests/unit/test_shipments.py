@@ -447,7 +447,7 @@ def anew(state: State) -> None:
 
 def part(number: int, parent: bytes, name: bytes, kind: Kind = Kind.FILE) -> cmd.Copied:
     """A copy as of position 9 that is one part."""
-    commands = [made(number, kind), cmd.PlaceCapsule(capsule(number), [(parent, name)])]
+    commands: list[cmd.Command] = [made(number, kind), cmd.PlaceCapsule(capsule(number), [(parent, name)])]
     return cmd.Copied(capsule(number), 9, 0, True, commands, (1, 2, 3, 4))
 
 
