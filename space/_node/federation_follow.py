@@ -660,6 +660,15 @@ class Setting:
         at = self._deleted_with(directory)
         return at is not None and at not in self._parked
 
+    def _stays_gone(self, directory: bytes) -> bool:
+        """Whether a directory is gone, itself or with one it is in, and is not taken back: the other zone has none."""
+        back = {capsule for capsule, _, _ in self._directories}
+        at, row = directory, self.scope.state.capsule(directory)
+        while row is not None and not row.deleted and at != ROOT and at not in back:
+            at = row.parent
+            row = self.scope.state.capsule(at)
+        return row is not None and bool(row.deleted) and at not in back
+
     def _revive(self, directory: bytes, coming_back: set[bytes]) -> None:
         """Brings a deleted directory back, for as long as it takes to get out of it what is not gone."""
         at = self._deleted_with(directory)
@@ -701,7 +710,7 @@ class Setting:
 
     def _arrive(self, capsule: bytes, names: Sequence[Slot]) -> None:
         for slot in names:
-            if slot in self._given or self.claims.get(slot, capsule) != capsule:
+            if slot in self._given or self.claims.get(slot, capsule) != capsule or self._stays_gone(slot[0]):
                 continue
             self._given.add(slot)
             self._vacate(slot, capsule)

@@ -13,6 +13,7 @@ from space._node.federation_move import move
 from space._node.federation_promote import promote
 from space._node.federation_zones import Zones
 from space._node.store import Store
+from space.events import commands as cmd
 from space.federation import stream, translate
 from tests.federation_pump import Pumped, pumped
 from tests.federation_support import introduce, shared
@@ -230,4 +231,22 @@ def test_what_left_a_directory_is_back_in_it_also_if_it_was_given_and_not_taken(
     assert paris.get(f"{THERE}/dir/d") == b"dir/d"
     two.settle()
     assert oslo.get(f"{HERE}/dir/d") == b"dir/d"
+    alike(two)
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("shipments", range(2, 8))
+def test_a_name_in_a_directory_the_other_zone_was_told_to_delete_is_not_given_back(
+    two: Pumped, shipments: int
+) -> None:
+    """Where that zone takes over before it has heard what a file was called in there since, it keeps its other name."""
+    two.oslo.execute(cmd.Link(two.oslo.resolve(f"{HERE}/c"), two.oslo.resolve(f"{HERE}/dir"), b"c"))
+    two.settle()
+    two.oslo.mv(f"{HERE}/dir/c", f"{HERE}/dir/e")
+    two.oslo.rm(f"{HERE}/dir", recursive=True)
+    forgotten(two)
+    two.there.run(shipments)
+    promote(two.paris, Zones(two.paris), "oslo", again=True)
+    two.settle()
+    assert two.oslo.get(f"{HERE}/c") == b"c"
     alike(two)
