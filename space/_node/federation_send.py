@@ -156,8 +156,9 @@ class ZoneSource:
         )
         roots = tuple(sorted(each for each in map(_id_in, _list(cursors.get("roots"))) if each))
         parted = max((known[number].parted for number in told), default=0)
+        lost = {number: row.lost for number, row in known.items() if row.lost and number != self._zone.id}
         if heir is None:
-            return _Thirds(0, parted, told, roots, missed)
+            return _Thirds(0, parted, told, roots, missed, min(lost.values(), default=0))
         by, epoch = (_id_in(heir[0]), _number(heir[1])) if len(_list(heir)) == 2 else (b"", 0)
         row = known.get(by)
         if row is None or row.epoch < epoch or not row.parted:
@@ -167,7 +168,9 @@ class ZoneSource:
                 "not learnt that yet",
                 hint="it does when that zone connects here" if row is None else "it does when they connect",
             )
-        return _Thirds(epoch, max(row.parted, parted), told, roots, missed)
+        lost.pop(by, None)
+        first = min(lost.values(), default=0)
+        return _Thirds(epoch, max(row.parted, parted), told, roots, missed, first)
 
     def _settle(self, epoch: int, promoted: int, cursors: Mapping[int, Cursor], *, own: bool) -> None:
         """Sees that both zones agree who took whose place, and gives way if the other one did.
@@ -247,29 +250,40 @@ class ZoneSource:
         self._translator.certain = not (epoch or third.told or third.epoch)
         self._translator.roots = third.directories(self._zone.id)
         at = None if anew else self._after_parting(begin(cursors, origin), third)
-        since = min(third.told.values(), default=0)
+        parted = max(self._row().parted, third.parted)
+        since = min((each for each in third.told.values() if each > parted), default=0)
         if since and (at is None or (not cursors and at.position >= since)):
             at = Begin(since - 1, copying=True)
+        if at is None:
+            at = Begin(self._store.last, copying=True)
+        if (
+            at.copying and third.lost > parted
+        ):  # what went to a third zone is there as it was right before that
+            at = Begin(min(at.position, third.lost - 1), copying=True)
         self._translator.followed = {
             number: self._there(number, position)
             for number, position in third.told.items()
-            if at is not None and at.position < position
+            if at.position < position
         }
         epoch += third.epoch
-        if at is not None:
-            try:
-                self._read_from(at, cursors, origin, epoch)
-            except (NotFoundError, CorruptionError):
-                if at.position + 1 >= self._store.wal.first_index:
-                    raise
-                self._forget()
-                self.remark = (
-                    f"the log begins at {self._store.wal.first_index}, after position {at.position} to which the zone "
-                    f"has come: everything is copied as it is now"
-                )
-                log.warning("zone %s: %s", self._zone.name, self.remark)
-                self._read_from(Begin(self._store.last, copying=True), cursors, origin, epoch)
-        else:
+        try:
+            self._read_from(at, cursors, origin, epoch)
+        except (NotFoundError, CorruptionError):
+            begins = self._store.wal.first_index
+            if at.position + 1 >= begins:
+                raise
+            self._forget()
+            if third.lost > parted:
+                raise RefusedError(
+                    f"the log begins at {begins}, after position {third.lost} at which a third zone took this one's "
+                    f"place: zone {self._zone.name} has to follow that one first",
+                    hint="it does when that zone connects there",
+                ) from None
+            self.remark = (
+                f"the log begins at {begins}, after position {at.position} to which the zone has come: everything is "
+                "copied as it is now"
+            )
+            log.warning("zone %s: %s", self._zone.name, self.remark)
             self._read_from(Begin(self._store.last, copying=True), cursors, origin, epoch)
 
     def _there(self, number: bytes, position: int) -> frozenset[bytes]:
@@ -308,10 +322,7 @@ class ZoneSource:
             known = (capsule for capsule, _ in rows.sent_capsules(walk.now.state, self._zone.id))
             sent = [capsule for capsule in known if not scope.moved(capsule)]
             time_ns = self._store.wal.time_ns(at.position)
-            # What a third zone took over from this one is that one's, also where nobody has learnt that yet.
-            others = (row for number, row in rows.zones(walk.now.state).items() if number != self._zone.id)
-            sweep = self._sweeps and not any(row.lost for row in others)
-            parts = initial(self._translator, walk.now, at.position, time_ns, sent, sweep=sweep)
+            parts = initial(self._translator, walk.now, at.position, time_ns, sent, sweep=self._sweeps)
             self._take(parts, at.position, time_ns, quiet=not parts)
 
     def _forget(self) -> None:
@@ -603,6 +614,7 @@ class _Thirds:
         roots: zones in whose directories there this one gives names.
         missed: where this one took a third one's place, and where it learnt that it lost it again, for each that the
             zone does not follow this one for.
+        lost: where this one learnt that a third one had taken its place, which the zone does not follow; 0 if nowhere.
     """
 
     epoch: int = 0
@@ -610,6 +622,7 @@ class _Thirds:
     told: dict[bytes, int] = attrs.field(factory=dict)
     roots: tuple[bytes, ...] = ()
     missed: tuple[tuple[int, int], ...] = ()
+    lost: int = 0
 
     def directories(self, zone: bytes) -> dict[bytes, bytes]:
         """Directories of third zones here, and what stands for them in a zone."""

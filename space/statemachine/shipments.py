@@ -712,7 +712,8 @@ class _Delivery:
             if home.zone == self._zone and (taken_over or not self._was_ours(capsule, home)):
                 yield capsule
         for capsule, _ in zones.sent_capsules(self._state, self._zone) if taken_over else ():
-            if zones.home_row(self._state, capsule) is None:
+            home = zones.home_row(self._state, capsule)
+            if home is None or home.zone != self._zone:  # or what this store had taken over from a third zone
                 yield capsule
 
     def _was_ours(self, capsule: bytes, home: zones.HomeRow) -> bool:

@@ -289,20 +289,55 @@ def _content(data: Path, path: str) -> str | None:
         return None
 
 
-def test_a_copy_anew_deletes_nothing_that_another_zone_took_over(three: Several) -> None:
-    """A home that lost its place knows of none of it any more; who does not follow the new one yet keeps all it has."""
+def forgets(zones: Several, name: str, other: str) -> None:
+    """A zone removes another one and adds it again: all of it is to come anew."""
+    Zones(zones.stores[name]).remove(other, sure=True)
+    introduce(zones.stores[name], zones.stores[other], f"https://{other}:1")
+    for each in (name, other):
+        zones.restart(each)
+
+
+def test_a_copy_anew_has_what_another_zone_took_over(three: Several) -> None:
+    """A home that lost its place tells a zone that does not follow the new one yet all as it was before that."""
     oslo, _, lima = three.stores.values()
     oslo.put(b"own", name="/own", policy=shared("lima"))
     three.settle()
+    had = set(seen(lima, "/zones/oslo"))
+    oslo.write(oslo.resolve("/all/f1"), 0, b"more")
+    oslo.put(b"late", name="/all/deep/late")
+    three.ship(("oslo", "paris"))
     three.promote("paris", "oslo")
     three.ship(("paris", "oslo"))
     three.ship(("oslo", "paris"))
-    had = seen(lima, "/zones/oslo")
-    Zones(lima).remove("oslo", sure=True)
-    introduce(lima, oslo, "https://oslo:1")
-    for name in ("oslo", "lima"):
-        three.restart(name)
+    forgets(three, "lima", "oslo")
     assert three.ship(("oslo", "lima"))
-    assert seen(lima, "/zones/oslo") == had
+    assert set(seen(lima, "/zones/oslo")) == had | {"/all/deep/late"}
     three.settle()
+    assert lima.get("/zones/oslo/all/f1").startswith(b"more")
+    alike(three)
+
+
+def test_a_copy_anew_deletes_what_had_been_taken_over_from_another_zone(three: Several) -> None:
+    """What a zone took over, and lost in turn, goes from there with all else the new home has no more."""
+    _, _, lima = three.stores.values()
+    three.promote("paris", "oslo")
+    three.settle()
+    three.promote("lima", "paris")
+    lima.rm("/zones/oslo/all/deep", recursive=True)
+    forgets(three, "paris", "lima")
+    three.settle()
+    assert "/deep/g" not in alike(three)
+
+
+def test_who_took_over_and_forgot_the_old_home_gets_what_is_still_that_ones(three: Several) -> None:
+    """A home that lost its place to a zone does not tell that one anew what it had taken over itself before."""
+    _, paris, lima = three.stores.values()
+    three.promote("lima", "oslo")
+    three.settle()
+    three.promote("paris", "lima")
+    three.settle()
+    lima.put(b"own", name="/own", policy=shared("paris"))
+    forgets(three, "paris", "lima")
+    three.settle()
+    assert paris.get(lima.resolve("/own")) == b"own"
     alike(three)
