@@ -68,6 +68,13 @@ class Several:
                 self.pumps[pair].close()
                 self.pumps[pair] = self._pump(pair)
 
+    def forget(self, name: str, other: str) -> None:
+        """A zone removes another one and adds it again: all of it is to come anew."""
+        Zones(self.stores[name]).remove(other, sure=True)
+        introduce(self.stores[name], self.stores[other], f"https://{other}:1")
+        for each in (name, other):
+            self.restart(each)
+
     def promote(self, name: str, zone: str) -> Document:
         """One zone takes another one's place."""
         return promote(self.stores[name], Zones(self.stores[name]), zone)

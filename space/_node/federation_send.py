@@ -322,7 +322,10 @@ class ZoneSource:
             known = (capsule for capsule, _ in rows.sent_capsules(walk.now.state, self._zone.id))
             sent = [capsule for capsule in known if not scope.moved(capsule)]
             time_ns = self._store.wal.time_ns(at.position)
-            parts = initial(self._translator, walk.now, at.position, time_ns, sent, sweep=self._sweeps)
+            # What a third zone had taken over then, and this one took over from it since, is told after the copy.
+            others = (row for number, row in rows.zones(walk.now.state).items() if number != self._zone.id)
+            sweep = self._sweeps and not any(row.lost for row in others)
+            parts = initial(self._translator, walk.now, at.position, time_ns, sent, sweep=sweep)
             self._take(parts, at.position, time_ns, quiet=not parts)
 
     def _forget(self) -> None:

@@ -1,13 +1,16 @@
 """Three zones by seed: a home and two that have its tree, any of which takes the home's place while others are away.
 
 Anything is done at whoever is the home, and at homes that have not learnt that they lost it; shipments stop anywhere,
-lanes overtake each other, zones go away and come back, senders forget what they knew.  What holds in the end:
+lanes overtake each other, zones go away and come back, senders forget what they knew.  In runs of
+:func:`simulate_anew` zones are removed and added again besides, so that everything comes anew, and in half of these
+each capsule of a copy goes in a shipment of its own.  What holds in the end:
 
 * All three have everything alike, under the same ids and names, and one is the home of it.
 * What a zone had of a home, and the one that took its place had not, is in a branch of some zone: nothing is lost.
 * All logs are sound, and prove what they sent.
 
-A run is a function of its seed.  ``python -m tests.chaos.federation_thirds_sim [RUNS [FIRST_SEED]]`` runs many.
+A run is a function of its seed.  ``python -m tests.chaos.federation_thirds_sim [RUNS [FIRST_SEED]]`` runs many of both
+kinds.
 """
 
 from __future__ import annotations
@@ -19,12 +22,14 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 from space._errors import ConflictError, NotFoundError, SpaceError
 from space._node.federation_audit import audit
 from space._node.federation_promote import branches
 from space._node.store import Store
 from space.events.types import Kind
+from space.federation import stream, translate
 from space.statemachine import zones as rows
 from space.statemachine.tables import Overlay
 from tests.chaos.swarm import main
@@ -47,10 +52,15 @@ def top(name: str) -> str:
 
 
 class Run:
-    """One run; ``counts`` says what happened in it."""
+    """One run; ``counts`` says what happened in it.  With ``anew`` zones are removed and added."""
 
-    def __init__(self, zones: Several, seed: int, promotions: int = PROMOTIONS) -> None:
+    def __init__(
+        self, zones: Several, seed: int, promotions: int = PROMOTIONS, *, anew: bool = False
+    ) -> None:
         self.zones = zones
+        self.kinds = ["act"] * 8 + ["ship"] * 8 + ["away", "away", "restart", "settle", "promote"]
+        if anew:
+            self.kinds += ["forget"]
         self._promotions_max = promotions
         self.random = random.Random(seed)
         self.counts: Counter[str] = Counter()
@@ -73,8 +83,7 @@ class Run:
 
     def step(self) -> None:
         """Something that happens."""
-        kinds = ["act"] * 8 + ["ship"] * 8 + ["away", "away", "restart", "settle", "promote"]
-        getattr(self, f"_{self.random.choice(kinds)}")()
+        getattr(self, f"_{self.random.choice(self.kinds)}")()
 
     def _store(self, name: str) -> Store:
         return self.zones.stores[name]
@@ -106,6 +115,11 @@ class Run:
 
     def _restart(self) -> None:
         self.zones.restart(self.random.choice(NAMES))
+
+    def _forget(self) -> None:
+        """A zone removes another one, and adds it again."""
+        self.zones.forget(*self.random.sample(NAMES, 2))
+        self.counts["forgotten"] += 1
 
     def _away(self) -> None:
         """One zone at most is away."""
@@ -224,11 +238,24 @@ def simulate(seed: int, promotions: int = PROMOTIONS) -> Counter[str]:
         AssertionError: something does not hold.
         SpaceError: something was refused that must not be.
     """
+    return _simulated(seed, promotions, anew=False)
+
+
+def simulate_anew(seed: int, promotions: int = PROMOTIONS) -> Counter[str]:
+    """A run in which zones are removed and added again; else as :func:`simulate`."""
+    with contextlib.ExitStack() as stack:
+        if seed % 2:
+            stack.enter_context(mock.patch.object(stream, "SHIPMENT_BYTES", 1))
+            stack.enter_context(mock.patch.object(translate, "STEP_PARTS", 1))
+        return _simulated(seed, promotions, anew=True)
+
+
+def _simulated(seed: int, promotions: int, *, anew: bool) -> Counter[str]:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, several(Path(directory)) as zones:
-        run = Run(zones, seed, promotions)
+        run = Run(zones, seed, promotions, anew=anew)
         run.run()
         return run.counts
 
 
 if __name__ == "__main__":
-    sys.exit(main(simulate, sys.argv[1:], runs=100))
+    sys.exit(main(lambda seed: simulate(seed) + simulate_anew(seed), sys.argv[1:], runs=100))

@@ -13,7 +13,7 @@ from space._node import federation_heir, federation_promote
 from space._node.federation_send import ZoneSource
 from space.federation.stream import Begin
 from space.statemachine.shipments import _Delivery
-from tests.chaos.federation_thirds_sim import simulate
+from tests.chaos.federation_thirds_sim import simulate, simulate_anew
 from tests.chaos.swarm import swarm
 
 pytestmark = pytest.mark.requires("py:aiohttp")
@@ -36,6 +36,18 @@ def test_a_swarm_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         assert [name for name in HAPPENS if not counts[name]] == []
 
 
+@pytest.mark.timeout(6 * 3600)
+def test_a_swarm_in_which_everything_is_copied_anew_finds_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same holds where zones are removed and added again, and copies are cut everywhere."""
+    with capsys.disabled():
+        counts, failures = swarm(simulate_anew, RUNS, FIRST_SEED, sys.stderr)
+    assert not failures
+    if RUNS >= RUNS_FOR_EVERYTHING:
+        assert [name for name in (*HAPPENS, "forgotten") if not counts[name]] == []
+
+
 @pytest.mark.parametrize(
     "seed, promotions",
     [
@@ -55,6 +67,12 @@ def test_a_swarm_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_was_found_once_stays_fixed(seed: int, promotions: int) -> None:
     """Runs that broke a promise while this was written."""
     simulate(seed, promotions)
+
+
+@pytest.mark.parametrize("seed", [901020, 901029, 901078, 901089])
+def test_what_was_found_where_zones_are_removed_stays_fixed(seed: int) -> None:
+    """Likewise in runs in which zones are removed and added again."""
+    simulate_anew(seed)
 
 
 def _all_alike(self: Any, here: int, theirs: int) -> bool:

@@ -16,8 +16,7 @@ from space._errors import RefusedError, SpaceError
 from space._node.federation_audit import audit
 from space._node.federation_promote import branches
 from space._node.federation_status import status
-from space._node.federation_zones import Zones
-from tests.federation_support import Served, introduce, shared, space_command, until
+from tests.federation_support import Served, shared, space_command, until
 from tests.federation_third import Several, several
 from tests.property.test_federation_follow import seen
 
@@ -289,14 +288,6 @@ def _content(data: Path, path: str) -> str | None:
         return None
 
 
-def forgets(zones: Several, name: str, other: str) -> None:
-    """A zone removes another one and adds it again: all of it is to come anew."""
-    Zones(zones.stores[name]).remove(other, sure=True)
-    introduce(zones.stores[name], zones.stores[other], f"https://{other}:1")
-    for each in (name, other):
-        zones.restart(each)
-
-
 def test_a_copy_anew_has_what_another_zone_took_over(three: Several) -> None:
     """A home that lost its place tells a zone that does not follow the new one yet all as it was before that."""
     oslo, _, lima = three.stores.values()
@@ -309,7 +300,7 @@ def test_a_copy_anew_has_what_another_zone_took_over(three: Several) -> None:
     three.promote("paris", "oslo")
     three.ship(("paris", "oslo"))
     three.ship(("oslo", "paris"))
-    forgets(three, "lima", "oslo")
+    three.forget("lima", "oslo")
     assert three.ship(("oslo", "lima"))
     assert set(seen(lima, "/zones/oslo")) == had | {"/all/deep/late"}
     three.settle()
@@ -324,7 +315,7 @@ def test_a_copy_anew_deletes_what_had_been_taken_over_from_another_zone(three: S
     three.settle()
     three.promote("lima", "paris")
     lima.rm("/zones/oslo/all/deep", recursive=True)
-    forgets(three, "paris", "lima")
+    three.forget("paris", "lima")
     three.settle()
     assert "/deep/g" not in alike(three)
 
@@ -337,7 +328,24 @@ def test_who_took_over_and_forgot_the_old_home_gets_what_is_still_that_ones(thre
     three.promote("paris", "lima")
     three.settle()
     lima.put(b"own", name="/own", policy=shared("paris"))
-    forgets(three, "paris", "lima")
+    three.forget("paris", "lima")
     three.settle()
     assert paris.get(lima.resolve("/own")) == b"own"
     alike(three)
+
+
+def test_a_home_that_is_one_again_deletes_nothing_it_took_back(three: Several) -> None:
+    """What it had lost to another zone, and has again, stays in a third one that was told of neither, at every step."""
+    paris = three.stores["paris"]
+    had = seen(paris, TOP["paris"])
+    three.away = {"paris"}
+    three.promote("lima", "oslo")
+    three.settle()
+    three.promote("oslo", "lima")
+    three.settle()
+    three.away = {"lima"}
+    while three.ship(("oslo", "paris"), 1):
+        assert seen(paris, TOP["paris"]) == had
+    three.away = set()
+    three.settle()
+    assert alike(three) == had
