@@ -12,10 +12,13 @@ from typing import Any, Final
 import pytest
 
 import space
-from space._errors import RefusedError, SpaceError
+from space._errors import NotFoundError, RefusedError, SpaceError
+from space._node import federation_send
 from space._node.federation_audit import audit
+from space._node.federation_home import Walk
 from space._node.federation_promote import branches
 from space._node.federation_status import status
+from space._node.store import Store
 from tests.federation_support import Served, shared, space_command, until
 from tests.federation_third import Several, several
 from tests.property.test_federation_follow import seen
@@ -306,6 +309,44 @@ def test_a_copy_anew_has_what_another_zone_took_over(three: Several) -> None:
     three.settle()
     assert lima.get("/zones/oslo/all/f1").startswith(b"more")
     alike(three)
+
+
+def test_a_copy_anew_waits_where_the_log_does_not_reach_back(
+    three: Several, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A home whose log begins after it lost its place says so to who does not follow the new one, and goes on then."""
+    oslo, _, lima = three.stores.values()
+    three.promote("paris", "oslo")
+    three.ship(("paris", "oslo"))
+    three.ship(("oslo", "paris"))
+    oslo.put(b"own", name="/own", policy=shared("lima"))
+    begins = oslo.last
+
+    def walk(store: Store, position: int) -> Walk:
+        if store is oslo and position + 1 < begins:
+            raise NotFoundError("no such position")
+        return Walk(store, position)
+
+    monkeypatch.setattr(federation_send, "Walk", walk)
+    monkeypatch.setattr(oslo, "wal", _Later(oslo.wal, begins))
+    three.forget("lima", "oslo")
+    with pytest.raises(RefusedError, match="zone lima has to follow that one first"):
+        three.pumps["oslo", "lima"].connect()
+    three.settle()
+    assert lima.get("/zones/oslo/own") == b"own"
+    monkeypatch.undo()
+    alike(three)
+
+
+class _Later:
+    """A log that says that it begins later than it does."""
+
+    def __init__(self, log: Any, begins: int) -> None:
+        self._log = log
+        self.first_index = begins
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._log, name)
 
 
 def test_a_copy_anew_deletes_what_had_been_taken_over_from_another_zone(three: Several) -> None:
