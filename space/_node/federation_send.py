@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from space._errors import (
-    CorruptionError,
     NotFoundError,
     RefusedError,
     SpaceError,
@@ -256,35 +255,37 @@ class ZoneSource:
             at = Begin(since - 1, copying=True)
         if at is None:
             at = Begin(self._store.last, copying=True)
-        if (
-            at.copying and third.lost > parted
-        ):  # what went to a third zone is there as it was right before that
+        if at.copying and third.lost > parted:
+            # What went to a third zone is there as it was right before that.
             at = Begin(min(at.position, third.lost - 1), copying=True)
+        if at.position + 1 < self._store.wal.first_index:
+            at = self._begin_late(at, third, parted)
         self._translator.followed = {
             number: self._there(number, position)
             for number, position in third.told.items()
             if at.position < position
         }
-        epoch += third.epoch
-        try:
-            self._read_from(at, cursors, origin, epoch)
-        except (NotFoundError, CorruptionError):
-            begins = self._store.wal.first_index
-            if at.position + 1 >= begins:
-                raise
-            self._forget()
-            if third.lost > parted:
-                raise RefusedError(
-                    f"the log begins at {begins}, after position {third.lost} at which a third zone took this one's "
-                    f"place: zone {self._zone.name} has to follow that one first",
-                    hint="it does when that zone connects there",
-                ) from None
-            self.remark = (
-                f"the log begins at {begins}, after position {at.position} to which the zone has come: everything is "
-                "copied as it is now"
+        self._read_from(at, cursors, origin, epoch + third.epoch)
+
+    def _begin_late(self, at: Begin, third: _Thirds, parted: int) -> Begin:
+        """Where to begin if the log does not reach back to where it should be read from.
+
+        Raises:
+            RefusedError: what a third zone took over from this one is there no more.
+        """
+        begins = self._store.wal.first_index
+        if third.lost > parted:
+            raise RefusedError(
+                f"the log begins at {begins}, after position {third.lost} at which a third zone took this one's "
+                f"place: zone {self._zone.name} has to follow that one first",
+                hint="it does when that zone connects there",
             )
-            log.warning("zone %s: %s", self._zone.name, self.remark)
-            self._read_from(Begin(self._store.last, copying=True), cursors, origin, epoch)
+        self.remark = (
+            f"the log begins at {begins}, after position {at.position} to which the zone has come: everything is "
+            "copied as it is now"
+        )
+        log.warning("zone %s: %s", self._zone.name, self.remark)
+        return Begin(self._store.last, copying=True)
 
     def _there(self, number: bytes, position: int) -> frozenset[bytes]:
         """What the zone has of a third one as this one had it when it took its place, and nothing after that."""

@@ -695,7 +695,11 @@ class _Delivery:
         Until then they keep their names, as what has not come again yet does: if the zone's place is taken half way,
         everything is there.
         """
-        stale = [each for each in self._candidates(taken_over) if self._is_stale(each)]
+        # A zone that took another one's place has the directories of that one, of which nothing is ever told.
+        known = zones.zones(self._state)
+        roots = {bytes(each) for number in known for each in (zone_root(number), zone_capsules(number))}
+        found = (each for each in self._candidates(taken_over) if each not in roots)
+        stale = [each for each in found if self._is_stale(each)]
         for directories in (False, True):
             for capsule in stale:
                 row = self._tried.capsule(capsule)
@@ -712,8 +716,10 @@ class _Delivery:
             if home.zone == self._zone and (taken_over or not self._was_ours(capsule, home)):
                 yield capsule
         for capsule, _ in zones.sent_capsules(self._state, self._zone) if taken_over else ():
-            home = zones.home_row(self._state, capsule)
-            if home is None or home.zone != self._zone:  # or what this store had taken over from a third zone
+            known = zones.home_row(self._state, capsule)
+            if (
+                known is None or known.zone != self._zone
+            ):  # or what this store had taken over from a third zone
                 yield capsule
 
     def _was_ours(self, capsule: bytes, home: zones.HomeRow) -> bool:
@@ -727,7 +733,7 @@ class _Delivery:
     def _is_stale(self, capsule: bytes) -> bool:
         """Whether a capsule has its home in the shipping zone, and had come less far than all that zone has."""
         row, home = self._state.capsule(capsule), zones.home_row(self._state, capsule)
-        if row is None or row.deleted or capsule in (zone_root(self._zone), zone_capsules(self._zone)):
+        if row is None or row.deleted:
             return False
         if not self._is_home(capsule, row) or self._further(capsule):
             return False

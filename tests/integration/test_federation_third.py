@@ -12,13 +12,10 @@ from typing import Any, Final
 import pytest
 
 import space
-from space._errors import NotFoundError, RefusedError, SpaceError
-from space._node import federation_send
+from space._errors import RefusedError, SpaceError
 from space._node.federation_audit import audit
-from space._node.federation_home import Walk
 from space._node.federation_promote import branches
 from space._node.federation_status import status
-from space._node.store import Store
 from tests.federation_support import Served, shared, space_command, until
 from tests.federation_third import Several, several
 from tests.property.test_federation_follow import seen
@@ -320,21 +317,32 @@ def test_a_copy_anew_waits_where_the_log_does_not_reach_back(
     three.ship(("paris", "oslo"))
     three.ship(("oslo", "paris"))
     oslo.put(b"own", name="/own", policy=shared("lima"))
-    begins = oslo.last
-
-    def walk(store: Store, position: int) -> Walk:
-        if store is oslo and position + 1 < begins:
-            raise NotFoundError("no such position")
-        return Walk(store, position)
-
-    monkeypatch.setattr(federation_send, "Walk", walk)
-    monkeypatch.setattr(oslo, "wal", _Later(oslo.wal, begins))
+    monkeypatch.setattr(oslo, "wal", _Later(oslo.wal, oslo.last))
     three.forget("lima", "oslo")
     with pytest.raises(RefusedError, match="zone lima has to follow that one first"):
         three.pumps["oslo", "lima"].connect()
     three.settle()
     assert lima.get("/zones/oslo/own") == b"own"
     monkeypatch.undo()
+    alike(three)
+
+
+def test_a_copy_anew_of_now_where_the_log_does_not_reach_back(
+    three: Several, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A zone that follows a home gets everything as it is now, and the directories of both homes stay."""
+    _, paris, lima = three.stores.values()
+    three.promote("paris", "oslo")
+    three.settle()
+    paris.put(b"new", name="/zones/oslo/all/new")
+    paris.rm("/zones/oslo/all/f1")
+    three.settle()
+    paris.rm("/zones/oslo/all/f2")
+    monkeypatch.setattr(paris, "wal", _Later(paris.wal, paris.last))
+    three.forget("lima", "paris")
+    three.settle()
+    monkeypatch.undo()
+    assert lima.get("/zones/oslo/all/new") == b"new"
     alike(three)
 
 
