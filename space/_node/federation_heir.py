@@ -57,7 +57,7 @@ class Inheritance:
         zone: whose place it took.
         epoch: which of the two zones' that was.
         position: of its log, where it did.
-        reached: the position of that zone's log up to which it had everything.
+        reached: the position of that zone's log up to which it had everything; 0 if that is not known any more.
         base: the one as of which it gave that zone its place back, 0 if it never did: that one took back then what it
             had done before, and told nobody.
         capsules: what the follower may have: how far each had come there.
@@ -89,8 +89,8 @@ class Inheritance:
 def inheritance(store: Store, zone: bytes, follower: str) -> Inheritance:
     """What this zone had of another one when it took its place, as far as a third one may have it.
 
-    Raises:
-        RefusedError: the log does not reach back there.
+    If the log does not reach back there, what is still here of that: the follower takes little for the same then, and
+    is sent everything as it is now.
     """
     with store._read() as txn:
         row = rows.zone_row(txn, zone)
@@ -105,11 +105,7 @@ def inheritance(store: Store, zone: bytes, follower: str) -> Inheritance:
             before = rows.zone_row(was.state, zone)
             base = 0 if before is None else before.base
     except NotFoundError:
-        raise RefusedError(
-            f"{row} was replaced at position {row.promoted}, and the log begins at {store.wal.first_index}: what zone "
-            f"{follower} has of it cannot be compared",
-            hint="space zone rm and add, on both sides, ships everything anew",
-        ) from None
+        return _still_here(store, zone, row, follower)
     with store._read() as txn:
         since = next((each.lost for each in rows.zones(txn).values() if each.name == follower), 0)
         if (
@@ -118,6 +114,18 @@ def inheritance(store: Store, zone: bytes, follower: str) -> Inheritance:
             present = Scope(txn, Selection(follower), b"")
             listed = {each: at for each, at in listed.items() if present.lane(each) is not None}
     return Inheritance(zone, row.epoch, row.promoted, reached, base, listed)
+
+
+def _still_here(store: Store, zone: bytes, row: rows.ZoneRow, follower: str) -> Inheritance:
+    """What is here now of what this zone had, and how far it had come; up to where all had is not known any more."""
+    with store._read() as txn:
+        state, scope = Overlay(txn), Scope(txn, Selection(follower), b"")
+        listed = {
+            capsule: rows.reached(state, zone, row, capsule)
+            for capsule in rows.known_of(state, zone)
+            if scope.lane(capsule) is not None
+        }
+        return Inheritance(zone, row.epoch, row.promoted, 0, row.base, listed)
 
 
 def _listed(state: Overlay, scope: Scope, zone: bytes, now: Reader) -> Iterator[tuple[bytes, int]]:

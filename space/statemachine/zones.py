@@ -238,11 +238,16 @@ def heirs(state: Reader | Overlay, zone: bytes) -> list[tuple[bytes, ZoneRow]]:
     return [(number, row) for number, row in zones(state).items() if row.heir == zone]
 
 
-def replicas(state: Overlay, zone: bytes) -> Iterator[bytes]:
-    """Every capsule here that has its home in a zone, by whatever way."""
+def known_of(state: Overlay, zone: bytes) -> list[bytes]:
+    """Every capsule that came from a zone or went there, whose ever home it is now."""
     sent = {capsule for capsule, _ in sent_capsules(state, zone)}
     came = {capsule for capsule, value in state.scan(HOME, b"") if HomeRow.decode(value).zone == zone}
-    for capsule in sorted(sent | came):
+    return sorted(sent | came)
+
+
+def replicas(state: Overlay, zone: bytes) -> Iterator[bytes]:
+    """Every capsule here that has its home in a zone, by whatever way."""
+    for capsule in known_of(state, zone):
         row = state.capsule(capsule)
         if row is not None and home_of(state, capsule, row) == zone:
             yield capsule

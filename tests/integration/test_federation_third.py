@@ -12,8 +12,10 @@ from typing import Any, Final
 import pytest
 
 import space
-from space._errors import RefusedError, SpaceError
+from space._errors import NotFoundError, RefusedError, SpaceError
+from space._node import federation_heir
 from space._node.federation_audit import audit
+from space._node.federation_home import Walk
 from space._node.federation_promote import branches
 from space._node.federation_status import status
 from tests.federation_support import Served, shared, space_command, until
@@ -398,3 +400,45 @@ def test_a_home_that_is_one_again_deletes_nothing_it_took_back(three: Several) -
     three.away = set()
     three.settle()
     assert alike(three) == had
+
+
+def test_a_new_home_whose_log_does_not_reach_back_ships_what_it_still_has(
+    three: Several, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third zone follows it all the same: it gets everything as it is now, and what only it has stays."""
+    oslo, paris, lima = three.stores.values()
+    oslo.write(oslo.resolve("/all/f1"), 0, b"seen by lima alone")
+    three.ship(("oslo", "lima"))
+    three.promote("paris", "oslo")
+    three.away = {"lima"}
+    three.settle()
+    paris.put(b"new", name="/zones/oslo/all/new")
+    paris.write(paris.resolve("/zones/oslo/all/f2"), 0, b"changed")
+    paris.rm("/zones/oslo/all/f3")
+    begins = paris.last
+    monkeypatch.setattr(paris, "wal", _Later(paris.wal, begins))
+    monkeypatch.setattr(federation_heir, "Walk", _short(begins))
+    three.away = set()
+    three.settle()
+    monkeypatch.undo()
+    assert lima.get("/zones/oslo/all/new") == b"new"
+    tree = alike(three)
+    assert "/f3" not in tree
+    assert {"all/f1", "all/f3"} <= set(files(three, "lima")["oslo+paris-1"])
+    assert lima.get("/zones/.branches/oslo+paris-1/all/f1").startswith(b"seen by lima alone")
+    paris.put(b"later", name="/zones/oslo/all/later")
+    three.settle()
+    assert lima.get("/zones/oslo/all/later") == b"later"
+    alike(three)
+
+
+def _short(begins: int) -> type[Walk]:
+    """Walks that cannot begin earlier than a log says it does."""
+
+    class Short(Walk):
+        def __init__(self, store: Any, position: int) -> None:
+            if position + 1 < begins:
+                raise NotFoundError(f"the log begins at {begins}")
+            super().__init__(store, position)
+
+    return Short
