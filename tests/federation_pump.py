@@ -7,9 +7,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 import space
 from space._errors import UnavailableError
+from space._node import transfer
 from space._node.caller import Document
 from space._node.federation_move import Residence, parse_residences
 from space._node.federation_promote import Arrival, parse_arrivals, predict
@@ -136,6 +138,18 @@ class Pumped:
         pump: Any = Pump(*((self.oslo, self.paris) if name == "oslo" else (self.paris, self.oslo)))
         (self.there if name == "oslo" else self.back).close()
         setattr(self, "there" if name == "oslo" else "back", pump)
+
+
+PUT_AT_ONCE_FROM: Final = 1_000_000
+"""Seeds from which on simulations put small files as one position, as the store does; the others, as it does with large
+ones: created, written, named.  What seeds found once was found that way."""
+
+
+def put_by(seed: int) -> contextlib.AbstractContextManager[object]:
+    """Has the store put small files as the simulation with that seed does."""
+    if seed >= PUT_AT_ONCE_FROM:
+        return contextlib.nullcontext()
+    return mock.patch.object(transfer, "_put_at_once", return_value=None)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ from space.federation import stream, translate
 from space.statemachine import zones as rows
 from space.statemachine.tables import Overlay
 from tests.chaos.swarm import main
-from tests.federation_pump import Pump, Pumped, pumped
+from tests.federation_pump import Pump, Pumped, pumped, put_by
 from tests.federation_support import introduce, shared
 from tests.property.test_federation_follow import act, below, seen
 
@@ -250,7 +250,7 @@ def simulate_anew(seed: int) -> Counter[str]:
 
 
 def _simulated(seed: int, *, anew: bool) -> Counter[str]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, pumped(Path(directory)) as zones:
+    with put_by(seed), tempfile.TemporaryDirectory(dir="/dev/shm") as at, pumped(Path(at)) as zones:
         run = Run(zones, seed, anew=anew)
         run.run()
         return run.counts

@@ -33,6 +33,7 @@ from space.federation import stream, translate
 from space.statemachine import zones as rows
 from space.statemachine.tables import Overlay
 from tests.chaos.swarm import main
+from tests.federation_pump import put_by
 from tests.federation_support import shared
 from tests.federation_third import NAMES, Several, several
 from tests.property.test_federation_follow import act, below, seen
@@ -251,7 +252,7 @@ def simulate_anew(seed: int, promotions: int = PROMOTIONS) -> Counter[str]:
 
 
 def _simulated(seed: int, promotions: int, *, anew: bool) -> Counter[str]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, several(Path(directory)) as zones:
+    with put_by(seed), tempfile.TemporaryDirectory(dir="/dev/shm") as at, several(Path(at)) as zones:
         run = Run(zones, seed, promotions, anew=anew)
         run.run()
         return run.counts
