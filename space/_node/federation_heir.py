@@ -34,7 +34,7 @@ from space.federation.scope import Scope
 from space.federation.selection import Selection
 from space.statemachine import zones as rows
 from space.statemachine.shipments import names_in
-from space.statemachine.tables import Overlay, Reader
+from space.statemachine.tables import CapsuleRow, Overlay, Reader
 
 if TYPE_CHECKING:
     from space._node.federation_zones import Zone
@@ -121,7 +121,7 @@ def _still_here(store: Store, zone: bytes, row: rows.ZoneRow, follower: str) -> 
     with store._read() as txn:
         state, scope = Overlay(txn), Scope(txn, Selection(follower), b"")
         listed = {
-            capsule: rows.reached(state, zone, row, capsule)
+            capsule: rows.reached(state, zone, row, capsule) if scope.row(capsule).change > row.parted else 0
             for capsule in rows.known_of(state, zone)
             if scope.lane(capsule) is not None
         }
@@ -137,7 +137,16 @@ def _listed(state: Overlay, scope: Scope, zone: bytes, now: Reader) -> Iterator[
             continue
         assert row is not None
         if scope.selection.lane(now, found.policy) is not None:
-            yield capsule, rows.reached(state, zone, row, capsule)
+            known = _is_known(row, found)
+            yield capsule, rows.reached(state, zone, row, capsule) if known else 0
+
+
+def _is_known(zone: rows.ZoneRow, replica: CapsuleRow) -> bool:
+    """Whether it is known how far a replica has come: not if this store had taken it over and gave it back.
+
+    Until something of it comes from there it is as this store left it, which no position of that log says.
+    """
+    return replica.ino > zone.returned or replica.change > zone.parted
 
 
 def all_there(state: Overlay, zone: bytes) -> int:
@@ -303,16 +312,17 @@ class _Plan:
             whole = home is None or not home.copy
             here = rows.reached(self._state, self._found.zone, self._row, capsule) if whole else 0
             theirs = self._found.capsules.get(capsule)
+            known = _is_known(self._row, self._scope.row(capsule))
             if capsule in self._roots:
                 roots.append(capsule)
             elif theirs is not None:
-                if self._is_same(here, theirs):
+                if known and self._is_same(here, theirs):
                     self.same.append(capsule)
-                elif here > theirs:
+                elif here > theirs or not known:
                     further.append(capsule)
             elif self._is_meant(capsule):
                 self.gone.append(capsule)
-                if here > self._there and self._scope.alive(capsule):
+                if (here > self._there or not known) and self._scope.alive(capsule):
                     only_here.append(capsule)
         if not self._round:
             self.same += roots

@@ -69,7 +69,7 @@ def test_what_was_found_once_stays_fixed(seed: int, promotions: int) -> None:
     simulate(seed, promotions)
 
 
-@pytest.mark.parametrize("seed", [901020, 901029, 901078, 901089])
+@pytest.mark.parametrize("seed", [901020, 901029, 901078, 901089, 1000007])
 def test_what_was_found_where_zones_are_removed_stays_fixed(seed: int) -> None:
     """Likewise in runs in which zones are removed and added again."""
     simulate_anew(seed)
