@@ -429,7 +429,7 @@ class _Fork:
         for capsule in sorted(theirs):
             row = scope.state.capsule(capsule)
             late = row is not None and row.kind == Kind.DIRECTORY and row.change > self._all_there
-            if late and not scope.moved(capsule):
+            if late and not scope.moved(capsule) and scope.alive(capsule):
                 yield capsule
             scope.forget()
 
