@@ -203,14 +203,21 @@ class _Fork:
         self._reached: dict[bytes, Arrival] = {}
         self._then: dict[bytes, tuple[int, _State | None]] = {}
         with store._read() as txn:
-            row = rows.zone_row(txn, zone.id)
+            known = rows.zones(txn)
             own = rows.own_zone(txn)
+        row = known.get(zone.id)
         assert row is not None
         assert own is not None
         self._own, self._own_name = own[0], own[1].name
         self._row = row
         # Up to here everything came, by whatever lane; both were alike when this zone last took the other's place.
         self._all_there = max(row.promoted, min(promotion.lanes.values(), default=0))
+        # But not of what third zones had taken over meanwhile, and this one took back later: from where it lost that.
+        self._untold = {
+            number: each.parted
+            for number, each in known.items()
+            if number != zone.id and each.taken and 0 < each.parted <= self._all_there < each.promoted
+        }
 
     # --- looking ---------------------------------------------------------------------------------
 
@@ -237,10 +244,19 @@ class _Fork:
         found = []
         for capsule in shared(txn, self._zone.id, self._row):
             row = scope.state.capsule(capsule)
-            if row is not None and max(row.change, sent.get(capsule, 0)) > self._all_there:
+            there = self._came_all(txn, capsule)
+            if row is not None and max(row.change, sent.get(capsule, 0)) > there:
                 found.append(capsule)
             scope.forget()
         return found
+
+    def _came_all(self, txn: Reader, capsule: bytes) -> int:
+        """The position up to which everything came there that happened to a capsule here."""
+        home = rows.home_row(txn, capsule)
+        for zone, lost in self._untold.items():
+            if 0 < rows.sent_as_of(txn, zone, capsule) < lost if home is None else home.zone == zone:
+                return lost - 1
+        return self._all_there
 
     def _fork_of(self, txn: Reader, capsule: bytes) -> int:
         """The position of this log at which the other zone has a capsule; 0 if it has all there can be.
@@ -252,13 +268,14 @@ class _Fork:
         """
         home = rows.home_row(txn, capsule)
         reached = self._reached.get(capsule, _NOT_ASKED).position
+        there = self._came_all(txn, capsule)
         if home is None or not home.moved or home.zone != self._zone.id:
-            return max(self._all_there, reached)
+            return max(there, reached)
         if self._scope(txn).moved(capsule):
             known = max(reached, home.since)
             untold = not home.position and reached < home.moved  # what that zone has told of, it took
-            return max(self._all_there, known) if known and untold else 0
-        return max(self._all_there, reached if reached < WHOLE else 0, home.moved if home.here else 0)
+            return max(there, known) if known and untold else 0
+        return max(there, reached if reached < WHOLE else 0, home.moved if home.here else 0)
 
     def _changed(self, txn: Reader) -> dict[bytes, int]:
         """Shared capsules that the other zone has, and that changed after their fork, with it.

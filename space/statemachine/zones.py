@@ -218,7 +218,7 @@ def _lost_to(state: Overlay, capsule: bytes, taken: HomeRow | None, since: int =
     return None
 
 
-def sent_as_of(state: Overlay, zone: bytes, capsule: bytes) -> int:
+def sent_as_of(state: Reader | Overlay, zone: bytes, capsule: bytes) -> int:
     """The position a capsule was last sent to a zone as of; 0 if it was not, or the zone was told to delete it.
 
     Of one whose home was taken from the zone: where that was, unless it was sent since.
