@@ -78,7 +78,7 @@ def test_names_with_blanks_are_found_in_mountinfo(tmp_path: Path) -> None:
         assert mounted_at(str(target)) == ["fuse.space"]
 
 
-@pytest.fixture(scope="module", params=[("--read-only",), ("--at", "@4")], ids=["read-only", "past"])
+@pytest.fixture(scope="module", params=[("--read-only",), ("--at", "@2")], ids=["read-only", "past"])
 def read_only(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A mount of a file ``f`` that cannot be written to."""
     place = tmp_path_factory.mktemp("read-only")
