@@ -60,6 +60,7 @@ _BY_NAME: Final[Mapping[str, st.SearchStrategy[Any]]] = {
     "owner": st.sampled_from([b"x", b"y"]) | st.binary(max_size=1024),
     "verifier": st.binary(min_size=8, max_size=8) | st.binary(max_size=8),
     "zone": ids,
+    "heir": ids,
     "sealing": st.binary(max_size=32),
     "from_position": u63,
     "through_position": u63,
