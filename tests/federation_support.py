@@ -269,3 +269,11 @@ def served_zones(home: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Pat
     policy = home / "shared.yaml"
     policy.write_text("sovereignty: global\nfederation:\n  targets: [paris]\n")
     return data, at, policy
+
+
+def content_at(data: Path, path: str) -> str | None:
+    """What a file of a zone is, by command; None while it cannot be had."""
+    try:
+        return space_command("--data", data, "get", path)
+    except AssertionError:
+        return None

@@ -5,7 +5,13 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, Final, TextIO
+
+if TYPE_CHECKING:
+    import pytest
+
+RUNS_FOR_EVERYTHING: Final = 60
+"""From so many runs on, whatever can happen has happened."""
 
 Run = Callable[[int], Counter[str]]
 """A run of a seed; what happened in it.  It raises what does not hold."""
@@ -28,6 +34,17 @@ def swarm(run: Run, runs: int, first: int, out: TextIO) -> tuple[Counter[str], d
     told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
     out.write(f"\n{runs} runs from seed {first}, {len(failures)} failed\n{told}\n")
     return counts, failures
+
+
+def finds_nothing(
+    capsys: pytest.CaptureFixture[str], run: Run, runs: int, first: int, happens: Sequence[str]
+) -> None:
+    """Asserts that all runs hold and, if there are enough of them, that everything that can happen does."""
+    with capsys.disabled():
+        counts, failures = swarm(run, runs, first, sys.stderr)
+    assert not failures
+    if runs >= RUNS_FOR_EVERYTHING:
+        assert [name for name in happens if not counts[name]] == []
 
 
 def main(run: Run, arguments: Sequence[str], *, runs: int) -> int:

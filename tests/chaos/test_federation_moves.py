@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any, Final
 
 import pytest
@@ -16,15 +15,12 @@ from space.statemachine import decide
 from space.statemachine.decision import Decision, PayloadPlacer
 from space.statemachine.tables import Overlay, Reader
 from tests.chaos.federation_moves_sim import simulate, simulate_anew
-from tests.chaos.swarm import swarm
+from tests.chaos.swarm import finds_nothing
 
 pytestmark = pytest.mark.requires("py:aiohttp")
 
 RUNS: Final = int(os.environ.get("SPACE_FEDERATION_MOVES_RUNS", "15"))
 FIRST_SEED: Final = int(os.environ.get("SPACE_CHAOS_SEED", "0"))
-RUNS_FOR_EVERYTHING: Final = 60
-"""From so many runs on, whatever can happen has happened."""
-
 HAPPENS: Final = (
     "moved",
     "taken back",
@@ -41,11 +37,7 @@ CONTROL_SEEDS: Final = (0, 4, 5)
 @pytest.mark.timeout(6 * 3600)
 def test_a_swarm_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """In every run each capsule ends with exactly one home, and both zones have it alike."""
-    with capsys.disabled():
-        counts, failures = swarm(simulate, RUNS, FIRST_SEED, sys.stderr)
-    assert not failures
-    if RUNS >= RUNS_FOR_EVERYTHING:
-        assert [name for name in HAPPENS if not counts[name]] == []
+    finds_nothing(capsys, simulate, RUNS, FIRST_SEED, HAPPENS)
 
 
 @pytest.mark.timeout(6 * 3600)
@@ -53,11 +45,7 @@ def test_a_swarm_in_which_everything_is_copied_anew_finds_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The same holds where zones are removed and added again, and copies are cut everywhere."""
-    with capsys.disabled():
-        counts, failures = swarm(simulate_anew, RUNS, FIRST_SEED, sys.stderr)
-    assert not failures
-    if RUNS >= RUNS_FOR_EVERYTHING:
-        assert [name for name in (*HAPPENS, "forgotten") if not counts[name]] == []
+    finds_nothing(capsys, simulate_anew, RUNS, FIRST_SEED, [*HAPPENS, "forgotten"])
 
 
 @pytest.mark.parametrize("seed", [8, 123, 133, 1017, 1079])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any, Final
 
 import pytest
@@ -14,26 +13,19 @@ from space._node.federation_send import ZoneSource
 from space.federation.stream import Begin
 from space.statemachine.shipments import _Delivery
 from tests.chaos.federation_thirds_sim import simulate, simulate_anew
-from tests.chaos.swarm import swarm
+from tests.chaos.swarm import finds_nothing
 
 pytestmark = pytest.mark.requires("py:aiohttp")
 
 RUNS: Final = int(os.environ.get("SPACE_FEDERATION_THIRDS_RUNS", "12"))
 FIRST_SEED: Final = int(os.environ.get("SPACE_CHAOS_SEED", "0"))
-RUNS_FOR_EVERYTHING: Final = 60
-"""From so many runs on, whatever can happen has happened."""
-
 HAPPENS: Final = ("promoted", "ahead", "in branches", "shipments")
 
 
 @pytest.mark.timeout(6 * 3600)
 def test_a_swarm_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """In every run all three zones are alike in the end, one is the home, and what was ahead is in a branch."""
-    with capsys.disabled():
-        counts, failures = swarm(simulate, RUNS, FIRST_SEED, sys.stderr)
-    assert not failures
-    if RUNS >= RUNS_FOR_EVERYTHING:
-        assert [name for name in HAPPENS if not counts[name]] == []
+    finds_nothing(capsys, simulate, RUNS, FIRST_SEED, HAPPENS)
 
 
 @pytest.mark.timeout(6 * 3600)
@@ -41,11 +33,7 @@ def test_a_swarm_in_which_everything_is_copied_anew_finds_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The same holds where zones are removed and added again, and copies are cut everywhere."""
-    with capsys.disabled():
-        counts, failures = swarm(simulate_anew, RUNS, FIRST_SEED, sys.stderr)
-    assert not failures
-    if RUNS >= RUNS_FOR_EVERYTHING:
-        assert [name for name in (*HAPPENS, "forgotten") if not counts[name]] == []
+    finds_nothing(capsys, simulate_anew, RUNS, FIRST_SEED, [*HAPPENS, "forgotten"])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,16 @@ from space.events import commands as cmd
 from space.events.types import Kind
 from space.policy.model import Encryption
 from tests.federation_pump import Pumped, pumped
-from tests.federation_support import Served, Two, served_zones, shared, space_command, two_zones, until
+from tests.federation_support import (
+    Served,
+    Two,
+    content_at,
+    served_zones,
+    shared,
+    space_command,
+    two_zones,
+    until,
+)
 
 pytestmark = pytest.mark.requires("py:aiohttp")
 
@@ -378,7 +387,7 @@ def test_two_processes_to_and_fro(tmp_path: Path) -> None:
             space_command("--data", data[zone], "put", "-", "--name", path, text=text)
 
         def comes(zone: str, path: str, text: str) -> None:
-            until(lambda: _content(data[zone], path) == text, f"{path} in {zone}")
+            until(lambda: content_at(data[zone], path) == text, f"{path} in {zone}")
 
         def up(zone: str) -> None:
             at[zone] = stack.enter_context(Served(data[zone], "--listen", f"127.0.0.1:{at[zone].port}"))
@@ -418,13 +427,6 @@ def test_two_processes_to_and_fro(tmp_path: Path) -> None:
         assert [each["path"] for each in branch["files"]] == ["dir/more"]
         for path in data.values():
             assert "0 not allowed" in space_command("--data", path, "verify", "--sovereignty")
-
-
-def _content(data: Path, path: str) -> str | None:
-    try:
-        return space_command("--data", data, "get", path)
-    except AssertionError:
-        return None
 
 
 @pytest.mark.requires("/dev/fuse", "fusermount3", "py:pyfuse3")

@@ -18,7 +18,7 @@ from space._node.federation_audit import audit
 from space._node.federation_home import Walk
 from space._node.federation_promote import branches
 from space._node.federation_status import status
-from tests.federation_support import Served, shared, space_command, until
+from tests.federation_support import Served, content_at, shared, space_command, until
 from tests.federation_third import Several, several
 from tests.property.test_federation_follow import seen
 
@@ -259,7 +259,7 @@ def test_three_processes(tmp_path: Path) -> None:
             space_command("--data", data[zone], "put", "-", "--name", path, text=text)
 
         def comes(zone: str, path: str, text: str) -> None:
-            until(lambda: _content(data[zone], path) == text, f"{path} in {zone}")
+            until(lambda: content_at(data[zone], path) == text, f"{path} in {zone}")
 
         space_command("--data", data["oslo"], "mkdir", "/dir")
         space_command("--data", data["oslo"], "policy", "set", "/dir", policy)
@@ -281,13 +281,6 @@ def test_three_processes(tmp_path: Path) -> None:
             comes(zone, name, "three")
         for path in data.values():
             assert "0 not allowed" in space_command("--data", path, "verify", "--sovereignty")
-
-
-def _content(data: Path, path: str) -> str | None:
-    try:
-        return space_command("--data", data, "get", path)
-    except AssertionError:
-        return None
 
 
 def test_a_copy_anew_has_what_another_zone_took_over(three: Several) -> None:
