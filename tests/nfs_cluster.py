@@ -7,7 +7,7 @@ import functools
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -62,12 +62,20 @@ class Forwarder:
         with near, far:
             with self._lock:
                 self._pairs.append((near, far))
-            back = threading.Thread(target=_copy, args=(far, near), daemon=True)
+            back = threading.Thread(target=_copy, args=(far, near, self.answered), daemon=True)
             back.start()
-            _copy(near, far)
+            _copy(near, far, self.asked)
             back.join()
             with self._lock, contextlib.suppress(ValueError):
                 self._pairs.remove((near, far))
+
+    def asked(self, data: bytes) -> bool:
+        """Whether these bytes of a client go on; if not, the connection ends."""
+        return True
+
+    def answered(self, data: bytes) -> bool:
+        """The same of bytes to a client."""
+        return True
 
     def close(self) -> None:
         """Ends it, and its connections."""
@@ -77,9 +85,9 @@ class Forwarder:
         self.lead_to(0)
 
 
-def _copy(one: socket.socket, other: socket.socket) -> None:
+def _copy(one: socket.socket, other: socket.socket, passes: Callable[[bytes], bool]) -> None:
     with contextlib.suppress(OSError):
-        while data := one.recv(1 << 16):
+        while (data := one.recv(1 << 16)) and passes(data):
             other.sendall(data)
     _end(one, other)
 

@@ -22,8 +22,25 @@ ask() {
 
 # under COMMAND...: runs it while the server is killed twice; it must not notice. It goes on as long as there is /tmp/under
 under() {
-  touch /tmp/under; "$@" >/tmp/load 2>&1 & local load=$! i
-  for i in 1 2; do sleep 3; ask again; done
+  touch /tmp/under; set -m; "$@" >/tmp/load 2>&1 & local load=$! i; set +m # a process group of its own
+  for i in 1 2; do
+    sleep 3; kill -0 $load || { cat /tmp/load; exit 1; }
+    [ -z "${held-}" ] || hold $load
+    ask kill; kill -CONT -- -$load; ask restart
+  done
   sleep 3; kill -0 $load || { cat /tmp/load; exit 1; }
   rm /tmp/under; wait $load || { cat /tmp/load; exit 1; }
+}
+
+# between COMMAND...: the same for what makes, renames and removes names. None of its system calls is under way when the
+# server dies, because the second answer to what was done already is that it is there, or gone (docs/nfs.md). It makes
+# them while there is no server.
+between() { local held=1; under "$@"; }
+
+# hold GROUP: stops its processes, and waits until each has come back from its system call
+hold() {
+  kill -STOP -- -$1
+  while ps -eo pgid=,stat= | awk -v group=$1 '$1 == group && $2 !~ /^[TZ]/ { found = 1 } END { exit !found }'; do
+    sleep 0.05
+  done
 }

@@ -32,19 +32,29 @@ class Served:
 
     cluster: Cluster
     epochs: list[int] = attrs.field(factory=list)
+    dead: int = 0
 
     @property
     def port(self) -> int:
         return self.cluster.floating.address[1]
 
     def again(self) -> str:
-        """Kills the node that serves; the address leads to the next one then, and the dead one is started again."""
+        """Kills the node that serves, and has another one serve."""
+        self.kill()
+        self.restart()
+        return "served"
+
+    def kill(self) -> None:
+        """Kills the node that serves."""
         old = self.cluster.serving()
         self.epochs.append(self.cluster.epoch(old))
         self.cluster.kill(old)
+        self.dead = old
+
+    def restart(self) -> None:
+        """The address leads to the next one, and the dead one is started again."""
         self.cluster.serving(after=self.epochs[-1])
-        self.cluster.start(old)
-        return "served"
+        self.cluster.start(self.dead)
 
 
 @pytest.fixture
@@ -62,7 +72,7 @@ def test_fio_and_git_while_servers_die(served: Served, tmp_path: Path) -> None:
     fio="fio --name=v --directory=/n --rw=randwrite --bs=4k --size=8m --fsync=16 --verify=crc32c --verify_fatal=1"
     busy() {{ set -e; while [ -e /tmp/under ]; do $fio; repository /n/r; done; }}
     mounted 4.2; mkdir /n/held; exec 9>/n/held/lock; flock 9
-    under busy
+    between busy
     flock -n /n/held/lock true && exit 1; exec 9>&-
     anew 4.2; for each in one two; do cd /n/r/$each; git fsck --full; done; cd /; umount /n
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import struct
 import subprocess
 import time
 from collections.abc import Callable
@@ -20,8 +21,10 @@ import attrs
 import pytest
 
 import space
+from space.projections.nfs.nfs4 import Op
 from tests.cli_support import ROOT, execute
 from tests.nfs_client import Client
+from tests.nfs_cluster import Forwarder
 from tests.nfs_support import LEASE_SECONDS, Serve, View
 
 pytestmark = pytest.mark.skipif(
@@ -95,11 +98,18 @@ class Guest:
 
 
 def run(
-    view: View, body: str, tmp_path: Path, *, seconds: int = GUEST_SECONDS, **answers: Callable[..., object]
+    view: View,
+    body: str,
+    tmp_path: Path,
+    *,
+    seconds: int = GUEST_SECONDS,
+    port: int = 0,
+    **answers: Callable[..., object],
 ) -> dict[str, str]:
-    """The lines ``name=value`` that a job prints, which must end well."""
-    guest = Guest(tmp_path / "guest", {"again": view.again, **answers})
-    guest.start(view.port, body, seconds)
+    """The lines ``name=value`` that a job prints, which must end well; ``port`` leads to the view, if not its own."""
+    always = {"again": view.again, "kill": view.kill, "restart": view.restart}
+    guest = Guest(tmp_path / "guest", {**always, **answers})
+    guest.start(port or view.port, body, seconds)
     try:
         while not guest.ended:
             guest.poll()
@@ -189,13 +199,13 @@ def test_git(serve: Serve, tmp_path: Path, version: str) -> None:
     run(view, job, tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["delete", "wal"])
+@pytest.mark.parametrize("mode, load", [("delete", "between"), ("wal", "under")])
 @VERSIONS
-def test_sqlite(serve: Serve, tmp_path: Path, version: str, mode: str) -> None:
+def test_sqlite(serve: Serve, tmp_path: Path, version: str, mode: str, load: str) -> None:
     """A database in rollback and in WAL mode holds what was committed, while the server is killed twice."""
     view = serve()
     job = f"""
-    mounted {version}; under python3 /mnt/host/nfs_sqlite.py /n/db {mode}; cat /tmp/load
+    mounted {version}; {load} python3 /mnt/host/nfs_sqlite.py /n/db {mode}; cat /tmp/load
     anew {version}; [ "$(sqlite3 /n/db 'PRAGMA integrity_check')" = ok ]
     echo found=$(sqlite3 /n/db 'SELECT count(*) FROM t'); umount /n
     """
@@ -244,7 +254,7 @@ def test_git_under_kills(serve: Serve, tmp_path: Path, version: str) -> None:
     view = serve()
     job = f"""{GIT}
     busy() {{ set -e; while [ -e /tmp/under ]; do repository /n/r; done; }}
-    mounted {version}; under busy
+    mounted {version}; between busy
     anew {version}; for each in one two; do cd /n/r/$each; git fsck --full; done; cd /; umount /n
     """
     run(view, job, tmp_path)
@@ -291,12 +301,63 @@ while os.path.exists("/tmp/under"):
     n += 1
 print("made=%d" % n)
 EOF
-    mounted 4.2; under python3 /tmp/names.py; cat /tmp/load; . /tmp/load; anew 4.2
+    mounted 4.2 lookupcache=positive; under python3 /tmp/names.py; cat /tmp/load; . /tmp/load; anew 4.2
     for n in $(seq 0 $((made - 1))); do
       d=/n/$(printf %05d $n); if [ $((n % 3)) = 0 ]; then [ ! -e $d ]; else [ "$(ls -m $d)" = "c, s" ]; fi
     done; umount /n
     """
     assert int(run(view, job, tmp_path)["made"]) > 10
+
+
+class Losing(Forwarder):
+    """The way to a server that dies between carrying out the request that is wanted and answering it."""
+
+    def __init__(self, view: View) -> None:
+        super().__init__()
+        self._view = view
+        self._wanted: tuple[bytes, ...] = ()
+        self._carried_out = False
+        self.lead_to(view.port)
+
+    def lose(self, operation: str, name: str) -> str:
+        """The next request with such an operation and this name in it is wanted."""
+        self._wanted = struct.pack(">I", Op[operation]), struct.pack(">I", len(name)) + name.encode()
+        return "wanted"
+
+    def asked(self, data: bytes) -> bool:
+        if self._wanted and all(each in data for each in self._wanted):
+            self._wanted, self._carried_out = (), True
+        return True
+
+    def answered(self, data: bytes) -> bool:
+        if not self._carried_out:
+            return True
+        self._carried_out = False
+        self._view.again()
+        return False
+
+
+def test_an_answer_that_dies_with_its_server(serve: Serve, data: Path, tmp_path: Path) -> None:
+    """What was carried out is carried out once; the client asks again, and is told how it is by then.
+
+    Creating a file exclusively is known as the same request by its verifier, also by a later server.
+    """
+    view = serve()
+    with contextlib.closing(
+        Losing(view)
+    ) as way:  # each name is asked for once, so that nothing is wanted in vain
+        job = """
+        mounted 4.2 lookupcache=positive; cd /n
+        ask lose CREATE made; fails "File exists" mkdir made; echo one >made/f
+        ask lose RENAME moved; fails "No such file" mv -T made/f moved; [ "$(cat moved)" = one ]; [ ! -e made/f ]
+        ask lose LINK linked; fails "File exists" ln moved linked; [ $(stat -c %h moved) = 2 ]
+        ask lose REMOVE linked; fails "No such file" unlink linked; [ ! -e linked ]
+        ask lose OPEN new; (set -C; echo two >new); [ "$(cat new)" = two ]; cd /; umount /n
+        """
+        run(view, job, tmp_path, port=way.address[1], lose=way.lose)
+    view.stop()
+    with space.open(data) as store:
+        assert sorted(each.name for each in store.ls("/")) == [b"made", b"moved", b"new"]
 
 
 def test_extended_attributes(serve: Serve, data: Path, tmp_path: Path) -> None:
