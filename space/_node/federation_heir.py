@@ -8,7 +8,8 @@ for each ten thousand capsules, and a last one, :class:`space.events.commands.Fo
 * What is not stays as it is until the heir has shipped it as it was there (:meth:`Translator.translate` of the
   promotion does), which replaces it.  Where the follower had come further, a clone of it is kept in a branch first.
 * What the heir does not have, though the zone's policy lets it, is gone; if it is from after all that came there, a
-  clone of it is kept in the branch first.
+  clone of it is kept in the branch first.  Where the heir was a home before, and the zone had taken its place, so is
+  what waits since then to be shipped by the zone, which is not its home any more.
 
 What the heir may not have stays the zone's, which nobody has replaced for it.  The names of such capsules are told to
 nobody: the heir says what it has, and the follower does not ask.
@@ -34,7 +35,7 @@ from space.federation.scope import Scope
 from space.federation.selection import Selection
 from space.statemachine import zones as rows
 from space.statemachine.shipments import names_in
-from space.statemachine.tables import CapsuleRow, Overlay, Reader
+from space.statemachine.tables import Overlay, Reader
 
 if TYPE_CHECKING:
     from space._node.federation_zones import Zone
@@ -121,7 +122,9 @@ def _still_here(store: Store, zone: bytes, row: rows.ZoneRow, follower: str) -> 
     with store._read() as txn:
         state, scope = Overlay(txn), Scope(txn, Selection(follower), b"")
         listed = {
-            capsule: rows.reached(state, zone, row, capsule) if scope.row(capsule).change > row.parted else 0
+            capsule: rows.reached(state, zone, row, capsule)
+            if scope.row(capsule).change > row.parted and not rows.waits(state, zone, capsule)
+            else 0
             for capsule in rows.known_of(state, zone)
             if scope.lane(capsule) is not None
         }
@@ -137,16 +140,20 @@ def _listed(state: Overlay, scope: Scope, zone: bytes, now: Reader) -> Iterator[
             continue
         assert row is not None
         if scope.selection.lane(now, found.policy) is not None:
-            known = _is_known(row, found)
+            known = _is_known(state, zone, row, capsule)
             yield capsule, rows.reached(state, zone, row, capsule) if known else 0
 
 
-def _is_known(zone: rows.ZoneRow, replica: CapsuleRow) -> bool:
-    """Whether it is known how far a replica has come: not if this store had taken it over and gave it back.
+def _is_known(state: Overlay, number: bytes, zone: rows.ZoneRow, capsule: bytes) -> bool:
+    """Whether it is known how far a replica of ``zone``, of that id, has come.
 
-    Until something of it comes from there it is as this store left it, which no position of that log says.
+    Not if this store had taken it over and gave it back: until something of it comes from there it is as this store
+    left it, which no position of that log says.  Nor if it waits for what the zone's heir has of it.
     """
-    return replica.ino > zone.returned or replica.change > zone.parted
+    replica = state.capsule(capsule)
+    assert replica is not None, "a replica is there"
+    as_left = replica.ino <= zone.returned and replica.change <= zone.parted
+    return not as_left and not rows.waits(state, number, capsule)
 
 
 def all_there(state: Overlay, zone: bytes) -> int:
@@ -248,13 +255,23 @@ def _followed(store: Store, heir: Zone, found: Inheritance) -> bool:
             plan = _Plan(store, heir, found, row, own[0], txn)
             plan.make()
     about = (found.zone, heir.id, found.epoch, found.position)
-    rest = list(plan.same)
-    while len(rest) > ASKED_MAX:
-        some, rest = rest[:ASKED_MAX], rest[ASKED_MAX:]
-        store.execute(cmd.FollowHeir(*about, some, seen=seen), actor=f"zone:{heir.name}")
+    same, behind = plan.same, plan.behind
+    while len(same) + len(behind) > ASKED_MAX:
+        some, same = same[:ASKED_MAX], same[ASKED_MAX:]
+        waiting, behind = behind[: ASKED_MAX - len(some)], behind[ASKED_MAX - len(some) :]
+        store.execute(cmd.FollowHeir(*about, some, seen=seen, waiting=waiting), actor=f"zone:{heir.name}")
     made = plan.made
     store.execute(
-        cmd.FollowHeir(*about, rest, made.commands, plan.times, plan.gone, seen, done=True),
+        cmd.FollowHeir(
+            *about,
+            same,
+            made.commands,
+            plan.times,
+            plan.gone,
+            seen,
+            done=True,
+            waiting=[*behind, *plan.further],  # how far it came says what to keep: not before it is kept
+        ),
         actor=f"zone:{heir.name}",
     )
     log.warning(
@@ -276,6 +293,8 @@ class _Plan:
         self, store: Store, heir: Zone, found: Inheritance, row: rows.ZoneRow, own: bytes, txn: Reader
     ) -> None:
         self.same: list[bytes] = []
+        self.behind: list[bytes] = []
+        self.further: list[bytes] = []
         self.gone: list[bytes] = []
         self.times: list[tuple[bytes, tuple[int, int, int, int]]] = []
         self._found = found
@@ -284,6 +303,7 @@ class _Plan:
         self._state = Overlay(txn)
         known = rows.zone_row(txn, heir.id)
         self._round = known is not None and known.taken > 0
+        self._returns = known is not None and known.heir == found.zone
         self._selection = Selection(heir.name)
         self._scope = Scope(txn, self._selection, own)
         self._there = found.reached
@@ -304,7 +324,6 @@ class _Plan:
             RefusedError: the heir's own place was taken by this zone.
         """
         self._check_own()
-        further: list[bytes] = []
         only_here: list[bytes] = []
         roots: list[bytes] = []
         for capsule in rows.replicas(self._state, self._found.zone):
@@ -312,26 +331,40 @@ class _Plan:
             whole = home is None or not home.copy
             here = rows.reached(self._state, self._found.zone, self._row, capsule) if whole else 0
             theirs = self._found.capsules.get(capsule)
-            known = _is_known(self._row, self._scope.row(capsule))
+            known = _is_known(self._state, self._found.zone, self._row, capsule)
             if capsule in self._roots:
                 roots.append(capsule)
             elif theirs is not None:
                 if known and self._is_same(here, theirs):
                     self.same.append(capsule)
                 elif here > theirs or not known:
-                    further.append(capsule)
+                    self.further.append(capsule)
+                else:
+                    self.behind.append(capsule)
             elif self._is_meant(capsule):
                 self.gone.append(capsule)
                 if (here > self._there or not known) and self._scope.alive(capsule):
                     only_here.append(capsule)
         if not self._round:
             self.same += roots
-        elif self.same or self.gone or further:
+        elif self.same or self.gone or self.further:
             raise RefusedError(
                 f"zone {self._heir.name} took the place of {self._row}, which took this one's, and this one had taken "
                 f"that of zone {self._heir.name}: who goes round in a circle is not followed",
             )
-        self._set_aside(further, only_here)
+        if self._returns:
+            self.gone += self._left_over()
+        self._set_aside(only_here)
+
+    def _left_over(self) -> Iterator[bytes]:
+        """Replicas of the heir's, from before the zone took its place, that neither shipped nor deleted since.
+
+        They were there when that was followed, and what came further was kept then; now the heir has them no more.
+        """
+        for capsule in rows.replicas(self._state, self._heir.id):
+            told = capsule in self._roots or capsule in self._found.capsules
+            if not told and rows.waits(self._state, self._heir.id, capsule):
+                yield capsule
 
     def _check_own(self) -> None:
         for capsule in self._found.capsules:
@@ -366,9 +399,9 @@ class _Plan:
 
     # --- what is set aside ---------------------------------------------------------------------------
 
-    def _set_aside(self, further: list[bytes], only_here: list[bytes]) -> None:
-        names = names_of(self._scope, [*further, *self.gone])
-        for capsule in (*further, *only_here):
+    def _set_aside(self, only_here: list[bytes]) -> None:
+        names = names_of(self._scope, [*self.further, *self.gone])
+        for capsule in (*self.further, *only_here):
             row = self._scope.row(capsule)
             if row.kind != Kind.DIRECTORY:
                 self.made.clone(capsule, row, names[capsule])

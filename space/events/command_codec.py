@@ -269,6 +269,7 @@ _SPECIAL: Final[dict[tuple[type[Any], str], _Read]] = {
     (cmd.FollowHeir, "same"): _ids,
     (cmd.FollowHeir, "times"): _capsule_times,
     (cmd.FollowHeir, "gone"): _ids,
+    (cmd.FollowHeir, "waiting"): _ids,
     (cmd.PromoteZone, "cursors"): _steps,
     (cmd.PromoteZone, "incomplete"): _ids,
     (cmd.GiveHomes, "capsules"): _ids,

@@ -612,6 +612,8 @@ class FollowHeir:
 
     Both are other zones.  ``same`` are replicas of the zone that are here as they were there: their home is the heir.
     ``gone`` are those that are not there; ``commands`` first keep, as clones in a branch, what came here and not there.
+    ``waiting`` are those that are otherwise there, and wait for the heir to ship them.  What waits like that since the
+    zone took the heir's place, which takes it back, may be gone too.
     ``times`` (atime, mtime, ctime, btime) are those that directories keep.  Unless it is ``done``, more of the same
     comes.  ``seen`` is the position of this log it was made for: if any replica of the zone has changed since, nothing
     happens.
@@ -627,6 +629,7 @@ class FollowHeir:
     gone: Sequence[bytes] = ()
     seen: int = 0
     done: bool = False
+    waiting: Sequence[bytes] = ()
 
 
 @attrs.frozen

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from space._errors import Status
 from space.events import commands as cmd
 from space.events import types as ev
 from space.events.codec import EVENTS_MAX, NO_LINK, chain_link, encode_event
-from space.events.ids import BRANCHES, ID_BYTES, NIL, ROOT, ZONE_NAME, ZONES, zone_capsules
+from space.events.ids import BRANCHES, ID_BYTES, NIL, ROOT, ZONE_NAME, ZONES, zone_capsules, zone_root
 from space.events.registry import DOCUMENT_BYTES_MAX, U32_MAX, U63_MAX
 from space.statemachine import zones
 from space.statemachine.apply import Context, apply, tree_nodes
@@ -419,7 +419,7 @@ def follow_heir(state: Overlay, command: cmd.FollowHeir, payload: PayloadPlacer,
         return []
     if not (0 < command.epoch <= U32_MAX and 0 < command.position <= U63_MAX):
         return Rejected(Status.INVALID, "not where a zone was promoted")
-    for capsule in zones.replicas(state, command.zone):
+    for capsule in (*zones.replicas(state, command.zone), *command.gone):
         row = state.capsule(capsule)
         if row is not None and row.change > command.seen:
             return Rejected(Status.STALE, f"capsule {capsule_text(capsule)} changed meanwhile: look again")
@@ -431,9 +431,11 @@ def follow_heir(state: Overlay, command: cmd.FollowHeir, payload: PayloadPlacer,
         happen(ev.CapsuleHomed(bytes(capsule), bytes(command.heir), position, 0, 0, *(times or (None,) * 4)))
 
     happen(*_directories(tried, payload, rules))
-    for capsule in (*command.same, *command.gone):
+    left_over = frozenset(_left_over(tried, command) if heir.heir == command.zone else ())
+    for capsule in (*command.same, *command.waiting, *command.gone):
         row = tried.capsule(capsule)
-        if row is None or zones.home_of(tried, capsule, row) != command.zone:
+        theirs = row is not None and zones.home_of(tried, capsule, row) == command.zone
+        if not theirs and capsule not in left_over:
             return Rejected(Status.STALE, f"capsule {capsule_text(capsule)} is not that zone's: look again")
     for each in command.commands:
         if type(each) not in _BRANCHING:
@@ -442,9 +444,17 @@ def follow_heir(state: Overlay, command: cmd.FollowHeir, payload: PayloadPlacer,
         if isinstance(decided, Rejected):
             return decided
         happen(*decided)
-    happen(*_withdrawn(tried, command.gone, bytes(command.zone)))
+    withdrawn = _withdrawn(tried, command.gone, bytes(command.zone))
+    root, apart = bytes(zone_root(command.zone)), bytes(zone_capsules(command.zone))
+    if tried.capsule(apart) is None and any(isinstance(each, ev.CapsuleRenamed) for each in withdrawn):
+        places = (root, bytes(ZONES), zone.name.encode()), (apart, root, b".capsules")
+        happen(*_directories(tried, payload, rules, places))
+        homed(root)
+        homed(apart)
+    happen(*withdrawn)
     for capsule in command.same:
         homed(capsule)
+    happen(*_waiting(tried, command))
     for capsule, times in command.times:
         row = tried.capsule(capsule)
         if row is None or zones.home_of(tried, capsule, row) != command.heir:
@@ -459,6 +469,24 @@ def follow_heir(state: Overlay, command: cmd.FollowHeir, payload: PayloadPlacer,
     if len(events) > EVENTS_MAX:
         return Rejected(Status.TOO_LARGE, f"{len(events)} events to follow another zone")
     return events
+
+
+def _left_over(state: Overlay, command: cmd.FollowHeir) -> Iterator[bytes]:
+    """What is gone and still the heir's, from before the zone took that one's place."""
+    for capsule in command.gone:
+        row = state.capsule(capsule)
+        theirs = row is not None and zones.home_of(state, capsule, row) == command.heir
+        if theirs and zones.waits(state, command.heir, capsule):
+            yield capsule
+
+
+def _waiting(state: Overlay, command: cmd.FollowHeir) -> Iterator[ev.CapsuleHomed]:
+    """Says of replicas that they wait for the heir's; not of what moved by itself, of which more is to be known."""
+    for capsule in command.waiting:
+        home = zones.home_row(state, capsule) or zones.HomeRow(bytes(command.zone), 0)
+        if not (home.moved or zones.waits(state, command.zone, capsule)):
+            under_way = home.copy, home.step
+            yield ev.CapsuleHomed(bytes(capsule), bytes(command.zone), 0, *under_way, None, None, None, None)
 
 
 def _withdrawn(state: Overlay, gone: Sequence[bytes], zone: bytes) -> list[ev.Event]:
@@ -503,12 +531,21 @@ def _changed_since(state: Overlay, zone: bytes, row: ZoneRow, position: int) -> 
     return None
 
 
-def _directories(state: Overlay, payload: PayloadPlacer, rules: Rules) -> list[ev.Event]:
-    """Makes /zones and /zones/.branches, the first time."""
+_ALL_ZONES: Final = ((bytes(ZONES), bytes(ROOT), b"zones"), (bytes(BRANCHES), bytes(ZONES), b".branches"))
+"""/zones and /zones/.branches, each with the directory it is in, and its name there."""
+
+
+def _directories(
+    state: Overlay,
+    payload: PayloadPlacer,
+    rules: Rules,
+    wanted: Iterable[tuple[bytes, bytes, bytes]] = _ALL_ZONES,
+) -> list[ev.Event]:
+    """Makes directories, the first time."""
     events: list[ev.Event] = []
     tried = Overlay(state)
-    for capsule, parent, name in ((ZONES, ROOT, b"zones"), (BRANCHES, ZONES, b".branches")):
-        events += _made(tried, payload, rules, bytes(capsule), bytes(parent), name)
+    for capsule, parent, name in wanted:
+        events += _made(tried, payload, rules, capsule, parent, name)
     return events
 
 

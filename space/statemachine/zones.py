@@ -272,6 +272,14 @@ def reached(state: Overlay, number: bytes, zone: ZoneRow, capsule: bytes) -> int
     return max(home.position, zone.base) if row.ino <= zone.returned else home.position
 
 
+def waits(state: Overlay, zone: bytes, capsule: bytes) -> bool:
+    """Whether a replica of a zone waits for what the zone's heir has of it, and how far it has come counts no more."""
+    row, home = state.capsule(capsule), home_row(state, capsule)
+    if row is None or row.deleted or home is None:
+        return False
+    return home.zone == zone and not (home.position or home.moved)
+
+
 def begins_at(state: Reader | Overlay, zone: bytes, row: ZoneRow) -> int:
     """The position of this log from which a zone whose place this store took has to be told of it; 0 if it took none.
 

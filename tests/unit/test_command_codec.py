@@ -90,7 +90,7 @@ SAMPLES: list[cmd.Command] = [
     cmd.LoseHome(
         B, 1, 9, [(0, 1, 7)], [cmd.Clone(A, B, A, b"c"), cmd.Resize(B, 1)], [A], [(B, (1, 2, 3, 4))], 8, [B]
     ),
-    cmd.FollowHeir(B, A, 1, 9, [A], [cmd.Unlink(A, b"c")], [(B, (1, 2, 3, 4))], [A], 8, done=True),
+    cmd.FollowHeir(B, A, 1, 9, [A], [cmd.Unlink(A, b"c")], [(B, (1, 2, 3, 4))], [A], 8, True, [B]),
     cmd.Together(
         [
             cmd.CreateCapsule(A, Kind.DIRECTORY, parent=B, name=b"d", key=cmd.NewKey(1, 1, b"k")),
