@@ -52,6 +52,7 @@ def test_a_swarm_in_which_everything_is_copied_anew_finds_nothing(
         (600200, 3),
         (1000200, 3),
         (1000222, 3),
+        (1000485, 3),
     ],
 )
 def test_what_was_found_once_stays_fixed(seed: int, promotions: int) -> None:

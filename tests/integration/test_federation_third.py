@@ -18,6 +18,7 @@ from space._node.federation_audit import audit
 from space._node.federation_home import Walk
 from space._node.federation_promote import branches
 from space._node.federation_status import status
+from space.events import commands as cmd
 from tests.federation_support import Served, content_at, shared, space_command, until
 from tests.federation_third import Several, several
 from tests.property.test_federation_follow import seen
@@ -393,6 +394,37 @@ def test_a_home_that_is_one_again_deletes_nothing_it_took_back(three: Several) -
     three.away = set()
     three.settle()
     assert alike(three) == had
+
+
+def test_what_waited_for_a_home_goes_with_it(three: Several) -> None:
+    """What a third zone had otherwise than a home it got nothing of goes when the one before, home again, has none."""
+    oslo, paris, lima = three.stores.values()
+    tree = TOP["lima"]
+    three.promote("lima", "oslo")
+    for name in ("gone", "stays", "dir/inside"):
+        lima.put(b"one", name=f"{tree}/{name}")
+    lima.execute(cmd.SetAttributes(lima.resolve(tree), mode=0o711))
+    three.settle()
+    for name in ("gone", "stays", "dir"):
+        lima.execute(cmd.SetAttributes(lima.resolve(f"{tree}/{name}"), mode=0o700))
+    lima.write(lima.resolve(f"{tree}/gone"), 0, b"two")
+    three.ship(("lima", "paris"))
+    three.promote("oslo", "lima")
+    three.pumps["oslo", "paris"].connect()  # it follows, and nothing is shipped
+    three.pumps["lima", "oslo"].connect()
+    oslo.mv("/all/dir/inside", "/all/inside")
+    oslo.rm("/all/dir", recursive=True)
+    oslo.rm("/all/gone")
+    three.ship(("oslo", "lima"))
+    three.away = {"oslo"}
+    three.promote("lima", "oslo")
+    three.settle()
+    assert {"/inside", "/stays"} <= alike(three).keys()
+    assert "/gone" not in alike(three)
+    assert paris.get("/zones/.branches/lima+oslo-2/all/gone") == b"two"
+    three.away = set()
+    three.settle()
+    alike(three)
 
 
 def test_a_new_home_whose_log_does_not_reach_back_ships_what_it_still_has(

@@ -128,6 +128,79 @@ def test_what_differs_is_replaced_when_the_heir_ships_it(state: State) -> None:
     folds_again(state)
 
 
+BACK = cmd.FollowHeir(OTHER, HOME, 2, 20, [TREE, APART, capsule(1)], gone=[capsule(2), capsule(3)], done=True)
+"""Paris took its place back at position 20 of its log, and had neither file 2 nor 3 any more."""
+
+
+def waiting(state: State) -> None:
+    """Follows oslo, which has file 3 otherwise, as it was before it changed last."""
+    state.done(shipment(3, 4, cmd.Resize(capsule(3), 1)))
+    follow(state, attrs.evolve(FOLLOW, waiting=[capsule(3)]))
+
+
+def test_what_waits_for_the_heir_goes_where_the_home_is_one_again_without_it(state: State) -> None:
+    """Its home is the one before until the heir ships it; if that takes its place back, it may be gone there."""
+    waiting(state)
+    assert homes(state) == [(OTHER, 8), (OTHER, 8), (HOME, 0)]
+    error = state.refused(attrs.evolve(BACK, seen=state.position - 2))
+    assert isinstance(error, ConflictError)
+    assert "changed meanwhile" in str(error)
+    follow(state, BACK)
+    rows = [state.overlay.capsule(capsule(number)) for number in (1, 2, 3)]
+    assert [row is not None and row.deleted > 0 for row in rows] == [False, True, True]
+    assert homes(state)[0] == (HOME, 19)
+    folds_again(state)
+
+
+def test_what_the_heir_has_shipped_waits_no_more(state: State) -> None:
+    """It follows then; and what never waited, or has come from the home before since, is not the heir's to delete."""
+    waiting(state)
+    place = cmd.PlaceCapsule(capsule(3), [(TREE, b"c")])
+    state.done(shipment(0, 9, cmd.Copied(capsule(3), 9, 0, True, [made(3), place], (1, 2, 3, 4)), zone=OTHER))
+    assert homes(state)[2] == (OTHER, 9)
+    state.done(shipment(4, 12, made(4, name=b"d"), epoch=1))
+    error = state.refused(attrs.evolve(BACK, gone=[capsule(4)], seen=state.position))
+    assert isinstance(error, ConflictError)
+    follow(state, BACK)
+    folds_again(state)
+
+
+def test_what_waits_is_gone_for_nobody_else(state: State) -> None:
+    """Only the zone it waits since takes along what waits; what this store has taken over waits for nobody."""
+    waiting(state)
+    state.done(cmd.PromoteZone(HOME))
+    error = state.refused(attrs.evolve(BACK, gone=[capsule(3)], seen=state.position))
+    assert isinstance(error, ConflictError)
+
+
+def test_half_of_a_copy_that_waits_stays_half_of_one(state: State) -> None:
+    """What was not wholly here when the heir was followed is dropped if this store takes the zone's place."""
+    state.done(shipment(3, 9, cmd.Copied(capsule(5), 9, 0, False, [made(5)], (1, 2, 3, 4)), steps=(0, 1)))
+    before = zones.home_row(state.rows, capsule(5))
+    assert before is not None
+    follow(state, attrs.evolve(FOLLOW, waiting=[capsule(5)]))
+    assert zones.home_row(state.rows, capsule(5)) == attrs.evolve(before, position=0)
+    assert before.copy > 0
+    folds_again(state)
+
+
+def test_what_is_in_a_deleted_directory_hangs_apart_of_a_zone_that_never_shipped(state: State) -> None:
+    """Where all that is a zone's came by following it, the directory for what has no name is made."""
+    follow(state, attrs.evolve(FOLLOW, same=[TREE, APART, capsule(1), capsule(2), capsule(3)]))
+    apart = bytes(zone_capsules(OTHER))
+    assert state.overlay.capsule(apart) is None
+    follow(state, attrs.evolve(BACK, same=[TREE, APART, capsule(2), capsule(3)], gone=[capsule(1)]))
+    inside = state.overlay.capsule(capsule(2))
+    assert inside is not None
+    assert inside.parent == apart
+    assert state.overlay.capsule(apart) is not None
+    state.done(shipment(3, 20, cmd.PlaceCapsule(capsule(2), [(TREE, b"b")])))
+    inside = state.overlay.capsule(capsule(2))
+    assert inside is not None
+    assert (inside.parent, inside.nlink) == (TREE, 1)
+    folds_again(state)
+
+
 @pytest.mark.parametrize(
     "change, error",
     [
@@ -139,6 +212,7 @@ def test_what_differs_is_replaced_when_the_heir_ships_it(state: State) -> None:
         ({"seen": 4}, ConflictError),
         ({"same": [ROOT_ID]}, ConflictError),
         ({"gone": [capsule(9)]}, ConflictError),
+        ({"waiting": [ROOT_ID]}, ConflictError),
         ({"commands": [cmd.TakeSnapshot(ROOT_ID, "s")]}, UsageError),
         ({"times": [(capsule(3), (1, 2, 3, 4))]}, UsageError),
     ],
