@@ -35,7 +35,7 @@ from space.federation.scope import Scope
 from space.federation.selection import Selection
 from space.statemachine import zones as rows
 from space.statemachine.shipments import names_in
-from space.statemachine.tables import Overlay, Reader
+from space.statemachine.tables import CapsuleRow, Overlay, Reader
 
 if TYPE_CHECKING:
     from space._node.federation_zones import Zone
@@ -122,9 +122,7 @@ def _still_here(store: Store, zone: bytes, row: rows.ZoneRow, follower: str) -> 
     with store._read() as txn:
         state, scope = Overlay(txn), Scope(txn, Selection(follower), b"")
         listed = {
-            capsule: rows.reached(state, zone, row, capsule)
-            if scope.row(capsule).change > row.parted and not rows.waits(state, zone, capsule)
-            else 0
+            capsule: rows.reached(state, zone, row, capsule) if scope.row(capsule).change > row.parted else 0
             for capsule in rows.known_of(state, zone)
             if scope.lane(capsule) is not None
         }
@@ -140,20 +138,16 @@ def _listed(state: Overlay, scope: Scope, zone: bytes, now: Reader) -> Iterator[
             continue
         assert row is not None
         if scope.selection.lane(now, found.policy) is not None:
-            known = _is_known(state, zone, row, capsule)
+            known = _is_known(row, found)
             yield capsule, rows.reached(state, zone, row, capsule) if known else 0
 
 
-def _is_known(state: Overlay, number: bytes, zone: rows.ZoneRow, capsule: bytes) -> bool:
-    """Whether it is known how far a replica of ``zone``, of that id, has come.
+def _is_known(zone: rows.ZoneRow, replica: CapsuleRow) -> bool:
+    """Whether it is known how far a replica has come: not if this store had taken it over and gave it back.
 
-    Not if this store had taken it over and gave it back: until something of it comes from there it is as this store
-    left it, which no position of that log says.  Nor if it waits for what the zone's heir has of it.
+    Until something of it comes from there it is as this store left it, which no position of that log says.
     """
-    replica = state.capsule(capsule)
-    assert replica is not None, "a replica is there"
-    as_left = replica.ino <= zone.returned and replica.change <= zone.parted
-    return not as_left and not rows.waits(state, number, capsule)
+    return replica.ino > zone.returned or replica.change > zone.parted
 
 
 def all_there(state: Overlay, zone: bytes) -> int:
@@ -255,23 +249,14 @@ def _followed(store: Store, heir: Zone, found: Inheritance) -> bool:
             plan = _Plan(store, heir, found, row, own[0], txn)
             plan.make()
     about = (found.zone, heir.id, found.epoch, found.position)
-    same, behind = plan.same, plan.behind
-    while len(same) + len(behind) > ASKED_MAX:
+    same, waiting = plan.same, plan.waiting
+    while len(same) + len(waiting) > ASKED_MAX:
         some, same = same[:ASKED_MAX], same[ASKED_MAX:]
-        waiting, behind = behind[: ASKED_MAX - len(some)], behind[ASKED_MAX - len(some) :]
-        store.execute(cmd.FollowHeir(*about, some, seen=seen, waiting=waiting), actor=f"zone:{heir.name}")
+        others, waiting = waiting[: ASKED_MAX - len(some)], waiting[ASKED_MAX - len(some) :]
+        store.execute(cmd.FollowHeir(*about, some, seen=seen, waiting=others), actor=f"zone:{heir.name}")
     made = plan.made
     store.execute(
-        cmd.FollowHeir(
-            *about,
-            same,
-            made.commands,
-            plan.times,
-            plan.gone,
-            seen,
-            done=True,
-            waiting=[*behind, *plan.further],  # how far it came says what to keep: not before it is kept
-        ),
+        cmd.FollowHeir(*about, same, made.commands, plan.times, plan.gone, seen, done=True, waiting=waiting),
         actor=f"zone:{heir.name}",
     )
     log.warning(
@@ -293,8 +278,7 @@ class _Plan:
         self, store: Store, heir: Zone, found: Inheritance, row: rows.ZoneRow, own: bytes, txn: Reader
     ) -> None:
         self.same: list[bytes] = []
-        self.behind: list[bytes] = []
-        self.further: list[bytes] = []
+        self.waiting: list[bytes] = []
         self.gone: list[bytes] = []
         self.times: list[tuple[bytes, tuple[int, int, int, int]]] = []
         self._found = found
@@ -324,6 +308,7 @@ class _Plan:
             RefusedError: the heir's own place was taken by this zone.
         """
         self._check_own()
+        further: list[bytes] = []
         only_here: list[bytes] = []
         roots: list[bytes] = []
         for capsule in rows.replicas(self._state, self._found.zone):
@@ -331,30 +316,30 @@ class _Plan:
             whole = home is None or not home.copy
             here = rows.reached(self._state, self._found.zone, self._row, capsule) if whole else 0
             theirs = self._found.capsules.get(capsule)
-            known = _is_known(self._state, self._found.zone, self._row, capsule)
+            known = _is_known(self._row, self._scope.row(capsule))
             if capsule in self._roots:
                 roots.append(capsule)
             elif theirs is not None:
                 if known and self._is_same(here, theirs):
                     self.same.append(capsule)
-                elif here > theirs or not known:
-                    self.further.append(capsule)
-                else:
-                    self.behind.append(capsule)
+                    continue
+                self.waiting.append(capsule)
+                if here > theirs or not known:
+                    further.append(capsule)
             elif self._is_meant(capsule):
                 self.gone.append(capsule)
                 if (here > self._there or not known) and self._scope.alive(capsule):
                     only_here.append(capsule)
         if not self._round:
             self.same += roots
-        elif self.same or self.gone or self.further:
+        elif self.same or self.gone or further:
             raise RefusedError(
                 f"zone {self._heir.name} took the place of {self._row}, which took this one's, and this one had taken "
                 f"that of zone {self._heir.name}: who goes round in a circle is not followed",
             )
         if self._returns:
             self.gone += self._left_over()
-        self._set_aside(only_here)
+        self._set_aside(further, only_here)
 
     def _left_over(self) -> Iterator[bytes]:
         """Replicas of the heir's, from before the zone took its place, that neither shipped nor deleted since.
@@ -399,9 +384,9 @@ class _Plan:
 
     # --- what is set aside ---------------------------------------------------------------------------
 
-    def _set_aside(self, only_here: list[bytes]) -> None:
-        names = names_of(self._scope, [*self.further, *self.gone])
-        for capsule in (*self.further, *only_here):
+    def _set_aside(self, further: list[bytes], only_here: list[bytes]) -> None:
+        names = names_of(self._scope, [*further, *self.gone])
+        for capsule in (*further, *only_here):
             row = self._scope.row(capsule)
             if row.kind != Kind.DIRECTORY:
                 self.made.clone(capsule, row, names[capsule])

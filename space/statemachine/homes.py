@@ -481,12 +481,18 @@ def _left_over(state: Overlay, command: cmd.FollowHeir) -> Iterator[bytes]:
 
 
 def _waiting(state: Overlay, command: cmd.FollowHeir) -> Iterator[ev.CapsuleHomed]:
-    """Says of replicas that they wait for the heir's; not of what moved by itself, of which more is to be known."""
+    """Says of replicas that they wait for the heir's.
+
+    Not of what is half of a copy, which nobody sees, or moved by itself, which third zones do not have.
+    """
+    zone, epoch = bytes(command.zone), command.epoch
     for capsule in command.waiting:
-        home = zones.home_row(state, capsule) or zones.HomeRow(bytes(command.zone), 0)
-        if not (home.moved or zones.waits(state, command.zone, capsule)):
-            under_way = home.copy, home.step
-            yield ev.CapsuleHomed(bytes(capsule), bytes(command.zone), 0, *under_way, None, None, None, None)
+        home = zones.home_row(state, capsule)
+        if home is None or home.zone != zone:
+            known = zones.zone_row(state, zone)
+            home = zones.HomeRow(zone, 0 if known is None else known.base)
+        if not (home.copy or home.moved or home.step == epoch):
+            yield ev.CapsuleHomed(bytes(capsule), zone, home.position, 0, epoch, None, None, None, None)
 
 
 def _withdrawn(state: Overlay, gone: Sequence[bytes], zone: bytes) -> list[ev.Event]:

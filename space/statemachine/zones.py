@@ -113,6 +113,7 @@ class ZoneRow:
 class HomeRow:
     """Whose replica a capsule is, as of which position there, and which part is the next of the copy under way.
 
+    Where none is, ``step`` is not 0 if the zone's heir has it otherwise: it is the epoch in which that one is followed.
     ``moved`` is the position of this log at which the home of this one capsule was given to the zone, or (``here``)
     taken from it; 0 if it was not.  ``came`` is the position of the zone's log at which it was last taken from there,
     and ``since`` the position of this log at which that was.
@@ -273,11 +274,11 @@ def reached(state: Overlay, number: bytes, zone: ZoneRow, capsule: bytes) -> int
 
 
 def waits(state: Overlay, zone: bytes, capsule: bytes) -> bool:
-    """Whether a replica of a zone waits for what the zone's heir has of it, and how far it has come counts no more."""
-    row, home = state.capsule(capsule), home_row(state, capsule)
-    if row is None or row.deleted or home is None:
+    """Whether a replica of a zone is still as it was when the zone's heir had it otherwise: that one has to ship it."""
+    row, home, known = state.capsule(capsule), home_row(state, capsule), zone_row(state, zone)
+    if row is None or row.deleted or home is None or known is None or not known.heir:
         return False
-    return home.zone == zone and not (home.position or home.moved)
+    return home.zone == zone and not home.copy and home.step == known.heir_epoch
 
 
 def begins_at(state: Reader | Overlay, zone: bytes, row: ZoneRow) -> int:
@@ -414,7 +415,9 @@ def received(state: Overlay, context: Context, link: bytes, event: ev.ShipmentRe
         home = home_row(state, capsule)
         if home is None:
             raise CorruptionError(f"the log ships to a capsule that is no replica: {capsule.hex()}")
-        state.put(HOME, capsule, attrs.evolve(home, position=event.through_position).encode())
+        step = home.step if home.copy else 0  # what comes from its home waits for no heir
+        home = attrs.evolve(home, position=event.through_position, step=step)
+        state.put(HOME, capsule, home.encode())
 
 
 def homed(state: Overlay, context: Context, link: bytes, event: ev.CapsuleHomed) -> None:

@@ -141,7 +141,7 @@ def waiting(state: State) -> None:
 def test_what_waits_for_the_heir_goes_where_the_home_is_one_again_without_it(state: State) -> None:
     """Its home is the one before until the heir ships it; if that takes its place back, it may be gone there."""
     waiting(state)
-    assert homes(state) == [(OTHER, 8), (OTHER, 8), (HOME, 0)]
+    assert homes(state) == [(OTHER, 8), (OTHER, 8), (HOME, 4)]
     error = state.refused(attrs.evolve(BACK, seen=state.position - 2))
     assert isinstance(error, ConflictError)
     assert "changed meanwhile" in str(error)
@@ -173,14 +173,23 @@ def test_what_waits_is_gone_for_nobody_else(state: State) -> None:
     assert isinstance(error, ConflictError)
 
 
-def test_half_of_a_copy_that_waits_stays_half_of_one(state: State) -> None:
+def test_half_of_a_copy_stays_half_of_one(state: State) -> None:
     """What was not wholly here when the heir was followed is dropped if this store takes the zone's place."""
     state.done(shipment(3, 9, cmd.Copied(capsule(5), 9, 0, False, [made(5)], (1, 2, 3, 4)), steps=(0, 1)))
     before = zones.home_row(state.rows, capsule(5))
     assert before is not None
     follow(state, attrs.evolve(FOLLOW, waiting=[capsule(5)]))
-    assert zones.home_row(state.rows, capsule(5)) == attrs.evolve(before, position=0)
+    assert zones.home_row(state.rows, capsule(5)) == before
     assert before.copy > 0
+    folds_again(state)
+
+
+def test_what_its_home_ships_before_it_is_fenced_waits_for_nobody(state: State) -> None:
+    """Until the last part of what an heir says, its replicas go on; what changes then is looked at again."""
+    follow(state, attrs.evolve(FOLLOW, same=[], waiting=[capsule(2), capsule(3)], done=False))
+    state.done(shipment(3, 4, cmd.Resize(capsule(3), 1)))
+    follow(state, attrs.evolve(FOLLOW, same=[TREE, APART, capsule(1)]))
+    assert [zones.waits(state.overlay, HOME, capsule(number)) for number in (1, 2, 3)] == [False, True, False]
     folds_again(state)
 
 
