@@ -82,6 +82,10 @@ def _only_knows_the_present(state: Any, zone: bytes, capsule: bytes) -> bool:
     return False
 
 
+def _finds_nothing_left_over(self: Any) -> list[bytes]:
+    return []
+
+
 @pytest.mark.parametrize(
     "where, what, instead, runs",
     [
@@ -89,6 +93,7 @@ def _only_knows_the_present(state: Any, zone: bytes, capsule: bytes) -> bool:
         (ZoneSource, "_after_parting", _goes_on, [(200061, 2)]),
         (federation_promote, "_is_anothers", _only_knows_the_present, [(200036, 2)]),
         (_Delivery, "_unname", _keeps_names, [(200390, 2)]),
+        (federation_heir._Plan, "_left_over", _finds_nothing_left_over, [(1000485, 3)]),
     ],
 )
 def test_it_would_be_noticed(
