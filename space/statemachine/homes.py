@@ -454,7 +454,7 @@ def follow_heir(state: Overlay, command: cmd.FollowHeir, payload: PayloadPlacer,
     happen(*withdrawn)
     for capsule in command.same:
         homed(capsule)
-    happen(*_waiting(tried, command))
+    happen(*_waiting(tried, command, zone))
     for capsule, times in command.times:
         row = tried.capsule(capsule)
         if row is None or zones.home_of(tried, capsule, row) != command.heir:
@@ -480,7 +480,7 @@ def _left_over(state: Overlay, command: cmd.FollowHeir) -> Iterator[bytes]:
             yield capsule
 
 
-def _waiting(state: Overlay, command: cmd.FollowHeir) -> Iterator[ev.CapsuleHomed]:
+def _waiting(state: Overlay, command: cmd.FollowHeir, known: ZoneRow) -> Iterator[ev.CapsuleHomed]:
     """Says of replicas that they wait for the heir's.
 
     Not of what is half of a copy, which nobody sees, or moved by itself, which third zones do not have.
@@ -488,11 +488,9 @@ def _waiting(state: Overlay, command: cmd.FollowHeir) -> Iterator[ev.CapsuleHome
     zone, epoch = bytes(command.zone), command.epoch
     for capsule in command.waiting:
         home = zones.home_row(state, capsule)
-        if home is None or home.zone != zone:
-            known = zones.zone_row(state, zone)
-            home = zones.HomeRow(zone, 0 if known is None else known.base)
-        if not (home.copy or home.moved or home.step == epoch):
-            yield ev.CapsuleHomed(bytes(capsule), zone, home.position, 0, epoch, None, None, None, None)
+        if home is None or not (home.copy or home.moved):
+            position = home.position if home is not None and home.zone == zone else known.base
+            yield ev.CapsuleHomed(bytes(capsule), zone, position, 0, epoch, None, None, None, None)
 
 
 def _withdrawn(state: Overlay, gone: Sequence[bytes], zone: bytes) -> list[ev.Event]:
