@@ -21,7 +21,7 @@ from space._node.federation_status import status
 from space.events import commands as cmd
 from tests.federation_support import Served, content_at, shared, space_command, until
 from tests.federation_third import Several, several
-from tests.property.test_federation_follow import seen
+from tests.property.test_federation_follow import below, seen
 
 pytestmark = pytest.mark.requires("py:aiohttp")
 
@@ -425,6 +425,28 @@ def test_what_waited_for_a_home_goes_with_it(three: Several) -> None:
     three.away = set()
     three.settle()
     alike(three)
+
+
+def test_what_a_new_home_withdrew_stays_in_the_branch_of_the_old_one(three: Several) -> None:
+    """What a zone deleted as the home it followed had none does not come back where that zone takes over in turn."""
+    oslo, paris, _ = three.stores.values()
+    three.away = {"paris"}
+    oslo.put(b"ahead", name="/all/ahead")
+    three.settle()
+    three.away = {"oslo"}
+    three.promote("paris", "oslo")
+    for _, each in below(paris, TOP["paris"]):  # all of it is the same in all zones, as of what paris did
+        paris.execute(cmd.SetAttributes(each.id, mode=0o700))
+    three.settle()
+    three.away = {"lima"}
+    three.settle()
+    three.promote("oslo", "paris")
+    three.away = set()
+    three.pumps["oslo", "lima"].connect()  # it follows, and nothing is shipped
+    three.promote("lima", "oslo")
+    three.settle()
+    assert "/ahead" not in alike(three)
+    assert oslo.get("/zones/.branches/paris-1/all/ahead") == b"ahead"
 
 
 def test_a_new_home_whose_log_does_not_reach_back_ships_what_it_still_has(
