@@ -242,7 +242,7 @@ def _arrival(state: Overlay, number: bytes, zone: rows.ZoneRow | None, capsule: 
     if home is not None and home.zone != number and rows.home_of(state, capsule, row) == home.zone:
         return Arrival(there=False)  # what that zone's heir has not brought yet
     if row.deleted and home is not None and home.zone == number and not (home.position or home.moved):
-        return Arrival(there=False)  # what that zone's heir did not have: it was withdrawn when that was followed
+        return Arrival(there=False)  # withdrawn when that zone's heir was followed, which had none
     if home is not None and home.moved:
         # What was taken here has all there was, unless that zone took this one's place since; what went there again has
         # what had come until then.
