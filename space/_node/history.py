@@ -167,9 +167,20 @@ def build(
     Raises:
         CorruptionError: the log is damaged on the way.
     """
-    shutil.rmtree(path, ignore_errors=True)
     last = target.position if target.event is None else target.position - 1
-    for checkpoint in checkpoints(home) if use_checkpoints else []:
+    tables = _nearest(home, log, views, path, last if use_checkpoints else 0)
+    try:
+        catch_up(tables, log, views, target, on_progress=on_progress)
+    except BaseException:
+        tables.close(seal=False)
+        raise
+    return tables
+
+
+def _nearest(home: Path, log: Log, views: Sequence[View], path: Path, last: int) -> Store:
+    """Tables at ``path`` as the newest checkpoint up to ``last`` has them; empty ones if there is none."""
+    shutil.rmtree(path, ignore_errors=True)
+    for checkpoint in checkpoints(home):
         if int(checkpoint.name) <= last:
             applied = read_seal(checkpoint, layout_of(views))
             if applied is not None and applied.position <= last and fits(log, applied):
@@ -179,13 +190,7 @@ def build(
                     shutil.rmtree(path, ignore_errors=True)
                 else:
                     break
-    tables = Store(path, layout_of(views))
-    try:
-        catch_up(tables, log, views, target, on_progress=on_progress)
-    except BaseException:
-        tables.close(seal=False)
-        raise
-    return tables
+    return Store(path, layout_of(views))
 
 
 def catch_up(
@@ -218,21 +223,30 @@ def open_live(
     views: Sequence[View],
     *,
     last: int | None = None,
+    until: Callable[[int, int], int] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Store:
     """The tables of the present: as the last clean close left them, or rebuilt.
 
-    ``last`` is the present, where it is not the end of the log; tables that are further stay so.
+    ``last`` is the present, where it is not the end of the log; tables that are further stay so.  Where not all of the
+    log may be folded up to there, ``until`` says how much, given where they stand and ``last``.
 
     Raises:
         CorruptionError: they have to be rebuilt and the log is damaged.
     """
     path = home / LIVE
+    last = log.last_index if last is None else last
     applied = read_seal(path, layout_of(views))
-    target = Target(log.last_index if last is None else last)
     if applied is None or not fits(log, applied):
-        return build(home, log, views, path, target, on_progress=on_progress)
-    tables = Store(path, layout_of(views))
-    if applied.position < target.position:
-        catch_up(tables, log, views, target, on_progress=on_progress)
+        tables = _nearest(home, log, views, path, last)
+    else:
+        tables = Store(path, layout_of(views))
+    try:
+        stand = tables.applied.position
+        target = Target(last if until is None else until(stand, last))
+        if stand < target.position:
+            catch_up(tables, log, views, target, on_progress=on_progress)
+    except BaseException:
+        tables.close(seal=False)
+        raise
     return tables

@@ -55,6 +55,7 @@ from space.policy.model import Policy
 from space.projections.feed import Progress, fold
 from space.replication.group import Group
 from space.replication.node import Node, empty_state
+from space.replication.replica import in_effect
 from space.statemachine.apply import RECLAIMED_RANGE
 from space.statemachine.sequencer import Prepared
 from space.statemachine.store import DATA, SEAL, Applied, ReadTransaction, read_seal
@@ -128,7 +129,12 @@ class Member(Store):
             self.state_file = RaftStateFile.open(disk, directory, store_id=self.id)
             self._own_state()
             tables = history.open_live(
-                self.path, self.wal, self.views, last=self._committed(), on_progress=on_progress
+                self.path,
+                self.wal,
+                self.views,
+                last=self._committed(),
+                until=self._in_effect,
+                on_progress=on_progress,
             )
         except BaseException:
             self.wal.close(clean=False)
@@ -163,6 +169,11 @@ class Member(Store):
         assert state is not None
         alone = state.configuration.voters == (self._node_id,) and not state.configuration.voters_outgoing
         return self.wal.last_index if alone else min(state.commit, self.wal.last_index)
+
+    def _in_effect(self, start: int, commit: int) -> int:
+        state = self.state_file.state
+        assert state is not None
+        return in_effect(self.wal, max(start, state.configuration_index), commit)
 
     def _initialise(self) -> None:
         """The root directory comes with the log."""

@@ -333,7 +333,7 @@ class Replica:
         if state is None:
             raise CorruptionError("this log belongs to no cluster", segment="raft")
         commit = min(max(state.commit, self.machine.applied.position), self.log.last_index)
-        effective = self._effective(max(self.machine.applied.position, state.configuration_index), commit)
+        effective = in_effect(self.log, max(self.machine.applied.position, state.configuration_index), commit)
         if self.machine.applied.position < effective:
             self.machine.catch_up(self.log, effective)
         applied = self.machine.applied.position
@@ -352,15 +352,6 @@ class Replica:
             engine=self._engine,
         )
         self._last_time = self.log.last_time_ns
-
-    def _effective(self, start: int, commit: int) -> int:
-        """How much of what is committed may be applied: a change of members is not before its configuration is
-        durable (rule 2), so the driver has to bring it into effect first.
-        """
-        for info in self.log.records(start + 1, commit + 1):
-            if change_of(info.metadata) is not None:
-                return info.index - 1
-        return commit
 
     def reopen(self, incarnation: int) -> None:
         """Starts the consensus anew from what is durable; every job handed out must have been carried out.
@@ -903,6 +894,18 @@ def change_of(metadata: bytes) -> bytes | None:
         return None
     change = rows[0][4][0][4]
     return change if isinstance(change, bytes) else None
+
+
+def in_effect(log: Log, start: int, commit: int) -> int:
+    """How much of what is committed may be folded, from ``start`` on.
+
+    A change of members is not before its configuration is durable (rule 2), so the driver has to bring it into effect
+    first: what was folded is not given to it again, and the change would never be.
+    """
+    for info in log.records(start + 1, commit + 1) if start < commit else ():
+        if change_of(info.metadata) is not None:
+            return info.index - 1
+    return commit
 
 
 def retained(
