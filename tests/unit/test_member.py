@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Literal
 
 import pytest
 
@@ -72,14 +74,16 @@ def test_a_change_of_members_is_not_folded_before_it_is_in_effect(
 
     store = bytes(range(16))
 
-    def change(members: list[tuple[str, int]], time_ns: int) -> bytes:
-        addresses = {node: f"127.0.0.1:{node}" for _, node in members}
-        made = encode_change(members, context=encode_change_context(time_ns, addresses))
+    def change(role: Literal["add", "learner"], nodes: Sequence[int], time_ns: int) -> bytes:
+        addresses = {node: f"127.0.0.1:{node}" for node in nodes}
+        made = encode_change(
+            [(role, node) for node in nodes], context=encode_change_context(time_ns, addresses)
+        )
         return encode_change_batch(made, time_ns)
 
     Member(tmp_path, node=1, store=store).close()
     log = Log.open(RealDisk(), str(tmp_path / "wal"), store_id=store)
-    log.append(change([("add", each) for each in voters], 1), time_ns=1, term=1)
+    log.append(change("add", voters, 1), time_ns=1, term=1)
     log.append(EMPTY_BATCH, time_ns=1, term=1)
     log.sync()
     log.close()
@@ -88,7 +92,7 @@ def test_a_change_of_members_is_not_folded_before_it_is_in_effect(
     state.close()
     member = Member(tmp_path, node=1, store=store)
     assert member.applied_now.position == 2
-    for number, each in enumerate((change([("learner", 7)], 2), EMPTY_BATCH), 3):
+    for number, each in enumerate((change("learner", [7], 2), EMPTY_BATCH), 3):
         assert member.wal.append(each, time_ns=2, term=1) == number
     member.wal.sync()
     member.close()
